@@ -1,0 +1,42 @@
+# Each target works alone on a fresh machine: Python >= 3.10 and a C++ compiler are enough, a GPU is not needed.
+#   make demo    data, training, evaluation, comparison, report: runs/demo/report.html
+#   make quick   the same path with fewer steps, in minutes: runs/quick/report.html
+#   make test    the tests
+#   make setup   only .venv (the other targets call it; a second call does nothing)
+#   make clean   removes build products and caches; keeps .venv and runs/
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.cobra-ready
+
+.PHONY: demo quick test setup clean
+.DEFAULT_GOAL := demo
+
+demo: $(STAMP)
+	@$(PY) -m eval demo --output runs/demo
+
+quick: $(STAMP)
+	@$(PY) -m eval demo --quick --output runs/quick
+
+test: $(STAMP)
+	@$(PY) -m pytest -q tests
+
+setup: $(STAMP)
+
+# The stamp is written last, so an interrupted set-up is taken up again, in the same .venv.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python >= 3.10 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); name another one: make PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "error: '$(PYTHON) -m venv' does not work here; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	@echo "Setting up $(VENV): the first time takes a few minutes, most of it for torch."
+	@$(PY) -m pip install --progress-bar on --upgrade pip
+	@# Without build isolation setup.py sees the torch that it builds against, and deepspeed finds setuptools: both must be there first.
+	@$(PY) -m pip install --progress-bar on setuptools wheel -c constraints.txt "torch" "torchvision"
+	@DS_BUILD_OPS=0 $(PY) -m pip install --progress-bar on --no-build-isolation -e ".[all,dev]" -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find cobra vision_scan train eval csrc tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

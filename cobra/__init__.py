@@ -1,0 +1,8 @@
+"""State-space vision-language models: `load` a directory or `build` a preset, then `model.answer`."""
+
+from .checkpoint import load, save
+from .config import PRESETS, CobraConfig
+from .lm import State
+from .model import Cobra, build
+
+__all__ = ["PRESETS", "Cobra", "CobraConfig", "State", "build", "load", "save"]

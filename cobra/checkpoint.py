@@ -1,0 +1,274 @@
+"""A model as a directory: `config.json`, `model.safetensors`, `tokenizer.json`; strict and atomic."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cobra.tokenizer import Tokenizer
+from cobra.typed_config import from_dict, to_dict
+from vision_scan.errors import UserError
+
+if TYPE_CHECKING:
+    from cobra.config import CobraConfig
+    from cobra.model import Cobra
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+PARTS = ("vision_encoder", "connector", "lm")
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def save(model: "Cobra", path: str | Path) -> None:
+    """Writes a model directory that `load` reads.
+
+    Everything is written under a temporary name, flushed to the disk and then renamed, so that a
+    reader never meets a half-written file. In a directory that exists already, the model's files are
+    replaced and others stay.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model).items()}
+    config = {"format_version": FORMAT_VERSION, **to_dict(model.config)}
+    writers: dict[str, Callable[[Path], object]] = {
+        TOKENIZER: model.tokenizer.save,
+        WEIGHTS: lambda file: save_file(tensors, file, metadata={"format": "pt"}),
+        CONFIG: lambda file: file.write_text(json.dumps(config, indent=2) + "\n"),
+    }
+    _write_directory(Path(path), writers)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto") -> "Cobra":
+    """Reads a model directory.
+
+    Args:
+        path: the directory.
+        device: where to put the model.
+        dtype: "auto" (bfloat16 where the device has it natively, else float32), another name or a
+            torch dtype. What has to stay float32 in a Mamba-2 model stays so.
+    Returns:
+        the model, in evaluation mode.
+    Raises:
+        UserError: if a file is missing or damaged, or the tensors are not exactly those of the
+            configuration; it names them.
+    """
+    from cobra.model import Cobra
+
+    path, device = Path(path), _device(device)
+    dtype = resolve_dtype(dtype, device)
+    config = read_config(path)
+    tokenizer = Tokenizer.from_file(_file(path, TOKENIZER))
+    with torch.device("meta"):  # neither memory nor time for weights that are replaced anyway
+        model = Cobra(config, tokenizer)
+    assign_tensors(model, read_tensors(path), str(path / WEIGHTS))
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def read_config(path: str | Path) -> "CobraConfig":
+    """The configuration of a model directory.
+
+    Raises:
+        UserError: if the file is missing, damaged, or of another format version.
+    """
+    from cobra.config import CobraConfig
+
+    file = _file(Path(path), CONFIG)
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from error
+    version = data.pop("format_version", None) if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file}: format_version is {version!r}, this release of cobra reads {FORMAT_VERSION}"
+        )
+    return from_dict(CobraConfig, data, str(file))
+
+
+def read_tensors(path: str | Path, parts: Iterable[str] = PARTS) -> dict[str, Tensor]:
+    """The tensors of a model directory by their full names, on the CPU, in their stored dtypes.
+
+    Args:
+        path: the directory.
+        parts: which parts of the model to read: vision_encoder, connector, lm.
+    Raises:
+        UserError: if the file is missing or damaged, or it has nothing of a part.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file, parts = _file(Path(path), WEIGHTS), tuple(parts)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+            wanted = names if parts == PARTS else [name for name in names if _part(name) in parts]
+            read = {name: tensors.get_tensor(name) for name in wanted}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged or not a safetensors file ({error})") from error
+    for part in parts:
+        if parts != PARTS and part not in map(_part, read):
+            found = ", ".join(sorted(set(map(_part, names))))
+            raise UserError(f"{file}: has no part {part!r}; it has {found}")
+    return read
+
+
+def assign_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], where: str, parts: Iterable[str] = PARTS
+) -> None:
+    """Makes `tensors` the parameters and buffers of `model`, or of some of its parts.
+
+    A module on the meta device takes the tensors themselves; any other gets their values, in its own
+    dtypes and on its own device.
+
+    Args:
+        where: the tensors' origin, for messages.
+        parts: the parts to fill, to which the tensors must correspond exactly.
+    Raises:
+        UserError: naming the tensors that are missing, unexpected or of another shape.
+    """
+    parts = tuple(parts)
+    own = {name: tensor for name, tensor in _tensors(model).items() if parts == PARTS or _part(name) in parts}
+    _check_match(own, tensors, where)
+    with torch.no_grad():
+        for name, target in own.items():
+            if not target.is_meta:
+                target.copy_(tensors[name])
+                continue
+            value = tensors[name]
+            if isinstance(target, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=target.requires_grad)
+            for module, leaf in _owners(model, target):
+                setattr(module, leaf, value)
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch.dtype:
+    """The torch dtype for a name; "auto" is bfloat16 where `device` computes in it natively."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if has_native_bf16(device) else torch.float32
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype={dtype!r}: allowed are auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def has_native_bf16(device: str | torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 matrices in hardware."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+    if kind == "cpu":
+        # Private names of torch, so their absence means "no". AMX comes with AVX-512 bf16.
+        return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return False
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device={device!r}: give cpu, cuda or cuda:0") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={str(device)!r}: {torch.cuda.device_count()} GPUs are visible here")
+    return device
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; of tied ones the first name only."""
+    named: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            named[name] = tensor
+            seen.add(id(tensor))
+    return named
+
+
+def _owners(model: nn.Module, tensor: Tensor) -> list[tuple[nn.Module, str]]:
+    """Every place in the model that holds `tensor`."""
+    return [
+        (module, leaf)
+        for module in model.modules()
+        for table in (module._parameters, module._buffers)
+        for leaf, held in table.items()
+        if held is tensor
+    ]
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _check_match(own: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str) -> None:
+    faults = {
+        "missing": [name for name in own if name not in given],
+        "unexpected": [name for name in given if name not in own],
+        "misshapen": [
+            f"{name} {tuple(given[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in given and given[name].shape != tensor.shape
+        ],
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{kind} {_first(names)}" for kind, names in faults.items() if names)
+        raise UserError(f"{where} does not fit the model's configuration: {told}")
+
+
+def _first(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _file(path: Path, name: str) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such model directory")
+    if not (path / name).is_file():
+        raise UserError(f"{path} is not a model directory: {name} is missing")
+    return path / name
+
+
+def _write_directory(path: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Writes files into `path` through a staging directory on the same file system."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; give a directory to save the model in")
+    is_new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)
+    stage = path.parent / f".{path.name}.{token}" if is_new else path / f".saving.{token}"
+    stage.mkdir()
+    try:
+        for name, write in writers.items():
+            write(stage / name)
+            # As any new file here; safetensors makes its own readable for the owner alone.
+            (stage / name).chmod(stage.stat().st_mode & 0o666)
+            _flush(stage / name)
+        if is_new:
+            _flush(stage)
+            stage.rename(path)
+            _flush(path.parent)
+        else:
+            for name in writers:
+                (stage / name).replace(path / name)
+            _flush(path)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Has the operating system write a file or directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,292 @@
+"""The command line: `cobra answer | chat | info | doctor | scan`."""
+
+import argparse
+import contextlib
+import functools
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, cast
+
+from vision_scan.errors import UserError, choose
+
+if TYPE_CHECKING:
+    from cobra.lm.state import State
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_NOT_YET = {
+    "PDF": (".pdf",),
+    "video": (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"),
+}
+CHAT_HELP = "commands: /image PATH reads images, /reset forgets all, /quit or Ctrl-D ends"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0 done, 2 the caller's mistake, 130 interrupted."""
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake like every other part of the program: one line, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="cobra",
+        description="State-space vision-language models: images in, answers out.",
+        epilog='example: cobra answer --model runs/demo/cobra --image cat.png "What is it?"',
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, run, does: str, example: str, inside=commands) -> argparse.ArgumentParser:
+        description, epilog = f"{does[0].upper()}{does[1:]}.", f"example: {example}"
+        command = inside.add_parser(name, help=does, description=description, epilog=epilog)
+        command.set_defaults(run=run)
+        return command
+
+    answer = add(
+        "answer",
+        run_answer,
+        "print the answer to a question about images, and nothing else",
+        'cobra answer --model runs/demo/cobra --image cat.png "What is it?"',
+    )
+    _add_model_options(answer)
+    answer.add_argument("question", nargs="?", help="may hold <image> marks, as many as images")
+
+    chat = add(
+        "chat",
+        run_chat,
+        f"talk with a model; {CHAT_HELP}",
+        "cobra chat --model runs/demo/cobra --image cat.png",
+    )
+    _add_model_options(chat)
+
+    info = add("info", run_info, "print what a model consists of and costs", "cobra info mamba2-130m")
+    info.add_argument("model", metavar="DIR|PRESET", help="a model directory, or the name of a preset")
+
+    add("doctor", run_doctor, "print what this installation can do", "cobra doctor")
+
+    scan = commands.add_parser("scan", help="list and draw scan orders", epilog="example: cobra scan list")
+    orders = scan.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    add("list", run_scan_list, "list the scan orders", "cobra scan list", orders)
+    show = add(
+        "show",
+        run_scan_show,
+        "print in which order the cells of a grid are read, or draw it",
+        "cobra scan show hilbert --grid 6x9 --png hilbert.png",
+        orders,
+    )
+    show.add_argument("order", metavar="ORDER", help="its name, options in brackets: random(seed=1)")
+    show.add_argument("--grid", default="8x8", metavar="HxW", help="rows x columns (default: 8x8)")
+    show.add_argument("--png", metavar="FILE", help="draw into this file")
+    return parser
+
+
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", required=True, metavar="DIR", help="the model directory")
+    add(
+        "--image",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH",
+        help="image files, or folders of them",
+    )
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most likely tokens")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from this much probability")
+    add("--seed", type=int, default=None, metavar="S", help="repeat a draw")
+    add("--device", default=None, help="default: a GPU if there is one, else cpu")
+    add("--dtype", default="auto", help="auto (the default), float32, bfloat16")
+
+
+def run_answer(arguments: argparse.Namespace) -> None:
+    """`cobra answer`"""
+    if arguments.question is None and arguments.image:
+        # `--image a.png "question"`: argparse takes all that follows an option of many values for it.
+        arguments.question = arguments.image.pop()
+    if arguments.question is None or _is_file_name(arguments.question):
+        raise UserError("no question: give it as the last argument, in quotes")
+    images = find_images(arguments.image)
+    model = _load(arguments)
+    print(model.answer(arguments.question, images, **_sampling(arguments)))
+
+
+def run_chat(arguments: argparse.Namespace) -> None:
+    """`cobra chat`"""
+    from cobra.streaming import TextStreamer
+
+    images = find_images(arguments.image)
+    model = _load(arguments)
+    state = model.prefill(images=images) if images else None
+    show = functools.partial(print, end="", flush=True)
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives input() editing and a history)
+        print(CHAT_HELP)
+    for line in _lines("> " if is_terminal else ""):
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            if command == "/reset":
+                state = None
+            elif command == "/image":
+                if not rest:
+                    raise UserError("/image: give a path")
+                state = model.prefill(images=find_images([rest]), state=state)
+            elif command.startswith("/"):
+                raise UserError(f"unknown command {command}; {CHAT_HELP}")
+            else:
+                streamer = TextStreamer(model.tokenizer, show)
+                answer = model.answer(
+                    line, state=state, streamer=streamer, return_state=True, **_sampling(arguments)
+                )
+                state = cast("State", answer[1])
+                print()
+        except UserError as error:  # a slip in a conversation does not end it
+            print(f"error: {error}", file=sys.stderr)
+
+
+def run_info(arguments: argparse.Namespace) -> None:
+    """`cobra info`"""
+    from cobra.checkpoint import read_config
+    from cobra.config import PRESETS
+    from cobra.cost import LMCost, count_parts
+
+    is_preset = arguments.model in PRESETS
+    if not is_preset and not Path(arguments.model).exists():
+        choose("preset or model directory", arguments.model, PRESETS)
+    config = PRESETS[arguments.model] if is_preset else read_config(arguments.model)
+    kinds = Counter(layer.kind for layer in config.lm.layers)
+    layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    print(f"image    {config.image.height} x {config.image.width}, {config.tokens_per_tile} tokens")
+    print(f"layers   {layers}; d_model {config.lm.d_model}, vocabulary {config.lm.vocab_size}")
+    print("\npart               parameters")
+    parts = count_parts(config)
+    for name, count in {**parts, "total": sum(parts.values())}.items():
+        print(f"{name:<16}{count:>13,}")
+    print("\ncontext   state bytes (16-bit)   FLOPs to read it   FLOPs of the next token")
+    cost = LMCost(config.lm)
+    for context in (256, 4096, 65536):
+        read, step = cost.prefill_flops(context), cost.decode_flops(context)
+        print(f"{context:>7}{cost.state_bytes(context):>23,}{read:>19.3g}{step:>26.3g}")
+
+
+def run_doctor(arguments: argparse.Namespace) -> None:
+    """`cobra doctor`"""
+    from cobra.doctor import report
+
+    print("\n".join(report()))
+
+
+def run_scan_list(arguments: argparse.Namespace) -> None:
+    """`cobra scan list`"""
+    from vision_scan import SCAN_ORDERS
+
+    for name, order in SCAN_ORDERS.items():
+        about = (order.__doc__ or "").strip().partition("\n")[0]
+        print(f"{name:<16} {about}".rstrip())
+
+
+def run_scan_show(arguments: argparse.Namespace) -> None:
+    """`cobra scan show`"""
+    import vision_scan
+
+    height, _, width = arguments.grid.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise UserError(f"--grid {arguments.grid}: give rows x columns, for instance 6x9")
+    order = vision_scan.order(arguments.order, int(height), int(width))
+    if arguments.png:
+        from vision_scan.draw import draw_order
+
+        draw_order(order, arguments.png)
+        print(arguments.png)
+        return
+    digits = len(str(order.height * order.width - 1))
+    for index, ranks in enumerate(order.inverse.unflatten(1, (order.height, order.width)).tolist()):
+        print(f"list {index}: the position of each cell in the sequence")
+        for row in ranks:
+            print(" ".join(f"{rank if rank >= 0 else '.':>{digits}}" for rank in row))
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """Image files among files and folders, the files of a folder by name; headers are checked.
+
+    Raises:
+        UserError: naming the path that holds no image.
+    """
+    from cobra.image import check_image
+
+    found: list[Path] = []
+    for path in map(Path, paths):
+        for kind, suffixes in _NOT_YET.items():
+            if path.suffix.lower() in suffixes:
+                raise UserError(f"{path}: {kind} cannot be read; give image files or folders of them")
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise UserError(f"{path}: no images in this folder ({' '.join(IMAGE_SUFFIXES)})")
+            found += inside
+        else:
+            found.append(path)
+    for file in found:
+        check_image(file)
+    return found
+
+
+def _is_file_name(text: str) -> bool:
+    # os.path, as pathlib raises an error for a text that is too long for a file name.
+    return os.path.exists(text) or (text.lower().endswith(IMAGE_SUFFIXES) and " " not in text)
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    """What is typed, without empty lines, until the end of the input."""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def _load(arguments: argparse.Namespace):
+    import torch
+
+    from cobra.checkpoint import load
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load(arguments.model, device, arguments.dtype)
+
+
+def _sampling(arguments: argparse.Namespace) -> dict:
+    return {
+        "max_new_tokens": arguments.max_new_tokens,
+        "do_sample": arguments.temperature != 0,
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

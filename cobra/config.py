@@ -1,0 +1,117 @@
+"""What a model is made of, and the presets."""
+
+from dataclasses import dataclass, replace
+
+from vision_scan.errors import choose
+
+from .connector import ConnectorConfig, FusedMLPConfig, MSCConfig
+from .image import ImageConfig
+from .lm.attention import AttentionConfig
+from .lm.mamba2 import Mamba2Config
+from .lm.mlp import MLPConfig
+from .lm.stack import LMConfig
+from .prompt import TEMPLATES
+from .vision_encoder import FusedEncoderConfig, SmallEncoderConfig, TimmEncoderConfig, VisionEncoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CobraConfig:
+    """A vision-language model: pixels -> vision encoder -> connector -> language model.
+
+    Attributes:
+        image: size of a tile and how images are fitted into it.
+        template: how a conversation is written, a name of `prompt.TEMPLATES`.
+    """
+
+    image: ImageConfig
+    vision_encoder: VisionEncoderConfig
+    connector: ConnectorConfig
+    lm: LMConfig
+    template: str = "compact"
+
+    def __post_init__(self) -> None:
+        choose("template", self.template, TEMPLATES)
+        self.tokens_per_tile  # noqa: B018 (an image smaller than a patch fails here)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of vision features of one tile."""
+        return self.vision_encoder.grid(self.image.height, self.image.width)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Tokens of the language model that one tile becomes."""
+        return self.connector.num_tokens(*self.grid)
+
+
+def transformer_twin(lm: LMConfig, headdim: int = 64) -> LMConfig:
+    """The transformer of the same width and parameter count as a stack of Mamba-2 layers: each pair of
+    layers becomes attention (a query head per `headdim` channels, a third of them for keys and values)
+    and a gated feed-forward layer that takes up the remaining parameters, to within a per mille."""
+    num_heads = lm.d_model // headdim
+    num_kv_heads = max(count for count in range(1, num_heads // 3 + 2) if num_heads % count == 0)
+    attention = AttentionConfig(num_heads=num_heads, num_kv_heads=num_kv_heads, headdim=headdim)
+    pairs = len(lm.layers) // 2
+    budget = sum(layer.cost(lm.d_model).parameters for layer in lm.layers) // pairs
+    d_ff = round((budget - attention.cost(lm.d_model).parameters) / (3 * lm.d_model))
+    d_ff -= d_ff % 8 if lm.d_model >= 512 else d_ff % 2
+    return replace(lm, layers=(attention, MLPConfig(d_ff=d_ff)) * pairs)
+
+
+TINY_TOWER = SmallEncoderConfig(patch_size=8, d_model=128, depth=2, num_heads=4)
+TINY_MIXER = Mamba2Config(d_state=16, headdim=64, expand=1, chunk_size=64)
+
+_TINY = CobraConfig(
+    image=ImageConfig(height=64, width=64),
+    vision_encoder=TINY_TOWER,
+    connector=MSCConfig(order="cross4", mixer=TINY_MIXER),
+    lm=LMConfig(
+        d_model=128,
+        vocab_size=384,
+        layers=(Mamba2Config(d_state=32, chunk_size=64),) * 6,
+    ),
+)
+
+# d_model and number of layers of the released state-spaces checkpoints; vocabulary 50277 padded to 50288.
+_MAMBA2_SIZES = {
+    "130m": (768, 24),
+    "370m": (1024, 48),
+    "780m": (1536, 48),
+    "1.3b": (2048, 48),
+    "2.7b": (2560, 64),
+}
+_MAMBA2_LMS = {
+    size: LMConfig(d_model=d_model, vocab_size=50288, layers=(Mamba2Config(),) * depth)
+    for size, (d_model, depth) in _MAMBA2_SIZES.items()
+}
+
+_ML_MAMBA = CobraConfig(
+    image=ImageConfig(height=384, width=384),
+    vision_encoder=FusedEncoderConfig(
+        towers=(
+            TimmEncoderConfig(name="vit_large_patch14_reg4_dinov2.lvd142m"),
+            TimmEncoderConfig(name="vit_so400m_patch14_siglip_384"),
+        )
+    ),
+    connector=MSCConfig(
+        order="bi2", combine="mean", pre_norm=False, swiglu=True, depth=2, projector="fused_mlp"
+    ),
+    lm=_MAMBA2_LMS["2.7b"],
+    template="zephyr",
+)
+
+PRESETS: dict[str, CobraConfig] = {
+    "tiny": _TINY,
+    "transformer-tiny": replace(_TINY, lm=transformer_twin(_TINY.lm, headdim=32)),
+    **{f"mamba2-{size}": replace(_TINY, lm=lm) for size, lm in _MAMBA2_LMS.items()},
+    **{f"transformer-{size}": replace(_TINY, lm=transformer_twin(lm)) for size, lm in _MAMBA2_LMS.items()},
+    # ML-Mamba's connector as its code has it, and as the paper's figures draw it (four directions).
+    "ml-mamba-3b": _ML_MAMBA,
+    "ml-mamba-3b-drawn": replace(
+        _ML_MAMBA,
+        connector=replace(_ML_MAMBA.connector, order="cross4", combine="sum", pre_norm=True),
+    ),
+    "transformer-3b": replace(
+        _ML_MAMBA, connector=FusedMLPConfig(), lm=transformer_twin(_MAMBA2_LMS["2.7b"])
+    ),
+}

@@ -1,0 +1,384 @@
+"""Answers: prompts are read once, in chunks, then tokens are decoded one by one from the state.
+
+These are the bodies of the methods of `Cobra` with the same names. A conversation is a `State`: its
+`info` says how many images were read (`num_images`) and whether a user turn stands open (`turn`: open or
+closed).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cobra.processor import Images, iter_images, list_images, pad
+from cobra.prompt import body, count_marks, mark_images, open_turn, split_marks
+from cobra.sampling import Sampler
+from cobra.streaming import Streamer
+from cobra.tokenizer import IMAGE
+from vision_scan.errors import UserError
+
+if TYPE_CHECKING:
+    from cobra.lm.state import State
+    from cobra.model import Cobra
+
+CHUNK_SIZE = 2048  # tokens read at a time: bounds the memory of a prefill, whatever its length
+
+
+@torch.no_grad()
+def generate(
+    model: "Cobra",
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    image_sizes: Tensor | None = None,
+    tiles_per_image: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float | None = 1.0,
+    top_k: int | None = 0,
+    top_p: float | None = 1.0,
+    seed: int | Sequence[int] | None = None,
+    stop_ids: Sequence[int] | None = None,
+    streamer: Streamer | None = None,
+    state: "State | None" = None,
+    return_state: bool = False,
+) -> "Tensor | tuple[Tensor, State]":
+    """Continues a batch of prompts, as a `Processor` makes them; every row as if it were alone.
+
+    Args:
+        input_ids: (batch, seqlen), int64.
+        attention_mask: (batch, seqlen), 0 at pads, on either side; None: there are none.
+        pixel_values: (num_tiles, 3, height, width) in [0, 1], in the order of the image tokens.
+        image_sizes: (num_images, 2); not needed, accepted with the rest of the batch.
+        tiles_per_image: (num_images,); must add up to `num_tiles` if given.
+        max_new_tokens: where a row ends at the latest.
+        do_sample, temperature, top_k, top_p, seed: see `cobra.sampling.Sampler`; greedy by default.
+        stop_ids: a row ends after any of these; by default the end token of the model's template.
+        streamer: gets every new token.
+        state: what was read before, left as it is; with one row it serves every row of the batch.
+        return_state: also return the state after every returned token.
+    Returns:
+        ids: (batch, num_new), int64, rows filled up with `<pad>` after their stop token.
+        state: if asked for.
+    """
+    batch = len(input_ids)
+    _check_length(max_new_tokens)
+    sampler = Sampler(batch, do_sample, temperature, top_k, top_p, seed)
+    if tiles_per_image is not None:
+        _check_tiles(pixel_values, int(tiles_per_image.sum()))
+    ids, mask = _align_left(input_ids.to(model.device), attention_mask, model.tokenizer.pad_id)
+    state = _own(model, state, batch)
+    embeds = model.embed(ids, None if pixel_values is None else pixel_values.to(model.device))
+    logits, state = _feed(model, embeds, mask, state, CHUNK_SIZE)
+    stop = [model.processor.template.end_id(model.tokenizer)] if stop_ids is None else stop_ids
+    new, state = _decode(model, logits, state, sampler, max_new_tokens, stop, streamer, return_state)
+    state.info["turn"] = "closed"
+    return (new, state) if return_state else new
+
+
+@torch.no_grad()
+def prefill(
+    model: "Cobra",
+    text: str = "",
+    images: Images = None,
+    *,
+    state: "State | None" = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> "State":
+    """Reads text and images into a user turn and leaves the turn open, for any number of `answer`s.
+
+    Args:
+        text: may hold `<image>` marks; without any, the images come first, a line each.
+        images: one or several; an iterator is consumed as it is read, so that memory stays bounded.
+        state: a conversation to continue, left as it is; an open turn is prolonged.
+        chunk_size: tokens read at a time.
+    """
+    return _extend_turn(model, _own(model, state, 1), text, images, chunk_size)
+
+
+@torch.no_grad()
+def answer(
+    model: "Cobra",
+    question: str,
+    images: Images = None,
+    *,
+    state: "State | None" = None,
+    max_new_tokens: int = 128,
+    do_sample: bool = False,
+    temperature: float | None = 1.0,
+    top_k: int | None = 0,
+    top_p: float | None = 1.0,
+    seed: int | None = None,
+    streamer: Streamer | None = None,
+    return_state: bool = False,
+) -> "str | tuple[str, State]":
+    """Answers a question about images, about what a state has read, or both.
+
+    Args:
+        question: may hold `<image>` marks, as many as images; without any, the images come first.
+        images: one or several, of which only a chunk is in memory at a time.
+        state: from `prefill` (the open turn is completed) or from an earlier `answer` (a new turn is
+            opened); left as it is.
+        return_state: also return the state after the answer, for the next question.
+    """
+    _check_length(max_new_tokens)
+    sampler = Sampler(1, do_sample, temperature, top_k, top_p, seed)
+    tokenizer, template = model.tokenizer, model.processor.template
+    # Images ahead of the question are read exactly as prefill() reads them, which makes an answer
+    # from a state the same as a fresh one to the last bit.
+    inline = images if count_marks(question) else None
+    state = _own(model, state, 1)
+    state = _extend_turn(model, state, "", None if count_marks(question) else images)
+    pieces = [*_pieces(model, question, inline), template.encode(template.user_close, tokenizer)]
+    logits, state = _read(model, state, pieces)
+    end = template.end_id(tokenizer)
+    new, state = _decode(model, logits, state, sampler, max_new_tokens, [end], streamer, return_state)
+    text = tokenizer.decode(new[0].tolist())
+    if not return_state:
+        return text
+    if end not in new[0]:  # cut off: close the turn, so that the next one can open
+        _, state = _read(model, state, [[end]])
+    state.info["turn"] = "closed"
+    return text, state
+
+
+def answer_batch(
+    model: "Cobra",
+    requests: Sequence[tuple[str, Images]],
+    *,
+    state: "State | None" = None,
+    max_new_tokens: int = 128,
+    do_sample: bool = False,
+    temperature: float | None = 1.0,
+    top_k: int | None = 0,
+    top_p: float | None = 1.0,
+    seed: int | Sequence[int] | None = None,
+) -> list[str]:
+    """Answers several questions at once; in float32 the same as `answer` for each alone.
+
+    Args:
+        requests: pairs of a question and its images (or None).
+        state: what all of them are asked about, read once and left as it is.
+    Raises:
+        UserError: naming the request, if its marks and images differ in number.
+    """
+    if not requests:
+        return []
+    tokenizer, template = model.tokenizer, model.processor.template
+    opening = _opening(model, state)
+    closing = template.encode(template.user_close, tokenizer)
+    rows, tiles = [], []
+    for index, (question, images) in enumerate(requests):
+        new = [model.processor.pixels(image) for image in iter_images(images)]
+        try:
+            marked = mark_images(question, len(new))
+        except UserError as error:
+            raise UserError(f"request {index}: {error}") from error
+        lengths = (_num_tokens(model, tile) for tile in new)
+        rows.append(opening + body(marked, tokenizer, lengths) + closing)
+        tiles += new
+    input_ids, attention_mask = pad(rows, tokenizer.pad_id, "left")
+    ids = generate(
+        model,
+        input_ids,
+        attention_mask,
+        torch.cat(tiles) if tiles else None,
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        state=state,
+    )
+    assert isinstance(ids, Tensor)
+    return [tokenizer.decode(row) for row in ids.tolist()]
+
+
+def _own(model: "Cobra", state: "State | None", batch: int) -> "State | None":
+    """A state for `batch` rows that may be overwritten."""
+    if state is None:
+        return None
+    if state.batch == batch:
+        return state.clone().to(model.device)
+    if state.batch == 1:
+        return state.select(torch.zeros(batch, dtype=torch.int64)).to(model.device)
+    raise UserError(f"a state of {state.batch} rows for {batch} prompts: give one with 1 or {batch}")
+
+
+def _check_length(max_new_tokens: int) -> None:
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens={max_new_tokens}: must be 0 or more")
+
+
+def _check_tiles(pixel_values: Tensor | None, expected: int) -> None:
+    num_tiles = 0 if pixel_values is None else len(pixel_values)
+    if num_tiles != expected:
+        raise UserError(f"{num_tiles} tiles in pixel_values, but tiles_per_image says {expected}")
+
+
+def _align_left(ids: Tensor, mask: Tensor | None, pad_id: int) -> tuple[Tensor, Tensor | None]:
+    """Moves pads to the left and drops columns of nothing but pads, so that every row ends with its
+    last token; the mask is None if no pad is left."""
+    if mask is None:
+        mask = torch.ones_like(ids)
+    if mask.shape != ids.shape:
+        raise UserError(
+            f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}: "
+            "it must have that of the new tokens"
+        )
+    mask = mask.to(ids.device).bool()
+    lengths = mask.sum(1)
+    if not ids.numel() or not lengths.min():
+        raise UserError("a prompt is empty: each row needs at least one token")
+    order = mask.byte().argsort(dim=1, stable=True)
+    longest = int(lengths.max())
+    ids = ids.masked_fill(~mask, pad_id).gather(1, order)[:, -longest:]
+    mask = mask.gather(1, order)[:, -longest:]
+    return ids, None if mask.all() else mask.long()
+
+
+def _opening(model: "Cobra", state: "State | None") -> list[int]:
+    """The ids that the next words of the user need before them."""
+    turn = None if state is None else state.info.get("turn")
+    if turn == "open":
+        return []
+    return open_turn(model.processor.template, model.tokenizer, [], first=turn is None)
+
+
+def _extend_turn(
+    model: "Cobra", state: "State | None", text: str, images: Images, chunk_size: int = CHUNK_SIZE
+) -> "State":
+    """Appends to the open user turn of an own state, after opening one if there is none."""
+
+    def pieces() -> Iterator[list[int] | Tensor]:
+        yield opening
+        yield from _pieces(model, text, images)
+
+    opening = _opening(model, state)
+    _, state = _read(model, state, pieces(), chunk_size)
+    state.info["turn"] = "open"
+    return state
+
+
+def _pieces(model: "Cobra", text: str, images: Images) -> Iterator[list[int] | Tensor]:
+    """A text with images as ids and tiles, in reading order, one image at a time."""
+    encode, pixels = model.tokenizer.encode, model.processor.pixels
+    marks = count_marks(text)
+    if not marks:
+        for image in iter_images(images):
+            yield pixels(image)
+            yield encode("\n")
+        yield encode(text)
+        return
+    sources = list_images(images, most=marks + 1)
+    if len(sources) != marks:
+        given = f"more than {marks}" if len(sources) > marks else len(sources)
+        raise UserError(f"{marks} {IMAGE} marks for {given} images: the two must be equal")
+    remaining = iter(sources)
+    for piece in split_marks(text):
+        yield pixels(next(remaining)) if piece == IMAGE else encode(piece)
+
+
+def _num_tokens(model: "Cobra", tiles: Tensor) -> int:
+    return len(tiles) * model.config.tokens_per_tile
+
+
+def _read(
+    model: "Cobra",
+    state: "State | None",
+    pieces: Iterable[list[int] | Tensor],
+    chunk_size: int = CHUNK_SIZE,
+) -> "tuple[Tensor, State]":
+    """Reads ids and images into an own state of one row: (logits after the last token, state)."""
+    logits = torch.empty(0)
+    num_images = state.info.get("num_images", 0) if state else 0
+    ids: list[int] = []
+    tiles: list[Tensor] = []
+
+    def flush() -> None:
+        nonlocal logits, state
+        row = torch.tensor([ids], dtype=torch.int64, device=model.device)
+        embeds = model.embed(row, torch.cat(tiles).to(model.device) if tiles else None)
+        logits, state = _feed(model, embeds, None, state, chunk_size)
+        ids.clear()
+        tiles.clear()
+
+    for piece in pieces:
+        if isinstance(piece, Tensor):
+            num_images += 1
+            tiles.append(piece)
+            piece = [model.tokenizer.image_id] * _num_tokens(model, piece)
+        ids += piece
+        if len(ids) >= chunk_size:
+            flush()
+    if ids:
+        flush()
+    assert state is not None  # what starts with nothing starts with the opening of a turn
+    state.info["num_images"] = num_images
+    return logits, state
+
+
+def _feed(
+    model: "Cobra", embeds: Tensor, mask: Tensor | None, state: "State | None", chunk_size: int
+) -> "tuple[Tensor, State]":
+    """Runs embeddings (batch, seqlen, d_model) through the language model, a chunk at a time, over an
+    own state: (logits (batch, 1, vocab) after the last token, state)."""
+    logits = torch.empty(0)
+    for start in range(0, embeds.shape[1], chunk_size):
+        chunk = slice(start, start + chunk_size)
+        logits, state = model.lm(
+            inputs_embeds=embeds[:, chunk],
+            state=state,
+            attention_mask=None if mask is None else mask[:, chunk],
+            logits_to_keep=1,
+            overwrite_state=True,
+        )
+    assert state is not None  # callers have at least one token
+    return logits, state
+
+
+def _decode(
+    model: "Cobra",
+    logits: Tensor,
+    state: "State",
+    sampler: Sampler,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    streamer: Streamer | None,
+    needs_state: bool,
+) -> "tuple[Tensor, State]":
+    """Makes tokens from the logits (batch, 1, vocab) after a prompt and an own state of it.
+
+    The last token is read into the state only if the state is needed.
+    """
+    pad_id = model.tokenizer.pad_id
+    stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=logits.device)
+    running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    new: list[Tensor] = []
+    while len(new) < max_new_tokens:
+        token = sampler(logits[:, -1]).where(running, pad_id)
+        new.append(token)
+        if streamer is not None:
+            streamer.put(token.cpu())
+        fed = running
+        running = running & ~torch.isin(token, stop)
+        is_last = len(new) == max_new_tokens or not running.any()
+        if is_last and not needs_state:
+            break
+        logits, state = model.lm(
+            input_ids=token.unsqueeze(1),
+            state=state,
+            attention_mask=None if fed.all() else fed.long().unsqueeze(1),
+            logits_to_keep=1,
+            overwrite_state=True,
+        )
+        if is_last:
+            break
+    if streamer is not None:
+        streamer.end()
+    if not new:
+        return torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device), state
+    return torch.stack(new, dim=1), state

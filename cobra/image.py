@@ -1,0 +1,171 @@
+"""Images: a file, bytes or a PIL image to an upright RGB picture, and on to pixels of a fixed size."""
+
+import io
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from vision_scan.errors import UserError
+
+ImageSource = str | Path | bytes | Image.Image
+
+# What Pillow's readers raise on damaged files, by experience; the list is theirs, not ours.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_GREY = (127, 127, 127)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """The pixels of a tile as the vision encoder gets them.
+
+    Attributes:
+        height: of a tile, in pixels.
+        width: of a tile, in pixels.
+        resize: how an image of another shape is fitted: "squash" ignores its aspect ratio, "letterbox"
+            keeps it and fills up with grey (near every tower's mean), "crop" keeps it and cuts off
+            what sticks out, equally on both sides.
+    """
+
+    height: int
+    width: int
+    resize: Literal["squash", "letterbox", "crop"] = "squash"
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise UserError(f"image size {self.height}x{self.width}: both must be 1 or more")
+        if self.resize not in ("squash", "letterbox", "crop"):
+            raise UserError(f"image.resize={self.resize!r}: allowed are squash, letterbox, crop")
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """Decodes an image completely, as a person would see it.
+
+    The EXIF orientation is applied, transparency is laid over white, 16-bit depth is brought to 8
+    bits, every colour mode becomes RGB, and an animation gives its current (for a file: first) frame.
+
+    Args:
+        source: a path, the bytes of an image file, or a PIL image (left as it was).
+    Raises:
+        UserError: naming the file, if it is missing, empty, truncated or not an image.
+    """
+    name = _name(source)
+    opened = _identify(source, name)
+    try:
+        opened.load()
+        image = _to_rgb(_upright(opened))
+    except _DECODE_ERRORS as error:
+        raise UserError(f"{name}: the image is damaged or not supported ({error})") from error
+    finally:
+        if opened is not source:
+            opened.close()
+    if not image.width or not image.height:
+        raise UserError(f"{name}: the image has no pixels ({image.width}x{image.height})")
+    return image
+
+
+def check_image(path: str | Path) -> tuple[int, int]:
+    """Looks at an image file's header only, without decoding it: (height, width) as stored.
+
+    Raises:
+        UserError: naming the file, if it is missing, empty or not an image.
+    """
+    with _identify(path, _name(path)) as image:
+        return image.height, image.width
+
+
+def to_pixels(image: Image.Image, config: ImageConfig) -> Tensor:
+    """Fits an RGB image to one tile: (1, 3, height, width), float32 in [0, 1]."""
+    target = (config.width, config.height)
+    if config.resize == "crop":
+        image = ImageOps.fit(image, target, Image.Resampling.BICUBIC)
+    elif config.resize == "letterbox":
+        image = _letterbox(image, *target)
+    elif image.size != target:
+        image = image.resize(target, Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
+    return (pixels / 255).permute(2, 0, 1).unsqueeze(0).contiguous()
+
+
+def _name(source: ImageSource) -> str:
+    if isinstance(source, (str, Path)):
+        return str(source)
+    if isinstance(source, bytes):
+        return f"<{len(source)} bytes>"
+    return str(getattr(source, "filename", "") or "<image in memory>")
+
+
+def _identify(source: ImageSource, name: str) -> Image.Image:
+    """Opens `source` as far as its header."""
+    if isinstance(source, Image.Image):
+        return source
+    if not isinstance(source, (str, Path, bytes)):
+        raise UserError(f"an image must be a path, bytes or a PIL image, got {type(source).__name__}")
+    if isinstance(source, (str, Path)):
+        # os.path, as pathlib raises an error for a name that no file can have.
+        if not os.path.exists(source):
+            raise UserError(f"{name}: no such file")
+        if not os.path.isfile(source):
+            raise UserError(f"{name}: not a file; give an image file")
+    size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+    if not size:
+        raise UserError(f"{name}: the file is empty (0 bytes)")
+    try:
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except PermissionError as error:
+        raise UserError(f"{name}: no permission to read it") from error
+    except _DECODE_ERRORS as error:
+        raise UserError(f"{name}: not an image that Pillow can read") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DECODE_ERRORS:  # every viewer shows a picture with broken EXIF data; so do we
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode[0] in "IF":
+        # Pillow clips these modes to 0..255, which turns a 16-bit image white.
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        if image.mode.startswith("I;16") or (image.mode == "I" and values.max(initial=0) > 255):
+            values = values / 257
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _letterbox(image: Image.Image, width: int, height: int) -> Image.Image:
+    scale = min(width / image.width, height / image.height)
+    # A very long image must keep at least one pixel across.
+    inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    canvas = Image.new("RGB", (width, height), _GREY)
+    corner = ((width - inner[0]) // 2, (height - inner[1]) // 2)
+    canvas.paste(image.resize(inner, Image.Resampling.BICUBIC), corner)
+    return canvas

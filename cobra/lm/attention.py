@@ -1,0 +1,176 @@
+"""Causal self-attention with rotary positions, grouped keys and values and an optional sliding window.
+
+The cache is a buffer of slots; the key of position p stands in slot p modulo the number of slots, so that a
+full cache and the ring of a sliding window are one thing. `position` tells which token a slot holds, -1
+none: padding is never written, and a new segment empties the cache.
+
+Source: Vaswani et al. 2017 (arXiv:1706.03762); RoPE: Su et al. 2021 (arXiv:2104.09864), halves rotated as in
+Llama; GQA: Ainslie et al. 2023 (arXiv:2305.13245).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vision_scan.errors import UserError
+
+from .mixer import LayerCost, LayerState, Segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """num_heads query heads of headdim share num_kv_heads keys and values; a token sees the last `window`
+    tokens, itself included (None: all); rope_theta None: no positions."""
+
+    kind: Literal["attention"] = "attention"
+    num_heads: int
+    num_kv_heads: int
+    headdim: int = 64
+    rope_theta: float | None = 10000.0
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"attention: num_heads {self.num_heads} must be a multiple of "
+                f"num_kv_heads {self.num_kv_heads}"
+            )
+        if self.headdim % 2 and self.rope_theta is not None:
+            raise UserError(f"attention: headdim {self.headdim} must be even for rotary positions")
+        if self.window is not None and self.window < 1:
+            raise UserError(f"attention: window {self.window} must be 1 or more, or none")
+
+    def cost(self, d_model: int) -> LayerCost:
+        queries, keys = self.num_heads * self.headdim, self.num_kv_heads * self.headdim
+        parameters = 2 * d_model * (queries + keys)
+        return LayerCost(
+            parameters=parameters,
+            flops_per_token=2 * parameters,
+            flops_per_context_token=4 * queries,
+            cache_elements=2 * keys,
+            cache_index_bytes=8,  # the position of each slot, int64
+            window=self.window,
+        )
+
+
+class Attention(nn.Module):
+    """See the contract in mixer.py. State: `k`, `v` (batch, num_kv_heads, slots, headdim) in the model's
+    dtype, keys already rotated, and `position` (batch, slots) int64."""
+
+    Config = AttentionConfig
+
+    def __init__(self, config: AttentionConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        queries, keys = config.num_heads * config.headdim, config.num_kv_heads * config.headdim
+        self.q_proj = nn.Linear(d_model, queries, bias=False)
+        self.k_proj = nn.Linear(d_model, keys, bias=False)
+        self.v_proj = nn.Linear(d_model, keys, bias=False)
+        self.o_proj = nn.Linear(queries, d_model, bias=False)
+
+    def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
+        slots = self._slots(max(capacity, 1))
+        size = (batch, self.config.num_kv_heads, slots, self.config.headdim)
+        return {
+            "k": torch.zeros(size, device=device, dtype=dtype),
+            "v": torch.zeros(size, device=device, dtype=dtype),
+            "position": torch.full((batch, slots), -1, device=device),
+        }
+
+    def _slots(self, needed: int) -> int:
+        return self.config.window if self.config.window is not None else needed
+
+    def forward(self, x: Tensor, state: LayerState | None, segments: Segments) -> tuple[Tensor, LayerState]:
+        seqlen = x.shape[1]
+        positions, runs = segments.positions_and_runs(seqlen, x.device)
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.config.headdim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.config.rope_theta is not None:
+            q, k = rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta)
+        if state is not None and segments.overwrite and seqlen == 1 and segments.uniform_start is not None:
+            y, state = self._decode(q, k, v, positions, state, segments.uniform_start)
+        else:
+            y, state = self._attend(q, k, v, positions, runs, state, segments)
+        return self.o_proj(y.transpose(1, 2).flatten(-2)), state
+
+    def _decode(self, q, k, v, positions, state, start) -> tuple[Tensor, LayerState]:
+        """One token for all rows at the same position, written into the cache in place."""
+        slots = state["k"].shape[2]
+        if self.config.window is None and start >= slots:
+            state = self._place(state, k[:, :, :0], v[:, :, :0], positions[:, :0], None, 2 * start + 1)
+            slots = state["k"].shape[2]
+        slot = start % slots
+        state["k"][:, :, slot], state["v"][:, :, slot] = k[:, :, 0], v[:, :, 0]
+        state["position"][:, slot] = positions[:, 0]
+        filled = min(start + 1, slots)
+        return attend(q, state["k"][:, :, :filled], state["v"][:, :, :filled], None), state
+
+    def _attend(self, q, k, v, positions, runs, state, segments) -> tuple[Tensor, LayerState]:
+        """Any number of tokens on any rows; nothing is overwritten."""
+        longest = int(segments.ends(q.shape[2]).max())
+        if state is None and segments.seq_idx is None and self.config.window is None:
+            y = attend(q, k, v, None, is_causal=True)
+            return y, self._place(None, k, v, positions, runs, longest)
+        keys, values, key_positions, key_runs = k, v, positions, runs
+        if state is not None:
+            keys, values = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
+            key_positions = torch.cat([state["position"], positions], 1)
+            key_runs = torch.cat([torch.zeros_like(state["position"]), runs], 1)
+        gap = positions[:, :, None] - key_positions[:, None, :]
+        seen = (gap >= 0) & (key_positions[:, None, :] >= 0) & (runs[:, :, None] == key_runs[:, None, :])
+        if self.config.window is not None:
+            seen &= gap < self.config.window
+        padding = (positions < 0)[:, :, None]
+        y = attend(q, keys, values, (seen | padding)[:, None])  # a row of no keys would be NaN
+        y = torch.where(padding[:, None], 0.0, y)
+        return y, self._place(state, k, v, positions, runs, longest)
+
+    def _place(self, state, k, v, positions, runs, longest) -> LayerState:
+        """A cache of at least `longest` positions with the old keys of the last segment and the new ones."""
+        if state is not None:
+            if runs is not None:
+                old_runs = torch.zeros_like(state["position"])
+                runs = torch.cat([old_runs, runs], 1)
+            k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
+            positions = torch.cat([state["position"], positions], 1)
+            longest = max(longest, state["position"].shape[1])
+        slots = self._slots(longest)
+        keep = positions >= 0
+        if runs is not None:
+            keep = keep & (runs == runs[:, -1:])
+        if self.config.window is not None:
+            last = torch.where(keep, positions, -1).amax(1, keepdim=True)
+            keep = keep & (positions > last - slots)
+        target = torch.where(keep, positions % slots, slots)  # one slot more takes what is dropped
+        index = target[:, None, :, None].expand_as(k)
+        size = (*k.shape[:2], slots + 1, k.shape[3])
+        return {
+            "k": k.new_zeros(size).scatter(2, index, k)[:, :, :slots],
+            "v": v.new_zeros(size).scatter(2, index, v)[:, :, :slots],
+            "position": positions.new_full((k.shape[0], slots + 1), -1).scatter(1, target, positions)[
+                :, :slots
+            ],
+        }
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+    """Softmax attention; q (batch, num_heads, queries, headdim), k and v with num_kv_heads."""
+    shared = q.shape[1] != k.shape[1]
+    return nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=shared
+    )
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding: x (batch, heads, seqlen, headdim), positions (batch, seqlen)."""
+    half = x.shape[-1] // 2
+    wide = torch.promote_types(x.dtype, torch.float32)
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+    angle = positions[:, None, :, None].to(wide) * frequency
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.to(wide).split(half, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -1,0 +1,150 @@
+"""The Mamba-2 mixer.
+
+Source: Dao & Gu 2024, "Transformers are SSMs" (arXiv:2405.21060), section 7; parameter names and order of
+the projections as in the released state-spaces checkpoints.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import vision_scan
+from vision_scan.errors import UserError
+
+from .mixer import LayerCost, LayerState, Segments
+from .precision import Float32Parameters, RMSNorm
+
+UPDATE_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config:
+    """Mamba-2 with d_inner = expand * d_model in heads of headdim; dt starts log-uniform in
+    [dt_min, dt_max] and is clamped to dt_limit in use."""
+
+    kind: Literal["mamba2"] = "mamba2"
+    d_state: int = 128
+    headdim: int = 64
+    expand: int = 2
+    ngroups: int = 1
+    d_conv: int = 4
+    chunk_size: int = 256
+    norm_before_gate: bool = False
+    norm_eps: float = 1e-5
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_limit: tuple[float, ...] = (0.0, math.inf)
+
+    def nheads(self, d_model: int) -> int:
+        d_inner = self.expand * d_model
+        if d_inner % self.headdim or (d_inner // self.headdim) % self.ngroups:
+            raise UserError(
+                f"mamba2: expand * d_model = {d_inner} must be a multiple of headdim {self.headdim}, "
+                f"and the number of heads a multiple of ngroups {self.ngroups}"
+            )
+        return d_inner // self.headdim
+
+    def conv_channels(self, d_model: int) -> int:
+        return self.expand * d_model + 2 * self.ngroups * self.d_state
+
+    def cost(self, d_model: int) -> LayerCost:
+        nheads, channels = self.nheads(d_model), self.conv_channels(d_model)
+        d_inner = self.expand * d_model
+        projections = d_model * (d_inner + channels + nheads) + d_inner * d_model
+        state = d_inner * self.d_state
+        return LayerCost(
+            parameters=projections + channels * (self.d_conv + 1) + 3 * nheads + d_inner,
+            # Decay, inflow and readout of the state are 5 operations per element.
+            flops_per_token=2 * projections + 2 * channels * self.d_conv + 5 * state,
+            state_elements=state,
+            tail_elements=channels * (self.d_conv - 1),
+        )
+
+
+class Mamba2(Float32Parameters):
+    """See the contract in mixer.py. State: `conv` (batch, channels, d_conv - 1) in the model's dtype and
+    `ssm` (batch, nheads, headdim, d_state) in float32."""
+
+    Config = Mamba2Config
+    float32_parameters = ("dt_bias", "A_log", "D")
+
+    def __init__(self, config: Mamba2Config, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.d_inner = config.expand * d_model
+        self.nheads = config.nheads(d_model)
+        channels = config.conv_channels(d_model)
+        self.in_proj = nn.Linear(d_model, self.d_inner + channels + self.nheads, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
+        dt = torch.exp(torch.empty(self.nheads).uniform_(math.log(config.dt_min), math.log(config.dt_max)))
+        dt = dt.clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.nheads))
+        self.norm = RMSNorm(self.d_inner, config.norm_eps)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
+        channels, taps = self.conv1d.weight.shape[0], self.config.d_conv - 1
+        wide = torch.promote_types(dtype, torch.float32)
+        size = (batch, self.nheads, self.config.headdim, self.config.d_state)
+        return {
+            "conv": torch.zeros(batch, channels, taps, device=device, dtype=dtype),
+            "ssm": torch.zeros(size, device=device, dtype=wide),
+        }
+
+    def forward(self, x: Tensor, state: LayerState | None, segments: Segments) -> tuple[Tensor, LayerState]:
+        channels = self.conv1d.weight.shape[0]
+        z, xBC, dt = self.in_proj(x).split([self.d_inner, channels, self.nheads], dim=-1)
+        update = state is not None and segments.overwrite and x.shape[1] <= UPDATE_TOKENS
+        mix = self._update if update else self._scan
+        y, state = mix(xBC.transpose(1, 2), dt, state, segments)
+        config = self.config
+        y = vision_scan.gated_rmsnorm(
+            y.flatten(-2), self.norm.weight, z, config.norm_eps,
+            self.d_inner // config.ngroups, config.norm_before_gate,
+        )  # fmt: skip
+        return self.out_proj(y), state
+
+    def _scan(self, xBC, dt, state, segments) -> tuple[Tensor, LayerState]:
+        state = state or {"conv": None, "ssm": None}
+        xBC, conv = vision_scan.causal_conv1d(
+            xBC, self.conv1d.weight[:, 0], self.conv1d.bias, "silu",
+            state["conv"], return_final_state=True, seq_idx=segments.seq_idx,
+        )  # fmt: skip
+        y, ssm = vision_scan.ssd(
+            *self._ssd_inputs(xBC, dt),
+            initial_state=state["ssm"],
+            return_final_state=True,
+            seq_idx=segments.seq_idx,
+            chunk_size=self.config.chunk_size,
+            **self._ssd_parameters(),
+        )
+        return y, {"conv": conv, "ssm": ssm}
+
+    def _update(self, xBC, dt, state, segments) -> tuple[Tensor, LayerState]:
+        xBC = vision_scan.causal_conv1d_update(
+            state["conv"], xBC, self.conv1d.weight[:, 0], self.conv1d.bias, "silu", segments.seq_idx
+        )
+        y = vision_scan.ssd_update(
+            state["ssm"], *self._ssd_inputs(xBC, dt), seq_idx=segments.seq_idx, **self._ssd_parameters()
+        )
+        return y, state
+
+    def _ssd_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
+        groups = self.config.ngroups * self.config.d_state
+        x, B, C = xBC.transpose(1, 2).split([self.d_inner, groups, groups], dim=-1)
+        x = x.unflatten(-1, (self.nheads, self.config.headdim))
+        B, C = (t.unflatten(-1, (self.config.ngroups, self.config.d_state)) for t in (B, C))
+        return x, dt, -torch.exp(self.A_log), B, C
+
+    def _ssd_parameters(self) -> dict:
+        return {
+            "D": self.D,
+            "dt_bias": self.dt_bias,
+            "dt_softplus": True,
+            "dt_limit": self.config.dt_limit,
+        }

@@ -1,0 +1,41 @@
+"""The gated feed-forward layer of Llama-like transformers.
+
+Source: Shazeer 2020, "GLU Variants Improve Transformer" (arXiv:2002.05202); parameter names as in Llama.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .mixer import LayerCost, LayerState, Segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    """SwiGLU: down(SiLU(gate(x)) * up(x)) with d_ff channels inside."""
+
+    kind: Literal["mlp"] = "mlp"
+    d_ff: int
+
+    def cost(self, d_model: int) -> LayerCost:
+        parameters = 3 * d_model * self.d_ff
+        return LayerCost(parameters=parameters, flops_per_token=2 * parameters)
+
+
+class MLP(nn.Module):
+    """See the contract in mixer.py. It has no state."""
+
+    Config = MLPConfig
+
+    def __init__(self, config: MLPConfig, d_model: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, d_model, bias=False)
+
+    def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
+        return {}
+
+    def forward(self, x: Tensor, state: LayerState | None, segments: Segments) -> tuple[Tensor, LayerState]:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)), {}

@@ -1,0 +1,177 @@
+"""The language model: embedding, a stack of layers of any kind, final norm, head."""
+
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+
+from vision_scan.errors import UserError
+
+from .attention import Attention
+from .mamba2 import Mamba2
+from .mixer import Segments
+from .mlp import MLP
+from .precision import RMSNorm
+from .state import State
+
+LAYERS: dict[str, type[nn.Module]] = {
+    "attention": Attention,
+    "mamba2": Mamba2,
+    "mlp": MLP,
+}
+
+LayerConfig = Union[tuple(layer.Config for layer in LAYERS.values())]  # noqa: UP007 (built from LAYERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMConfig:
+    """A language model: `layers` from the first to the last, each with a norm in front and a residual
+    connection around it."""
+
+    d_model: int
+    vocab_size: int
+    layers: tuple[LayerConfig, ...]
+    norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.d_model, self.vocab_size, len(self.layers)) < 1:
+            raise UserError("lm: d_model, vocab_size and the number of layers must be 1 or more")
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)); the residual stream stays float32 (or wider)."""
+
+    def __init__(self, config: LayerConfig, lm: LMConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(lm.d_model, lm.norm_eps)
+        self.mixer = LAYERS[config.kind](config, lm.d_model)
+
+    def forward(self, x: Tensor, state: dict | None, segments: Segments, dtype: torch.dtype):
+        y, state = self.mixer(self.norm(x).to(dtype), state, segments)
+        return x + y, state
+
+
+class LanguageModel(nn.Module):
+    """Token ids or embeddings in, logits and state out."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.layers = nn.ModuleList(Block(layer, config) for layer in config.layers)
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embedding.weight
+        self._scale_residual_projections()
+
+    def _scale_residual_projections(self) -> None:
+        """Keeps the variance of the residual stream at the start independent of depth (as GPT-2)."""
+        for block in self.layers:
+            for name in ("out_proj", "o_proj", "down_proj"):
+                if hasattr(block.mixer, name):
+                    getattr(block.mixer, name).weight.data /= len(self.layers) ** 0.5
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def allocate_state(self, batch: int, capacity: int = 0) -> State:
+        """The state of rows that have read nothing.
+
+        Args:
+            batch: number of rows.
+            capacity: tokens that full attention caches reserve room for; they grow when it is exceeded.
+        """
+        layers = [block.mixer.allocate(batch, capacity, self.device, self.dtype) for block in self.layers]
+        return State(layers, torch.zeros(batch, dtype=torch.int64))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        state: State | None = None,
+        attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        logits_to_keep: int = 0,
+        overwrite_state: bool = False,
+    ) -> tuple[Tensor, State]:
+        """Reads tokens.
+
+        Args:
+            input_ids: (batch, seqlen), or
+            inputs_embeds: (batch, seqlen, d_model); seqlen >= 1.
+            state: what the rows have read before; never changed unless `overwrite_state`.
+            attention_mask: (batch, seqlen), 0 or False at padding on any side: state unchanged, the logits
+                there mean nothing.
+            seq_idx: (batch, seqlen) integer, packed segments: a change starts a new one; below 0 is padding.
+            logits_to_keep: logits of the last so many positions only; 0: of all.
+            overwrite_state: the state given may be updated in place (decoding).
+        Returns:
+            logits: (batch, kept, vocab_size), float32 or wider; the state after the last real token.
+        Raises:
+            UserError: on inputs that do not fit together.
+        """
+        hidden, state = self.read(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            state=state,
+            attention_mask=attention_mask,
+            seq_idx=seq_idx,
+            overwrite_state=overwrite_state,
+        )
+        return self.logits(hidden[:, -logits_to_keep:]), state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d_model) -> (..., vocab_size), float32 or wider."""
+        logits = self.lm_head(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def read(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        state: State | None = None,
+        attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        overwrite_state: bool = False,
+    ) -> tuple[Tensor, State]:
+        """As `forward`, but the normed hidden states (batch, seqlen, d_model) instead of logits."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("the language model takes either input_ids or inputs_embeds, exactly one of them")
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, seqlen = x.shape[:2]
+        seq_idx = self._segment_index(batch, seqlen, attention_mask, seq_idx)
+        if state is not None and state.batch != batch:
+            raise UserError(f"the state has {state.batch} rows, the input {batch}; select or batch the state")
+        starts = torch.zeros(batch, dtype=torch.int64) if state is None else state.lengths
+        segments = Segments(starts, seq_idx, overwrite_state)
+        dtype = x.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))
+        layers = []
+        for index, block in enumerate(self.layers):
+            x, layer = block(x, state.layers[index] if state else None, segments, dtype)
+            layers.append(layer)
+        info = state.info if state else {}
+        return self.norm_f(x).to(dtype), State(layers, segments.ends(seqlen), dict(info))
+
+    def _segment_index(self, batch, seqlen, attention_mask, seq_idx) -> Tensor | None:
+        for name, given in (("attention_mask", attention_mask), ("seq_idx", seq_idx)):
+            if given is not None and tuple(given.shape) != (batch, seqlen):
+                raise UserError(
+                    f"{name} must have the shape of the new tokens {(batch, seqlen)}, "
+                    f"got {tuple(given.shape)}"
+                )
+        if attention_mask is None or bool(attention_mask.all()):
+            return None if seq_idx is None else seq_idx.long()
+        inside = torch.zeros_like(attention_mask, dtype=torch.int64) if seq_idx is None else seq_idx.long()
+        return torch.where(attention_mask.bool(), inside, -1)

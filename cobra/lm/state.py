@@ -1,0 +1,107 @@
+"""What a language model remembers of the tokens that it has read."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_scan.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class State:
+    """The memory of a batch of rows: matrix states and convolution tails of state-space layers, keys and
+    values of attention layers.
+
+    Attributes:
+        layers: per layer, name -> tensor (batch, ...); empty for layers without memory.
+        lengths: (batch,) int64 on the CPU, how many tokens each row's current segment has read.
+        info: what callers keep with it (JSON-able), for instance token and image counts.
+    """
+
+    layers: list[dict[str, Tensor]]
+    lengths: Tensor
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, reserved capacity of caches included."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.values())
+
+    def _map(self, change, lengths: Tensor) -> "State":
+        layers = [{name: change(tensor) for name, tensor in layer.items()} for layer in self.layers]
+        return State(layers, lengths, json.loads(json.dumps(self.info)))
+
+    def clone(self) -> "State":
+        """A copy that shares no memory."""
+        return self._map(torch.clone, self.lengths.clone())
+
+    def detach(self) -> "State":
+        """The same values, cut off from autograd."""
+        return self._map(torch.Tensor.detach, self.lengths)
+
+    def to(self, device: torch.device | str) -> "State":
+        return self._map(lambda tensor: tensor.to(device), self.lengths)
+
+    def select(self, rows: Tensor) -> "State":
+        """The state of some rows, as a copy; a row named several times is branched."""
+        return self._map(
+            lambda tensor: tensor.index_select(0, rows.to(tensor.device)), self.lengths[rows.cpu()]
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file; read it back with `State.load`."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"layers.{index}.{name}": tensor.detach().cpu().contiguous()
+            for index, layer in enumerate(self.layers)
+            for name, tensor in layer.items()
+        }
+        header = {
+            "format_version": FORMAT_VERSION,
+            "num_layers": len(self.layers),
+            "info": self.info,
+        }
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        save_file({**tensors, "lengths": self.lengths}, partial, {"cobra_state": json.dumps(header)})
+        partial.replace(path)
+
+    @staticmethod
+    def load(path: str | Path) -> "State":
+        """Reads a state file.
+
+        Raises:
+            UserError: if the file is missing or is no state.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = (file.metadata() or {}).get("cobra_state")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a readable state file ({error})") from None
+        if header is None:
+            raise UserError(f"{path}: a safetensors file, but not a state written by State.save")
+        header = json.loads(header)
+        if header["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: state format {header['format_version']}, this version reads {FORMAT_VERSION}"
+            )
+        layers: list[dict[str, Tensor]] = [{} for _ in range(header["num_layers"])]
+        lengths = tensors.pop("lengths")
+        for name, tensor in tensors.items():
+            _, index, key = name.split(".", 2)
+            layers[int(index)][key] = tensor
+        return State(layers, lengths, header["info"])

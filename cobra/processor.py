@@ -1,0 +1,130 @@
+"""Texts and images to the tensors that a model takes: resizing, expansion of `<image>`, padding."""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from cobra.image import ImageSource, open_image, to_pixels
+from cobra.prompt import TEMPLATES, Rendered, Turn, body, count_marks, render
+from cobra.tokenizer import IMAGE, Tokenizer
+from vision_scan.errors import UserError, choose
+
+if TYPE_CHECKING:
+    from cobra.config import CobraConfig
+
+Images = Iterable[ImageSource] | ImageSource | None
+
+
+class Processor:
+    """Prepares inputs for one model.
+
+    Args:
+        config: of the model; gives the tile size, the tokens per tile and the prompt template.
+        tokenizer: of the model.
+    """
+
+    def __init__(self, config: "CobraConfig", tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.template = choose("template", config.template, TEMPLATES)
+
+    def __call__(
+        self,
+        text: Sequence[str | Sequence[Turn]],
+        images: Sequence[Images] | None = None,
+        padding_side: Literal["left", "right"] = "left",
+    ) -> dict[str, Tensor | None]:
+        """A padded batch.
+
+        Args:
+            text: per row a raw prompt, whose special tokens are recognised, or a conversation, which
+                is rendered by the model's template (a last user turn leaves the answer to the model).
+            images: per row its images, in the order of the `<image>` marks in its text.
+            padding_side: where short rows are filled up with `<pad>`.
+        Returns:
+            input_ids: (batch, seqlen), int64; each mark expanded to the image's number of tokens.
+            attention_mask: (batch, seqlen), int64, 0 at pads.
+            pixel_values: (num_tiles, 3, height, width), float32 in [0, 1]; None without images.
+            image_sizes: (num_images, 2), int64, height and width before resizing.
+            tiles_per_image: (num_images,), int64.
+        Raises:
+            UserError: naming the row, if its marks and images differ in number.
+        """
+        if isinstance(text, str):
+            raise UserError("text must be a list with one prompt per row, got a single string")
+        if padding_side not in ("left", "right"):
+            raise UserError(f"padding_side={padding_side!r}: allowed are left, right")
+        sources = [None] * len(text) if images is None else list(images)
+        if len(sources) != len(text):
+            raise UserError(f"{len(text)} texts, but images for {len(sources)} rows")
+        rows, tiles, sizes = [], [], []
+        for index, (prompt, row_sources) in enumerate(zip(text, sources, strict=True)):
+            pictures = [open_image(source) for source in list_images(row_sources)]
+            try:
+                rows.append(self._row(prompt, len(pictures)))
+            except UserError as error:
+                raise UserError(f"row {index}: {error}") from error
+            tiles += [self.pixels(picture) for picture in pictures]
+            sizes += [(picture.height, picture.width) for picture in pictures]
+        input_ids, attention_mask = pad(rows, self.tokenizer.pad_id, padding_side)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "pixel_values": torch.cat(tiles) if tiles else None,
+            "image_sizes": torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
+            "tiles_per_image": torch.tensor([len(tile) for tile in tiles], dtype=torch.int64),
+        }
+
+    def pixels(self, image: ImageSource) -> Tensor:
+        """The tiles of one image: (num_tiles, 3, height, width), float32 in [0, 1]."""
+        return to_pixels(open_image(image), self.config.image)
+
+    def image_tokens(self, num_images: int) -> list[int]:
+        """How many tokens each of `num_images` images takes."""
+        return [self.config.tokens_per_tile] * num_images
+
+    def render(self, turns: Sequence[Turn], num_images: int) -> Rendered:
+        """Ids and labels of a conversation to learn from; see `cobra.prompt.render`."""
+        return render(turns, self.tokenizer, self.template, self.image_tokens(num_images))
+
+    def _row(self, prompt: str | Sequence[Turn], num_images: int) -> list[int]:
+        lengths = self.image_tokens(num_images)
+        if not isinstance(prompt, str):
+            return render(prompt, self.tokenizer, self.template, lengths, supervised=False).input_ids
+        marks = count_marks(prompt)
+        if marks != num_images:
+            raise UserError(f"{marks} {IMAGE} marks for {num_images} images: the two must be equal")
+        return body(prompt, self.tokenizer, iter(lengths), allow_special=True)
+
+
+def list_images(images: Images, most: int | None = None) -> list[ImageSource]:
+    """Images however given (none, one, or any iterable, of which at most `most` are taken)."""
+    return list(islice(iter_images(images), most))
+
+
+def iter_images(images: Images) -> Iterable[ImageSource]:
+    """Images however given (none, one, or any iterable), one after the other."""
+    if images is None:
+        return iter(())
+    if isinstance(images, ImageSource):
+        return iter((images,))
+    if not isinstance(images, Iterable):
+        raise UserError(
+            f"images must be a path, bytes, a PIL image or several of them, got {type(images).__name__}"
+        )
+    return iter(images)
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+    """Rows of ids as one tensor and its mask: two (batch, longest), int64, the mask 0 at pads."""
+    longest = max(map(len, rows), default=0)
+    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for index, row in enumerate(rows):
+        start = longest - len(row) if side == "left" else 0
+        input_ids[index, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
+        attention_mask[index, start : start + len(row)] = 1
+    return input_ids, attention_mask

@@ -1,0 +1,200 @@
+"""Conversations to token ids and labels: the one place that training, evaluation and chat share.
+
+Every piece of text between two special things (template strings, images, the cut of a prefill) is
+encoded on its own. So a prompt that is read in two parts has the same ids as one read at once, and
+labels come from the pieces themselves, never from a second tokenisation.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cobra.tokenizer import ASSISTANT, END, IMAGE, USER, Tokenizer
+from vision_scan.errors import UserError
+
+IGNORE = -100  # the label of a token without loss, torch's own default
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says. `<image>` in a user turn marks the place of an image."""
+
+    role: Literal["user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """The strings around the turns of a conversation.
+
+    Attributes:
+        user_open: before the text of a user turn.
+        user_close: after it; also opens the turn of the assistant.
+        end: after the text of an assistant turn; a single token, at which generation stops.
+        between: between an assistant turn and the next user turn.
+        tokens: which substrings of the above are special tokens; the rest is plain text.
+        empty_answer: stands for an assistant turn without text.
+    """
+
+    user_open: str
+    user_close: str
+    end: str
+    between: str = ""
+    tokens: tuple[str, ...]
+    empty_answer: str = ""
+
+    def encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        """Encodes one of the template's own strings."""
+        ids: list[int] = []
+        for piece in re.split(f"({'|'.join(map(re.escape, self.tokens))})", text):
+            ids += [tokenizer.id_of(piece)] if piece in self.tokens else tokenizer.encode(piece)
+        return ids
+
+    def end_id(self, tokenizer: Tokenizer) -> int:
+        """The id of the token that ends an answer."""
+        return tokenizer.id_of(self.end)
+
+
+TEMPLATES = {
+    "compact": Template(
+        user_open=USER,
+        user_close=END + ASSISTANT,
+        end=END,
+        tokens=(USER, END, ASSISTANT),
+    ),
+    # Source: the prompt builder of Cobra (h-zhao1997/cobra, prompting/zephyr_prompter.py). Its role
+    # marks are plain text for the tokenizer; only the end of text is a token.
+    "zephyr": Template(
+        user_open="<|user|>\n",
+        user_close="<|endoftext|>\n<|assistant|>\n",
+        end="<|endoftext|>",
+        between="\n",
+        tokens=("<|endoftext|>",),
+        empty_answer=" ",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the model gets it.
+
+    Attributes:
+        input_ids: the token ids.
+        labels: as long as `input_ids`: the id itself where it is to be learned, else -100.
+        num_images: how many images stand in it.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    num_images: int
+
+
+def render(
+    turns: Sequence[Turn],
+    tokenizer: Tokenizer,
+    template: Template,
+    image_tokens: Sequence[int],
+    supervised: bool = True,
+) -> Rendered:
+    """Renders a conversation; the assistant's texts and their end tokens are what is learned.
+
+    Args:
+        turns: user and assistant in turn, the user first.
+        image_tokens: the number of tokens of each image, in the order of the `<image>` marks.
+        supervised: whether a conversation without an answer is an error. A prompt has none: it ends
+            with a user turn, and its ids with the opening of the assistant's.
+    Raises:
+        UserError: if marks and images differ in number, the roles do not alternate, or there is
+            nothing to learn.
+    """
+    marks = sum(count_marks(turn.text) for turn in turns if turn.role == "user")
+    if marks != len(image_tokens):
+        raise UserError(f"{marks} {IMAGE} marks for {len(image_tokens)} images: the two must be equal")
+    lengths = iter(image_tokens)
+    ids: list[int] = []
+    labels: list[int] = []
+    for index, turn in enumerate(turns):
+        expected = ("user", "assistant")[index % 2]
+        if turn.role != expected:
+            raise UserError(f"turn {index + 1} has role {turn.role!r}, expected {expected!r}")
+        if turn.role == "user":
+            ids += _open(template, tokenizer, first=index == 0)
+            ids += body(turn.text, tokenizer, lengths)
+            ids += template.encode(template.user_close, tokenizer)
+            labels += [IGNORE] * (len(ids) - len(labels))
+        else:
+            answer = tokenizer.encode(turn.text or template.empty_answer)
+            answer.append(template.end_id(tokenizer))
+            ids += answer
+            labels += answer
+    if supervised and not any(label != IGNORE for label in labels):
+        raise UserError("the conversation has no answer to learn from (no supervised token)")
+    return Rendered(ids, labels, marks)
+
+
+def open_turn(
+    template: Template,
+    tokenizer: Tokenizer,
+    image_tokens: Sequence[int],
+    text: str = "",
+    first: bool = True,
+) -> list[int]:
+    """Ids that open a user turn and leave it open: `render`'s, up to where a question may follow.
+
+    Args:
+        image_tokens: the number of tokens of each image.
+        text: with a mark for each image, or with none: then the images come first, a line each.
+        first: whether this is the first turn of the conversation.
+    """
+    opening = _open(template, tokenizer, first)
+    return opening + body(mark_images(text, len(image_tokens)), tokenizer, iter(image_tokens))
+
+
+def close_turn(template: Template, tokenizer: Tokenizer, question: str) -> list[int]:
+    """Ids that end an open user turn with `question` and open the assistant's."""
+    return tokenizer.encode(question) + template.encode(template.user_close, tokenizer)
+
+
+def body(
+    text: str, tokenizer: Tokenizer, image_tokens: Iterator[int], allow_special: bool = False
+) -> list[int]:
+    """Ids of a text with `<image>` marks, each as many image tokens as `image_tokens` says next."""
+    ids: list[int] = []
+    for piece in split_marks(text):
+        if piece == IMAGE:
+            ids += [tokenizer.image_id] * next(image_tokens)
+        else:
+            ids += tokenizer.encode(piece, allow_special)
+    return ids
+
+
+def split_marks(text: str) -> list[str]:
+    """Cuts a text into the pieces that are encoded on their own: `<image>`, a newline right after it,
+    and the texts between."""
+    return [piece for piece in re.split(f"({IMAGE})(\n)?", text) if piece]
+
+
+def count_marks(text: str) -> int:
+    """The number of `<image>` marks in a text."""
+    return text.count(IMAGE)
+
+
+def mark_images(text: str, num_images: int) -> str:
+    """The text with a mark for each image: its own, or if it has none, a line each before it.
+
+    Raises:
+        UserError: if the text has marks, and their number is not that of the images.
+    """
+    marks = count_marks(text)
+    if not marks:
+        return f"{IMAGE}\n" * num_images + text
+    if marks != num_images:
+        raise UserError(f"{marks} {IMAGE} marks for {num_images} images: the two must be equal")
+    return text
+
+
+def _open(template: Template, tokenizer: Tokenizer, first: bool) -> list[int]:
+    between = "" if first else template.between
+    return template.encode(between + template.user_open, tokenizer)

@@ -1,0 +1,57 @@
+"""Answers as they are made."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from cobra.tokenizer import Tokenizer
+from vision_scan.errors import UserError
+
+
+class Streamer(Protocol):
+    """Gets tokens as they are made; the text streamers of `transformers` fit."""
+
+    def put(self, value: Tensor, /) -> None:
+        """Takes the new token of each row: (batch,), int64, on the CPU."""
+
+    def end(self) -> None:
+        """Is told that nothing follows."""
+
+
+class TextStreamer:
+    """Hands on text as soon as its characters are complete; the pieces join to the whole answer.
+
+    Args:
+        tokenizer: of the model.
+        write: called with every piece of text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object]) -> None:
+        self._tokenizer = tokenizer
+        self._write = write
+        self._reset()
+
+    def put(self, value: Tensor, /) -> None:
+        """Takes the next token or tokens of the one row that is streamed."""
+        if value.dim() and len(value) != 1:
+            raise UserError(f"a TextStreamer serves one row, got {len(value)}")
+        self._ids += value.flatten().tolist()
+        self._flush(is_end=False)
+
+    def end(self) -> None:
+        """Writes what is left, even half a character; the next answer may follow."""
+        self._flush(is_end=True)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._ids: list[int] = []
+        self._context = 0  # decoding starts here: some tokenizers write a token by what precedes it
+        self._written = 0  # the text of the ids before this one is out
+
+    def _flush(self, is_end: bool) -> None:
+        before = self._tokenizer.decode(self._ids[self._context : self._written])
+        text = self._tokenizer.decode(self._ids[self._context :])
+        if len(text) > len(before) and (is_end or not text.endswith("\ufffd")):
+            self._write(text[len(before) :])
+            self._context, self._written = self._written, len(self._ids)

@@ -1,0 +1,210 @@
+"""Vision encoders: pixels in [0, 1] to a grid of features. Each normalises with the mean and standard
+deviation that it was trained with, so callers never do.
+
+An encoder is a module `Encoder(config, image)` with `forward(pixel_values (n, 3, height, width)) -> (n,
+grid_height, grid_width, d_model)`, the attribute `d_model`, and a Config with `grid(height, width)`.
+"""
+
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal, Union
+
+import torch
+from torch import Tensor, nn
+
+from vision_scan.errors import UserError
+
+from .image import ImageConfig
+
+
+def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches; what does not fill a patch at the right and bottom is not seen."""
+    grid = height // patch_size, width // patch_size
+    if 0 in grid:
+        raise UserError(f"image {height} x {width} is smaller than a patch of {patch_size} pixels")
+    return grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallEncoderConfig:
+    """A trainable tower of about a million parameters; patch_size is a power of two."""
+
+    kind: Literal["small"] = "small"
+    patch_size: int = 8
+    d_model: int = 128
+    depth: int = 2
+    num_heads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.patch_size < 2 or self.patch_size & (self.patch_size - 1):
+            raise UserError(f"small encoder: patch_size {self.patch_size} must be a power of two, at least 2")
+        if self.d_model % self.num_heads or self.d_model % 4:
+            raise UserError(
+                f"small encoder: d_model {self.d_model} must be a multiple of 4 "
+                f"and of num_heads {self.num_heads}"
+            )
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return patch_grid(height, width, self.patch_size)
+
+
+class SmallEncoder(nn.Module):
+    """Strided convolutions to the patch grid, then a few global attention blocks; any image size.
+
+    Convolutions in front of the attention blocks: Xiao et al. 2021 (arXiv:2106.14881).
+    """
+
+    Config = SmallEncoderConfig
+
+    def __init__(self, config: SmallEncoderConfig, image: ImageConfig) -> None:
+        super().__init__()
+        self.d_model = config.d_model
+        self.patch_size = config.patch_size
+        steps = int(math.log2(config.patch_size))
+        widths = [3, *(max(config.d_model >> (steps - step), 16) for step in range(1, steps + 1))]
+        stem: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            stem += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(1, after), nn.GELU()]
+        self.stem = nn.Sequential(*stem, nn.Conv2d(widths[-1], config.d_model, 1))
+        self.blocks = nn.ModuleList(
+            EncoderBlock(config.d_model, config.num_heads) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        height, width = patch_grid(*pixel_values.shape[-2:], self.patch_size)
+        pixels = pixel_values[..., : height * self.patch_size, : width * self.patch_size]
+        x = self.stem((pixels.to(self.norm.weight.dtype) - 0.5) / 0.25).movedim(1, -1)
+        x = x + position_grid(height, width, self.d_model, x.device).to(x.dtype)
+        tokens = x.flatten(1, 2)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens).unflatten(1, (height, width))
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm attention and MLP, not causal."""
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.qkv, self.proj = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj(y.transpose(1, 2).flatten(-2))
+        return x + self.mlp(self.norm2(x))
+
+
+def position_grid(height: int, width: int, d_model: int, device: torch.device) -> Tensor:
+    """Fixed sine and cosine positions of rows and columns, (height, width, d_model)."""
+    quarter = d_model // 4
+    frequency = 100.0 ** (-torch.arange(quarter, device=device) / quarter)
+
+    def waves(count: int) -> Tensor:
+        angle = torch.arange(count, device=device)[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+    rows = waves(height)[:, None].expand(-1, width, -1)
+    columns = waves(width)[None].expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmEncoderConfig:
+    """A ViT of timm by name; features of one block, -2 is the last but one, as LLaVA and Cobra take."""
+
+    kind: Literal["timm"] = "timm"
+    name: str
+    block: int = -2
+
+    @property
+    def patch_size(self) -> int:
+        found = re.search(r"patch(\d+)", self.name)
+        if found is None:
+            raise UserError(f"timm encoder {self.name!r}: only ViTs whose name says patchNN are supported")
+        return int(found[1])
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return patch_grid(height, width, self.patch_size)
+
+
+class TimmEncoder(nn.Module):
+    """The features of a timm ViT as a grid; class and register tokens are dropped, no final norm."""
+
+    Config = TimmEncoderConfig
+
+    def __init__(self, config: TimmEncoderConfig, image: ImageConfig) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise UserError(
+                f"vision encoder {config.name!r} needs timm: pip install 'cobra-vlm[vision]'"
+            ) from None
+        if not timm.is_model(config.name.split(".")[0]):
+            raise UserError(f"timm has no model {config.name!r}; timm.list_models() names what it has")
+        size = {"img_size": (image.height, image.width)}
+        self.tower = timm.create_model(config.name, pretrained=False, num_classes=0, **size)
+        depth = len(self.tower.blocks)
+        if not -depth <= config.block < depth:
+            raise UserError(f"{config.name} has {depth} blocks; block {config.block} is not one of them")
+        self.block = config.block % depth
+        self.d_model = self.tower.embed_dim
+        # Blocks behind the one whose features are taken would only cost memory.
+        self.tower.blocks = self.tower.blocks[: self.block + 1]
+        self.mean = tuple(self.tower.pretrained_cfg["mean"])
+        self.std = tuple(self.tower.pretrained_cfg["std"])
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        mean, std = (pixel_values.new_tensor(t).view(3, 1, 1) for t in (self.mean, self.std))
+        dtype = next(self.tower.parameters()).dtype
+        (features,) = self.tower.forward_intermediates(
+            ((pixel_values - mean) / std).to(dtype),
+            indices=[self.block],
+            norm=False,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
+        return features.movedim(1, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedEncoderConfig:
+    """Several timm towers side by side, features concatenated by channel (Cobra: DINOv2, then SigLIP)."""
+
+    kind: Literal["fused"] = "fused"
+    towers: tuple[TimmEncoderConfig, ...]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        grids = {tower.grid(height, width) for tower in self.towers}
+        if len(grids) != 1:
+            raise UserError(f"fused towers must give the same grid, got {sorted(grids)}")
+        return grids.pop()
+
+
+class FusedEncoder(nn.Module):
+    Config = FusedEncoderConfig
+
+    def __init__(self, config: FusedEncoderConfig, image: ImageConfig) -> None:
+        super().__init__()
+        config.grid(image.height, image.width)
+        self.towers = nn.ModuleList(TimmEncoder(tower, image) for tower in config.towers)
+        self.d_model = sum(tower.d_model for tower in self.towers)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return torch.cat([tower(pixel_values) for tower in self.towers], dim=-1)
+
+
+VISION_ENCODERS: dict[str, type[nn.Module]] = {
+    "fused": FusedEncoder,
+    "small": SmallEncoder,
+    "timm": TimmEncoder,
+}
+
+VisionEncoderConfig = Union[tuple(encoder.Config for encoder in VISION_ENCODERS.values())]  # noqa: UP007

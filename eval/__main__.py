@@ -1,0 +1,268 @@
+"""The command line of evaluation: `python -m eval scenes | tasks | efficiency | report | demo`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vision_scan.errors import UserError
+
+DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+
+EXAMPLES = """examples:
+  python -m eval scenes --output scenes --scenes 5000
+  python -m eval tasks --model runs/demo/cobra --task digit_scenes --data scenes --output results
+  python -m eval efficiency --model tiny --model transformer-tiny --output efficiency.json
+
+exit status: 0 done; 2 a mistake in the command or its files; 1 anything else"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISUSED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval",
+        description="Evaluates models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    scenes = _command(
+        commands, "scenes", _scenes, "draw digit scenes with questions, to train and to test on"
+    )
+    scenes.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty directory")
+    scenes.add_argument(
+        "--scenes", type=int, default=5000, metavar="N", help="scenes to train on (default 5000)"
+    )
+    scenes.add_argument(
+        "--test-scenes", type=int, default=400, metavar="N", help="scenes to test on (default 400)"
+    )
+    scenes.add_argument("--seed", type=int, default=0, help="other seeds give other scenes (default 0)")
+    scenes.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(64, 64),
+        metavar=("H", "W"),
+        help="of a picture (default 64 64)",
+    )
+
+    tasks = _command(commands, "tasks", _tasks, "answer and score a benchmark")
+    tasks.add_argument("--model", metavar="DIR", help="a model directory")
+    tasks.add_argument(
+        "--task",
+        default="digit_scenes",
+        metavar="NAME",
+        help="the benchmark (default digit_scenes)",
+    )
+    tasks.add_argument("--data", type=Path, metavar="DIR", help="the benchmark's files")
+    tasks.add_argument("--output", type=Path, metavar="DIR", help="for one line per answer, and the summary")
+    tasks.add_argument(
+        "--control", default="none", metavar="NAME", help="blank: black pictures of the same size"
+    )
+    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    tasks.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="questions at once (default 32)"
+    )
+    tasks.add_argument(
+        "--max-new-tokens", type=int, default=24, metavar="N", help="longest answer (default 24)"
+    )
+    tasks.add_argument(
+        "--rescore",
+        type=Path,
+        metavar="FILE",
+        help="score the answers of a .jsonl again; no model needed",
+    )
+    _add_device(tasks)
+
+    efficiency = _command(commands, "efficiency", _efficiency, "time decoding against context length")
+    efficiency.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        metavar="[NAME=]DIR|PRESET",
+        help="once per model; a preset has random weights",
+    )
+    efficiency.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a .json; a page with the plots goes beside it",
+    )
+    efficiency.add_argument(
+        "--shortest-context", type=int, default=256, metavar="N", help="then doubling (default 256)"
+    )
+    efficiency.add_argument("--longest-context", type=int, default=16384, metavar="N", help="(default 16384)")
+    efficiency.add_argument(
+        "--rounds", type=int, default=9, metavar="N", help="repeats of decoding (default 9)"
+    )
+    efficiency.add_argument(
+        "--prefill-rounds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="repeats of the first token (default 3)",
+    )
+    _add_device(efficiency)
+
+    report = _command(commands, "report", _report, "write the report of a demo")
+    report.add_argument(
+        "path", type=Path, metavar="PATH", help="a demo's directory, or a report.json to draw again"
+    )
+
+    demo = _command(commands, "demo", _demo, "data, training, evaluation, comparison and report")
+    demo.add_argument("--output", type=Path, metavar="DIR", help="default runs/demo, with --quick runs/quick")
+    demo.add_argument("--quick", action="store_true", help="the whole path with few steps, in minutes")
+    return parser
+
+
+def _command(
+    commands, name: str, run: Callable[[argparse.Namespace], int], about: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto (default float32)")
+
+
+def _scenes(options: argparse.Namespace) -> int:
+    from eval.progress import progress
+    from eval.scenes import build
+
+    with progress("scenes", max(1, options.scenes + options.test_scenes)) as advance:
+        build(
+            options.output,
+            options.scenes,
+            options.test_scenes,
+            options.seed,
+            tuple(options.size),
+            on_progress=lambda done, total: advance(1),
+        )
+    print(f"{options.output}: {options.scenes:,} scenes to train on, {options.test_scenes:,} to test on")
+    return DONE
+
+
+def _tasks(options: argparse.Namespace) -> int:
+    from eval import runner
+    from eval.files import write_lines
+    from eval.tasks import TASKS
+    from vision_scan.errors import choose
+
+    if options.rescore is not None:
+        records, summary = runner.rescore(options.rescore)
+        write_lines(options.rescore, records)
+        print(_describe(summary))
+        return DONE
+    missing = [f"--{name}" for name in ("model", "data", "output") if getattr(options, name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} missing: give --model, --data and --output, or --rescore FILE")
+    import cobra
+    from eval.progress import progress
+
+    choose("control", options.control, runner.CONTROLS)
+    samples = choose("task", options.task, TASKS).load(options.data, options.limit)
+    model = cobra.load(options.model, device=options.device, dtype=options.dtype)
+    with progress(f"{options.task}, control {options.control}", len(samples)) as advance:
+        records, result = runner.run_task(
+            model,
+            options.task,
+            samples,
+            model_name=options.model,
+            control=options.control,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            advance=advance,
+        )
+    runner.save(options.output, records, result)
+    print(_describe(result["summary"]))
+    return DONE
+
+
+def _describe(summary: dict) -> str:
+    """A task's summary as a line per group."""
+    lines = []
+    for name, row in {"all": summary, **summary["groups"]}.items():
+        low, high = row["interval"]
+        interval = f"{low:.1%} to {high:.1%}, {row['count']:,} questions"
+        lines.append(f"  {name:<12}{row['accuracy']:6.1%}  ({interval})")
+    return "\n".join(lines)
+
+
+def _efficiency(options: argparse.Namespace) -> int:
+    import cobra
+    from cobra.config import PRESETS
+    from eval import page
+    from eval.efficiency import Protocol, crossover_sentence, doubling, measure, work_units
+    from eval.files import write_json, write_text
+    from eval.progress import progress
+
+    protocol = Protocol(
+        contexts=doubling(options.shortest_context, options.longest_context),
+        rounds=options.rounds,
+        prefill_rounds=options.prefill_rounds,
+    )
+    models = {}
+    for given in options.model:
+        name, _, source = given.rpartition("=")
+        name = name or Path(source).name
+        if name in models:
+            raise UserError(f"two models are called {name!r}; name them: --model NAME={source}")
+        build = cobra.build if source in PRESETS else cobra.load
+        models[name] = build(source, device=options.device, dtype=options.dtype)
+    with progress("efficiency", work_units(models, protocol)) as advance:
+        result = measure(models, protocol, advance)
+    write_json(options.output, result)
+    write_text(options.output.with_suffix(".html"), page.render_efficiency(result))
+    for name, model in result["models"].items():
+        print(name)
+        for point in model["points"]:
+            per_token, first = point["decode_s"], point["ttft_s"]["median"]
+            low, middle, high = (f"{1e3 * per_token[key]:.3f}" for key in ("q1", "median", "q3"))
+            print(
+                f"  {point['context']:>9,} tokens  {middle:>8} ms per token ({low} to {high})"
+                f"  first token {first:.3f} s  state {point['state_bytes']:,} bytes"
+            )
+    for crossover in result["crossovers"]:
+        print(crossover_sentence(crossover))
+    wrong = [name for name, model in result["models"].items() if not model["check"]["passed"]]
+    if wrong:
+        names = ", ".join(wrong)
+        print(f"failed: decoding does not give the logits of one forward: {names}", file=sys.stderr)
+    return FAILED if wrong else DONE
+
+
+def _report(options: argparse.Namespace) -> int:
+    from eval.report import write
+
+    for path in write(options.path):
+        print(path)
+    return DONE
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from eval.demo import Settings, run
+
+    output = options.output or Path("runs/quick" if options.quick else "runs/demo")
+    return run(output, Settings.quick() if options.quick else Settings.full(), options.quick)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

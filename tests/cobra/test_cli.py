@@ -1,0 +1,266 @@
+import io
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import cobra
+from cobra import doctor
+from cobra.cli import find_images, main
+from vision_scan.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = cobra.PRESETS["tiny"]
+    config = replace(config, lm=replace(config.lm, layers=config.lm.layers[:1]))
+    return cobra.build(config, seed=2)
+
+
+@pytest.fixture(scope="module")
+def directory(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "model"
+    cobra.save(model, path)
+    return str(path)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "red.png"
+    Image.new("RGB", (20, 20), (255, 0, 0)).save(path)
+    return str(path)
+
+
+def run(capsys, *arguments, typed=None, monkeypatch=None):
+    """(status, standard output, standard error) of a command."""
+    if typed is not None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    try:
+        status = main(arguments)
+    except SystemExit as leaving:  # argparse's own, after --help
+        status = leaving.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def fails(capsys, *arguments):
+    """The one line of a command that fails."""
+    status, out, error = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+OPTIONS = ("--max-new-tokens", "6", "--dtype", "float32")
+
+
+@pytest.mark.parametrize("first", ["image", "question"])
+def test_answer_prints_the_answer_alone(capsys, model, directory, picture, first):
+    images, question = ["--image", picture, picture], ["What is it?"]
+    arguments = images + question if first == "image" else question + images
+    status, out, error = run(capsys, "answer", "--model", directory, *OPTIONS, *arguments)
+    assert (status, error) == (0, "")
+    assert out == model.answer("What is it?", [picture, picture], max_new_tokens=6) + "\n"
+
+
+def test_answer_without_an_image_and_with_sampling(capsys, model, directory):
+    sampling = ("--temperature", "2", "--top-k", "50", "--top-p", "0.9", "--seed", "4")
+    _, out, _ = run(capsys, "answer", "--model", directory, *OPTIONS, *sampling, "What?")
+    options = {"do_sample": True, "temperature": 2, "top_k": 50, "top_p": 0.9, "seed": 4}
+    assert out == model.answer("What?", max_new_tokens=6, **options) + "\n"
+
+
+def test_answer_takes_a_question_that_ends_like_a_file(capsys, directory):
+    for question in ("Is it on cat.png", "Why? " * 100):
+        assert run(capsys, "answer", "--model", directory, *OPTIONS, question)[0] == 0
+
+
+def test_answer_names_the_mistake(capsys, directory, picture, tmp_path):
+    answer = ("answer", "--model", directory)
+    assert "no question" in fails(capsys, *answer)
+    assert "no question" in fails(capsys, *answer, "--image", picture)
+    assert "no question" in fails(capsys, *answer, "--image", picture, "none.png")
+    assert "no such file" in fails(capsys, *answer, "--image", str(tmp_path / "none.png"), "What?")
+    assert "PDF" in fails(capsys, *answer, "--image", "paper.pdf", "What?")
+    assert "video" in fails(capsys, *answer, "--image", "film.mp4", "What?")
+    assert "--temperature" in fails(capsys, *answer, "--temperature", "hot", "What?")
+    assert "temperature=-1" in fails(capsys, *answer, "--temperature", "-1", "What?")
+    assert "1 <image> marks for 0" in fails(capsys, *answer, "Is <image> red?")
+    assert "no such model" in fails(capsys, "answer", "--model", str(tmp_path / "x"), "What?")
+    assert "--model" in fails(capsys, "answer", "What?")
+    assert "invalid choice" in fails(capsys, "answr")
+
+
+def test_chat_is_a_conversation(capsys, monkeypatch, model, directory, picture):
+    typed = f"Hi\n\n/image {picture}\nAnd now?\n/reset\nHi\n/quit\nnever read\n"
+    status, out, error = run(
+        capsys, "chat", "--model", directory, *OPTIONS, typed=typed, monkeypatch=monkeypatch
+    )
+    first, state = model.answer("Hi", max_new_tokens=6, return_state=True)
+    state = model.prefill(images=picture, state=state)
+    second = model.answer("And now?", state=state, max_new_tokens=6)
+    assert (status, error) == (0, "")
+    assert out == f"{first}\n{second}\n{first}\n"
+
+
+def test_chat_reads_paths_with_spaces(capsys, monkeypatch, directory, picture, tmp_path):
+    spaced = tmp_path / "my picture.png"
+    spaced.write_bytes(Path(picture).read_bytes())
+    typed = f"/image {spaced}\n/image"
+    chat = ("chat", "--model", directory)
+    status, out, error = run(capsys, *chat, typed=typed, monkeypatch=monkeypatch)
+    assert (status, out) == (0, "")
+    assert error == "error: /image: give a path\n"
+
+
+def test_chat_starts_with_images_and_survives_mistakes(capsys, monkeypatch, model, directory, picture):
+    status, out, error = run(
+        capsys,
+        *("chat", "--model", directory, *OPTIONS, "--image", picture),
+        typed="/image none.png\n/what\nIs <image> red?\nWhat?",
+        monkeypatch=monkeypatch,
+    )
+    assert status == 0
+    assert out == model.answer("What?", picture, max_new_tokens=6) + "\n"
+    lines = error.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["error"] * 3
+    assert "none.png" in lines[0] and "/what" in lines[1] and "marks" in lines[2]
+
+
+def test_interrupt_has_its_own_status(capsys, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "report", interrupt)
+    assert run(capsys, "doctor") == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["tiny", "transformer-tiny"])
+def test_info_counts_parameters(capsys, name):
+    status, out, _ = run(capsys, "info", name)
+    model = cobra.build(name)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert status == 0
+    assert f"{total:,}" in out
+    assert "attention" in out if name == "transformer-tiny" else "6 mamba2" in out
+
+
+def test_info_reads_directories_and_names_mistakes(capsys, directory, tmp_path):
+    assert "1 mamba2" in run(capsys, "info", directory)[1]
+    assert "did you mean 'tiny'" in fails(capsys, "info", "tinny")
+    assert "config.json is missing" in fails(capsys, "info", str(tmp_path))
+
+
+def test_scan_list_names_every_order(capsys):
+    import vision_scan
+
+    _, out, _ = run(capsys, "scan", "list")
+    assert [line.split()[0] for line in out.splitlines()] == list(vision_scan.SCAN_ORDERS)
+
+
+def test_scan_show_prints_positions(capsys):
+    _, out, _ = run(capsys, "scan", "show", "snake_row_tl", "--grid", "4x3")
+    assert out.splitlines()[1:] == [" 0  1  2", " 5  4  3", " 6  7  8", "11 10  9"]
+
+
+def test_scan_show_draws(capsys, tmp_path):
+    path = tmp_path / "hilbert.png"
+    assert run(capsys, "scan", "show", "hilbert", "--grid", "3x5", "--png", str(path))[0] == 0
+    assert Image.open(path).format == "PNG"
+
+
+def test_scan_show_names_the_mistake(capsys):
+    assert "did you mean 'hilbert'" in fails(capsys, "scan", "show", "hilbrt")
+    for grid in ("3", "0x4", "axb", "3x4x5"):
+        assert grid in fails(capsys, "scan", "show", "raster", "--grid", grid)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["answer"], ["chat"], ["info"], ["doctor"], ["scan"], ["scan", "list"], ["scan", "show"]],
+)
+def test_help_fits_a_screen_and_has_an_example(capsys, command):
+    status, out, _ = run(capsys, *command, "--help")
+    assert status == 0
+    assert "example: cobra" in out
+    assert len(out.splitlines()) <= 30
+
+
+def test_find_images_expands_folders_in_order(tmp_path, picture):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("b.PNG", "a.jpg"):
+        Image.new("RGB", (4, 4)).save(folder / name)
+    (folder / "notes.txt").write_text("text")
+    assert find_images([picture, str(folder)]) == [
+        Path(picture),
+        folder / "a.jpg",
+        folder / "b.PNG",
+    ]
+    (folder / "c.png").touch()
+    with pytest.raises(UserError, match=r"c\.png: the file is empty"):
+        find_images([str(folder)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images in this folder"):
+        find_images([str(tmp_path / "empty")])
+
+
+def test_doctor_reports_versions_operators_and_extras(capsys, monkeypatch):
+    requirements = [
+        "torch>=2.11",
+        'pillow>=10; extra == "vision"',
+        'no-such-package; extra == "vision"',
+        'cobra-vlm[vision]; extra == "all"',
+    ]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: requirements)
+    status, out, _ = run(capsys, "doctor")
+    assert status == 0
+    for word in ("torch", "tokenizers", "ssd", "selective_scan", "bfloat16"):
+        assert word in out
+    assert re.search(
+        r"vision +pillow [\d.]+, missing: no-such-package \(pip install 'cobra-vlm\[vision\]'\)", out
+    )
+    assert "\nall " not in out
+
+
+def test_doctor_says_when_the_project_is_not_installed(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "DISTRIBUTION", "cobra-vlm-of-nowhere")
+    out = run(capsys, "doctor")[1]
+    assert "not installed, run from" in out
+    assert "optional packages: unknown" in out
+
+
+def test_doctor_finds_other_cobras(tmp_path, monkeypatch):
+    (tmp_path / "cobra").mkdir()
+    (tmp_path / "cobra" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert any(str(tmp_path) in other for other in doctor.shadows())
+
+
+def python(code):
+    """A run of Python in the checkout."""
+    root = Path(cobra.__file__).parents[1]
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=root)
+
+
+def test_import_needs_only_the_core_and_prints_nothing():
+    code = """
+import sys
+for name in ("tokenizers", "timm", "transformers", "deepspeed", "wandb", "matplotlib", "sklearn"):
+    sys.modules[name] = None
+import cobra, vision_scan, cobra.cli
+"""
+    done = python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_program_exits_with_the_status():
+    code = "import sys; from cobra.cli import main; sys.exit(main(['info', 'tinny']))"
+    done = python(code)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: unknown preset")

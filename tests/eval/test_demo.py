@@ -1,0 +1,184 @@
+"""The demo: its commands are real ones, it goes on where it stopped, and a small one runs to the end."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import cobra
+from eval import demo
+from eval.__main__ import build_parser, main
+from eval.demo import STOPPED, Settings, steps
+from vision_scan.errors import UserError
+
+SMALLEST = Settings(
+    scenes=12,
+    test_scenes=2,
+    tower_steps=1,
+    align_steps=1,
+    finetune_steps=2,
+    longest_context=300,
+    rounds=1,
+    prefill_rounds=1,
+)
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Replaces running commands: records them, and does what `commands.act` says for each."""
+
+    class Commands(list):
+        act = staticmethod(lambda command: (0, False))
+
+        def run(self, command):
+            assert command[0] == sys.executable and command[1] == "-m"
+            self.append(command[2:])
+            return self.act(command[2:])
+
+    commands = Commands()
+    monkeypatch.setattr(demo, "_run_command", commands.run)
+    monkeypatch.setattr(demo, "_say_goodbye", lambda root, state, say: say("done"))
+    return commands
+
+
+def test_every_command_is_one_that_the_programs_accept(tmp_path):
+    from train.__main__ import build_parser as build_train_parser
+    from train.recipes import RECIPES, change
+
+    for settings in (Settings.full(), Settings.quick()):
+        for step in steps(tmp_path, settings):
+            program, *arguments = step.arguments
+            if program == "train":
+                options = build_train_parser().parse_args(arguments)
+                config = change(RECIPES[options.recipe](), options.set)
+                assert Path(options.output) == step.output
+                assert config.train.steps == getattr(settings, f"{_stage(step.name)}_steps")
+            else:
+                assert program == "eval"
+                build_parser().parse_args(arguments)
+
+
+def _stage(name: str) -> str:
+    return name if name == "tower" else "align" if name.endswith("-align") else "finetune"
+
+
+def test_both_models_take_the_same_data_steps_and_settings(tmp_path):
+    by_name = {step.name: step.arguments for step in steps(tmp_path, Settings.full())}
+    for stage in ("", "-align"):
+        ours, twin = (by_name[f"{key}{stage}"] for key in ("cobra", "transformer"))
+        renamed = [
+            word.replace("transformer-tiny", "tiny").replace(f"{tmp_path}/transformer", f"{tmp_path}/cobra")
+            for word in twin
+        ]
+        assert list(ours) == renamed
+
+
+def test_finished_steps_are_skipped_and_training_is_resumed(tmp_path, commands):
+    root = tmp_path / "demo"
+    order = [step.name for step in steps(root, SMALLEST)]
+
+    def stop_in_finetuning(command):
+        if "tiny" in command:
+            (root / "cobra").mkdir()
+            return STOPPED, True
+        return 0, False
+
+    commands.act = stop_in_finetuning
+    said: list[str] = []
+    assert demo.run(root, SMALLEST, quick=True, say=said.append) == STOPPED
+    assert "goes on from here" in said[-1]
+    done = len(commands)
+    assert done == order.index("cobra") + 1
+    assert "--resume" not in commands[-1]
+
+    commands.act = lambda command: (0, False)
+    assert demo.run(root, SMALLEST, quick=True, say=said.append) == 0
+    assert len(commands) == done + len(order) - order.index("cobra")
+    assert commands[done][-1] == "--resume"
+    assert all("--resume" not in command for command in commands[done + 1 :])
+
+    assert demo.run(root, SMALLEST, quick=True, say=said.append) == 0
+    assert len(commands) == done + len(order) - order.index("cobra"), "a finished demo runs nothing"
+
+
+def test_half_made_scenes_are_made_again(tmp_path, commands):
+    root = tmp_path / "demo"
+
+    def fail(command):
+        (root / "scenes").mkdir()
+        (root / "scenes" / "half").touch()
+        return 1, False
+
+    commands.act = fail
+    assert demo.run(root, SMALLEST, quick=True, say=lambda line: None) == 1
+
+    def check(command):
+        assert not (root / "scenes").exists()
+        return 1, False
+
+    commands.act = check
+    assert demo.run(root, SMALLEST, quick=True, say=lambda line: None) == 1
+    assert len(commands) == 2
+
+
+@pytest.mark.parametrize(("status", "expected"), [(2, 2), (1, 1), (-9, 1), (130, STOPPED), (75, STOPPED)])
+def test_a_step_that_ends_badly_ends_the_demo(tmp_path, commands, status, expected):
+    commands.act = lambda command: (status, False)
+    assert demo.run(tmp_path / "demo", SMALLEST, quick=True, say=lambda line: None) == expected
+    assert len(commands) == 1
+
+
+def test_commands_are_printed_with_place_and_time(tmp_path, commands):
+    said: list[str] = []
+    demo.run(tmp_path / "demo", SMALLEST, quick=True, say=said.append)
+    total = len(steps(tmp_path / "demo", SMALLEST))
+    assert f"[1/{total}] Draw the digit scenes" in said[0] and "to go" in said[0]
+    printed = [shlex.split(line[2:]) for line in said if line.startswith("$ ")]
+    assert [words[2:] for words in printed] == [list(command) for command in commands]
+
+
+def test_output_that_is_no_demo_is_refused_and_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    assert main(["demo", "--quick", "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+    with pytest.raises(UserError, match="no demo's directory"):
+        demo.run(tmp_path / "thesis.txt", SMALLEST, quick=True)
+
+
+def test_a_demo_with_other_settings_is_refused(tmp_path, commands):
+    demo.run(tmp_path / "demo", SMALLEST, quick=True, say=lambda line: None)
+    with pytest.raises(UserError, match="other settings"):
+        demo.run(tmp_path / "demo", SMALLEST, quick=False)
+
+
+def test_sigterm_reaches_the_command_and_stops_the_demo():
+    code = "import time; time.sleep(60)"
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    before = signal.getsignal(signal.SIGTERM)
+    assert demo._run_command([sys.executable, "-c", code]) == (-signal.SIGTERM, True)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.slow
+def test_the_smallest_demo_runs_to_the_end(tmp_path):
+    root = tmp_path / "demo"
+    said: list[str] = []
+    assert demo.run(root, SMALLEST, quick=True, say=said.append) == 0
+    report = json.loads((root / "report.json").read_text())
+    assert report["quick"] is True
+    assert [len(stage["points"]) for stage in report["training"]["cobra"]] == [1, 2]
+    assert report["accuracy"]["transformer"]["control"]["count"] > 0
+    sizes = [sum(model["parameters"].values()) for model in report["models"].values()]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.03
+    assert report["efficiency"]["models"]["cobra"]["check"]["passed"]
+    assert "quick run" in (root / "report.html").read_text()
+    command = shlex.split(next(line for line in said if " answer " in line))
+    model = cobra.load(command[command.index("--model") + 1])
+    image, question = command[command.index("--image") + 1 :]
+    assert isinstance(model.answer(question, images=[image], max_new_tokens=2), str)

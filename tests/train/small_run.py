@@ -1,0 +1,112 @@
+"""A data set and settings so small that a training step takes milliseconds."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from train.dataset import Rows, load_rows
+from train.metrics import read_metrics
+from train.objectives import OBJECTIVES
+from train.recipes import RECIPES, RunConfig, change
+
+ROOT = Path(__file__).resolve().parents[2]
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+LAYERS = [
+    {"kind": "mamba2", "d_state": 8, "headdim": 16, "chunk_size": 16},
+    {"kind": "attention", "num_heads": 2, "num_kv_heads": 1, "headdim": 16},
+    {"kind": "mlp", "d_ff": 32},
+]
+SETTINGS = (
+    "model.image.height=16",
+    "model.image.width=16",
+    "model.vision_encoder.d_model=16",
+    "model.vision_encoder.depth=1",
+    'model.connector={"kind": "mlp"}',
+    "model.lm.d_model=32",
+    f"model.lm.layers={json.dumps(LAYERS)}",
+    "tokenizer.kind=bytes",
+    "train.dtype=float32",
+    "train.steps=6",
+    "train.batch_size=4",
+    "train.save_every=100",
+)
+
+
+def write_data(folder: Path, num_rows: int = 10) -> Path:
+    """LLaVA rows on images with one coloured half, of two lengths; every fifth has no image."""
+    draw = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(num_rows):
+        colour = draw.choice(sorted(COLOURS))
+        left = draw.random() < 0.5
+        turns = [
+            {"from": "human", "value": "<image>\ncolour?"},
+            {"from": "gpt", "value": colour},
+            {"from": "human", "value": "left?"},
+            {"from": "gpt", "value": "yes" if left else "no"},
+        ]
+        image = Image.new("RGB", (20, 16))
+        image.paste(COLOURS[colour], (0, 0, 10, 16) if left else (10, 0, 20, 16))
+        image.save(folder / f"{index}.png")
+        box = [0.0, 0.0, 0.5, 1.0] if left else [0.5, 0.0, 1.0, 1.0]
+        regions = [{"box": box, "labels": {"colour": colour}}]
+        row = {"id": f"row{index}", "image": f"{index}.png", "regions": regions}
+        row["conversations"] = turns[: draw.choice((2, 4))]
+        if index % 5 == 4:
+            del row["image"]
+            row["conversations"] = [
+                {"from": "human", "value": "2+2?"},
+                {"from": "gpt", "value": "4"},
+            ]
+        rows.append(row)
+    path = folder / "data.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def write_region_data(folder: Path, num_rows: int = 10) -> Path:
+    """The rows of `write_data` that have an image."""
+    path = write_data(folder, num_rows)
+    rows = [row for row in json.loads(path.read_text()) if "image" in row]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def small_config(data: Path, *changes: str, recipe: str = "tiny") -> RunConfig:
+    """A recipe at a size for tests."""
+    return change(RECIPES[recipe](), [*SETTINGS, f"data.path={data}", *changes])
+
+
+def load(config: RunConfig) -> Rows:
+    """The rows of a run."""
+    return load_rows(config.data, OBJECTIVES[config.train.objective].needs)
+
+
+def losses(output: Path) -> list[float]:
+    """The loss of every step of a run."""
+    return [record["loss"] for record in read_metrics(output)]
+
+
+def command(data: Path, output: Path, *changes: str) -> list[str]:
+    """The command line of a small run."""
+    settings = [*SETTINGS, f"data.path={data}", *changes]
+    sets = [word for setting in settings for word in ("--set", setting)]
+    return [sys.executable, "-m", "train", "--recipe", "tiny", "--output", str(output), *sets]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a process that is started from the checkout."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+
+
+def call(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command line to its end."""
+    return subprocess.run(
+        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )

@@ -1,0 +1,82 @@
+"""Parameter groups and the schedule."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import cobra
+from train.optim import build_optimizer, decays, lr_factor, parameter_groups, set_lr
+from train.recipes import LrScale, OptimSettings
+
+
+class Holder(nn.Module):
+    """Puts a model where an objective has it, beside a head of its own."""
+
+    def __init__(self, preset: str) -> None:
+        super().__init__()
+        self.model = cobra.build(preset)
+        self.heads = nn.ModuleList([nn.Linear(4, 2)])
+
+
+@pytest.mark.parametrize("preset", ["tiny", "transformer-tiny"])
+def test_decay_spares_the_recurrence_norms_biases_and_embeddings(preset: str) -> None:
+    holder = Holder(preset)
+    groups = parameter_groups(holder, OptimSettings(weight_decay=0.1))
+    names = {id(parameter): name for name, parameter in holder.named_parameters()}
+    decayed, spared = set(), set()
+    for group in groups:
+        chosen = decayed if group["weight_decay"] else spared
+        assert group["weight_decay"] in (0.0, 0.1)
+        chosen.update(names[id(parameter)] for parameter in group["params"])
+    assert decayed | spared == set(names.values())
+    assert not decayed & spared
+
+    modules = dict(holder.named_modules())
+    norms = {
+        name
+        for name in names.values()
+        if "norm" in type(modules[name.rpartition(".")[0]]).__name__.lower()
+    }
+    leaves = {name: name.rpartition(".")[2] for name in names.values()}
+    named = {name for name in names.values() if leaves[name] in ("A_log", "D", "dt_bias", "bias")}
+    embeddings = {name for name in names.values() if "embedding" in name}
+    assert norms and named and embeddings
+    assert norms | named | embeddings <= spared
+    matrices = {name for name in names.values() if leaves[name] == "weight"} - norms - embeddings
+    assert matrices <= decayed
+
+
+def test_decay_honours_the_mark_that_mamba_code_sets() -> None:
+    owner = nn.Linear(2, 2)
+    assert decays("x.weight", owner.weight, owner)
+    owner.weight._no_weight_decay = True
+    assert not decays("x.weight", owner.weight, owner)
+    matrix = nn.Parameter(torch.zeros(2, 2))
+    assert not decays("lm.A_log", matrix, nn.Module())  # Mamba-1 has a matrix there
+
+
+def test_frozen_parameters_are_in_no_group_and_parts_have_their_own_rate() -> None:
+    holder = Holder("tiny")
+    holder.model.connector.requires_grad_(False)
+    settings = OptimSettings(lr=0.1, lr_scale=LrScale(vision_encoder=0.5))
+    optimizer = build_optimizer(holder, settings)
+    names = {group["name"] for group in optimizer.param_groups}
+    parts = ("vision_encoder", "lm", "heads")
+    assert names == {f"{part}{decay}" for part in parts for decay in ("", ", no decay")}
+    assert set_lr(optimizer, 50, 101, OptimSettings(lr=0.1, warmup_ratio=0, min_lr_ratio=0)) == (
+        pytest.approx(0.05)
+    )
+    rates = {group["name"].split(",")[0]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"vision_encoder": 0.025, "lm": 0.05, "heads": 0.05})
+
+
+def test_schedule_rises_falls_and_ends_at_its_floor() -> None:
+    settings = OptimSettings(warmup_ratio=0.1, min_lr_ratio=0.2)
+    factors = [lr_factor(step, 100, settings) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10] == pytest.approx(1.0)
+    assert all(before > after for before, after in pairwise(factors[10:]))
+    assert factors[-1] == pytest.approx(0.2)
+    assert lr_factor(0, 1, settings) == pytest.approx(1.0)

@@ -1,0 +1,201 @@
+"""Checkpoints: whole or absent, and exact."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import cobra
+from tests.train.small_run import ROOT, command, environment, losses, small_config, write_data
+from train.metrics import METRICS
+from train.recipes import change
+from train.resume import STATE, latest_checkpoint, list_checkpoints, read_state
+from train.run import run
+from train.stop import StopRequest
+from vision_scan.errors import UserError
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asks the next run to stop after so many steps."""
+    looked = []
+
+    def requested(self: StopRequest) -> bool:
+        looked.append(None)
+        return len(looked) > steps
+
+    watched = property(requested, lambda self, value: None)
+    monkeypatch.setattr(StopRequest, "requested", watched, raising=False)
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    first, second = cobra.load(one).state_dict(), cobra.load(other).state_dict()
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+@pytest.mark.parametrize("engine", ["plain", "deepspeed"])
+@pytest.mark.parametrize("recipe", ["tiny", "tiny-tower"])
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, engine: str, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_data(tmp_path / "data")
+    skip = "data.skip_bad=true"  # the tower cannot use rows without an image
+    config = small_config(data, f"train.engine={engine}", skip, recipe=recipe)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(config, whole)
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        assert run(config, parts) is False
+    assert latest_checkpoint(parts).name == "step-000004"
+    torch.manual_seed(123)  # what a new process would not have kept either
+    assert run(config, parts, resume=True)
+    assert losses(parts) == losses(whole)
+    assert same_tensors(whole, parts)
+    first, second = (read_state(latest_checkpoint(path)) for path in (whole, parts))
+    assert torch.equal(first["random"][0]["torch"], second["random"][0]["torch"])
+    for key, state in first["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, second["optimizer"]["state"][key][name])
+
+
+def test_killed_at_any_moment_the_run_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    """SIGKILL again and again, at moments that no one chose, until a run gets through."""
+    data = write_data(tmp_path / "data")
+    changes = ("train.engine=plain", "train.steps=40", "train.save_every=1")
+    assert run(small_config(data, *changes), tmp_path / "whole")
+    output, kills, resume = tmp_path / "killed", 0, []
+    while True:
+        arguments = [*command(data, output, *changes), *resume]
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 120
+        while kills < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.003 * (kills + 1))
+            if len(losses(output)) >= 8 * (kills + 1):
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+        _, errors = process.communicate(timeout=120)
+        resume = ["--resume"]
+        for path in list_checkpoints(output / "checkpoints"):
+            cobra.load(path)
+            read_state(path)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors
+    assert kills == 3
+    assert losses(output) == losses(tmp_path / "whole")
+    assert same_tensors(output, tmp_path / "whole")
+
+
+def test_kill_before_the_first_checkpoint_begins_again(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, "train.engine=plain")
+    output = tmp_path / "run"
+    assert run(config, output)
+    expected = losses(output)
+    for path in list_checkpoints(output / "checkpoints"):
+        path.rename(path.with_name("." + path.name))  # as a kill during the first save leaves it
+    (output / "checkpoints" / "latest").unlink()
+    (output / "config.json").unlink()
+    assert run(config, output, resume=True)
+    assert losses(output) == expected
+
+
+def test_resume_of_nothing_starts(data: Path, tmp_path: Path) -> None:
+    assert run(small_config(data, "train.engine=plain"), tmp_path / "new", resume=True)
+    assert len(losses(tmp_path / "new")) == 6
+
+
+def test_resume_of_a_finished_run_changes_nothing(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, "train.engine=plain")
+    assert run(config, tmp_path / "run")
+    records = (tmp_path / "run" / METRICS).read_text()
+    assert run(config, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / METRICS).read_text() == records
+
+
+def test_half_written_checkpoint_is_no_checkpoint(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, "train.engine=plain", "train.save_every=3")
+    output = tmp_path / "run"
+    assert run(config, output)
+    folder = output / "checkpoints"
+    assert [path.name for path in list_checkpoints(folder)] == ["step-000003", "step-000006"]
+    (folder / ".step-000009").mkdir()
+    (folder / ".step-000009" / STATE).write_bytes(b"half")
+    assert latest_checkpoint(output).name == "step-000006"
+    (folder / "latest").unlink()
+    assert latest_checkpoint(output).name == "step-000006"
+    (folder / "latest").write_text("step-000003\n")
+    assert latest_checkpoint(output).name == "step-000003"
+    assert run(config, output, resume=True)
+    assert not (folder / ".step-000009").exists()
+
+
+def test_the_newest_checkpoints_are_kept(data: Path, tmp_path: Path) -> None:
+    changes = ("train.engine=plain", "train.save_every=1", "train.keep=3")
+    assert run(small_config(data, *changes), tmp_path / "run")
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["latest", "step-000004", "step-000005", "step-000006"]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-000006\n"
+
+
+def test_other_settings_are_refused_unless_they_move_no_number(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, "train.engine=plain")
+    output = tmp_path / "run"
+    assert run(config, output)
+    with pytest.raises(UserError, match=r"optim.lr was 0.002, is 0.1; train.steps was 6, is 9"):
+        run(change(config, ["optim.lr=0.1", "train.steps=9"]), output, resume=True)
+    assert run(change(config, ["log.every=2", "train.keep=1"]), output, resume=True)
+
+
+def test_other_data_is_refused(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, "train.engine=plain")
+    assert run(config, tmp_path / "run")
+    data.write_text(data.read_text().replace("2+2?", "3+3?"))
+    with pytest.raises(UserError, match=r"data.json has changed"):
+        run(config, tmp_path / "run", resume=True)
+
+
+def test_output_that_holds_something_is_refused(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, "train.engine=plain")
+    assert run(config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"already holds a run .*--resume"):
+        run(config, tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        run(config, tmp_path / "file")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.txt").write_text("mine")
+    assert run(config, tmp_path / "notes")
+
+
+def test_damaged_state_is_named_and_nothing_in_it_is_executed(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, "train.engine=plain")
+    output = tmp_path / "run"
+    assert run(config, output)
+    state = latest_checkpoint(output) / STATE
+    state.write_bytes(state.read_bytes()[:-200])
+    with pytest.raises(UserError, match=STATE):
+        run(config, output, resume=True)
+
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"step": Trap()}, state)
+    with pytest.raises(UserError, match=STATE):
+        run(config, output, resume=True)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_bad_input_writes_nothing(data: Path, tmp_path: Path) -> None:
+    for setting in ("init.path=/nowhere", "data.image_root=/nowhere", "train.micro_batch_size=3"):
+        with pytest.raises(UserError):
+            run(small_config(data, "train.engine=plain", setting), tmp_path / "run")
+        assert not (tmp_path / "run").exists()

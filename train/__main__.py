@@ -1,0 +1,162 @@
+"""The command line of training."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.recipes import RECIPES, RunConfig, change
+from vision_scan.errors import UserError, choose
+
+DONE, FAILED, MISUSED, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+
+EPILOG = """recipes:
+{recipes}
+
+example:
+  python -m train --recipe tiny --set data.path=my.json --output runs/mine
+
+also: python -m train data check PATH --image-root DIR     looks at a data file
+      python -m train plot RUN...                          draws loss curves
+
+exit status: 0 done; 75 stopped by a signal, all is saved, run again with --resume;
+2 a mistake in the command, the settings or the data; 1 anything else"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_first else logging.ERROR, format="%(message)s")
+    commands = {"data": _data, "plot": _plot}
+    try:
+        if arguments and arguments[0] in commands:
+            return commands[arguments[0]](arguments[1:])
+        return _train(arguments)
+    except UserError as error:
+        if is_first or type(error) is not UserError:  # a bad row is known to one process only
+            print(f"error: {error}", file=sys.stderr)
+        return MISUSED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of a training run; a test freezes their list, since all else is `--set`."""
+    recipes = "\n".join(
+        f"  {name:<12}{' '.join((make.__doc__ or '').split())}" for name, make in RECIPES.items()
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        description="Trains a model.",
+        epilog=EPILOG.format(recipes=recipes),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="one of the recipes below; not needed with --resume"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", required=True, help="where everything is written"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="SECTION.FIELD=VALUE",
+        action="append",
+        default=[],
+        help="change a setting of the recipe",
+    )
+    parser.add_argument(
+        "--init-from", metavar="DIR", help="begin with the weights of a model directory (init.path)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in the output directory"
+    )
+    return parser
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from train.engine import leave_processes
+    from train.loop import NonFiniteError
+    from train.run import run
+
+    options = build_parser().parse_args(arguments)
+    try:
+        config = _config(options)
+        finished = run(
+            config, options.output, options.resume, report=lambda line: print(line, flush=True)
+        )
+    except NonFiniteError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return FAILED
+    leave_processes()
+    if not finished:
+        print(
+            f"stopped; continue with: python -m train --resume --output {options.output}",
+            file=sys.stderr,
+        )
+        return STOPPED
+    return DONE
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    from train.resume import read_run
+
+    if options.recipe is not None:
+        config = choose("recipe", options.recipe, RECIPES)()
+    elif options.resume:
+        config = read_run(Path(options.output))
+    else:
+        raise UserError(f"no --recipe; allowed: {', '.join(RECIPES)}")
+    init = [f"init.path={options.init_from}"] if options.init_from is not None else []
+    return change(config, [*options.set, *init])
+
+
+def _data(arguments: Sequence[str]) -> int:
+    from train.dataset import load_rows
+    from train.recipes import DataSettings
+
+    parser = argparse.ArgumentParser(
+        prog="python -m train data", description="Looks at a data file."
+    )
+    parser.add_argument(
+        "command", choices=["check"], help="check: read every row, and the header of every image"
+    )
+    parser.add_argument("path", metavar="PATH", help="a LLaVA JSON or JSONL file")
+    parser.add_argument(
+        "--image-root", metavar="DIR", help="the folder of the images; default: that of PATH"
+    )
+    parser.add_argument("--full", action="store_true", help="decode every image")
+    options = parser.parse_args(arguments)
+    check = "full" if options.full else "headers"
+    rows = load_rows(
+        DataSettings(path=options.path, image_root=options.image_root, check=check, skip_bad=True)
+    )
+    num_images = sum(len(row.images) for row in rows.rows)
+    print(f"{rows.path}: {len(rows.rows):,} usable rows, {num_images:,} images")
+    if rows.bad:
+        print(f"{len(rows.bad)} rows cannot be used:")
+        print("\n".join(f"  {line}" for line in rows.bad))
+    return MISUSED if rows.bad else DONE
+
+
+def _plot(arguments: Sequence[str]) -> int:
+    from train.plot import plot_runs
+
+    parser = argparse.ArgumentParser(
+        prog="python -m train plot", description="Draws the loss curves of runs."
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="an output directory")
+    parser.add_argument(
+        "--output", metavar="FILE", default="loss.png", help="the picture; default: loss.png"
+    )
+    options = parser.parse_args(arguments)
+    plot_runs([Path(run) for run in options.runs], Path(options.output))
+    print(options.output)
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""What a run minimises. An objective owns the model and turns a batch into a sum of losses."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cobra.model import Cobra
+from train.collate import Batch, Sample, collate_conversations
+from train.dataset import BadRowError, Row, Rows
+from vision_scan.errors import UserError
+
+Stats = dict[str, Tensor]
+"""name -> float32 (2,): a sum and what to divide it by, both to be added up over batches and
+processes."""
+
+
+class Objective(nn.Module):
+    """A model and its loss: `forward(inputs) -> (sum of losses, stats)`, under autocast if a dtype
+    is given."""
+
+    needs: str
+    """The key that a row cannot do without."""
+
+    def __init__(self, model: Cobra, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+
+    def sample(self, row: Row) -> Any:
+        """What `collate` needs of a row.
+
+        Raises:
+            BadRowError: if the row cannot be used after all.
+        """
+        try:
+            return self._sample(row)
+        except UserError as error:
+            raise BadRowError(f"row {row.id}: {error}") from error
+
+    def _sample(self, row: Row) -> Any:
+        raise NotImplementedError
+
+    def num_tokens(self, row: Row) -> int:
+        """How many tokens (or patches) the model reads of a row."""
+        raise NotImplementedError
+
+    def collate(self, samples: Sequence[Any]) -> Batch:
+        raise NotImplementedError
+
+    def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
+        raise NotImplementedError
+
+    def forward(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
+        device = self.model.device.type
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.compute(inputs)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Parameters that are not the model's and stay with the training run."""
+        state = self.state_dict()
+        return {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Undoes `extra_state`.
+
+        Raises:
+            UserError: if the names are not this objective's.
+        """
+        if state.keys() != self.extra_state().keys():
+            raise UserError(
+                f"the saved objective has {sorted(state)}, this one {sorted(self.extra_state())}"
+            )
+        self.load_state_dict(state, strict=False)
+
+
+class Conversation(Objective):
+    """The next token of every answer: `model.loss`."""
+
+    needs = "conversations"
+
+    def __init__(self, model: Cobra, rows: Rows, autocast: torch.dtype | None = None) -> None:
+        super().__init__(model, autocast)
+
+    def _sample(self, row: Row) -> Sample:
+        processor = self.model.processor
+        rendered = processor.render(row.turns, len(row.images))
+        tiles = [processor.pixels(image) for image in row.images]
+        return Sample(
+            id=row.id,
+            input_ids=rendered.input_ids,
+            labels=rendered.labels,
+            pixel_values=torch.cat(tiles) if tiles else None,
+        )
+
+    def num_tokens(self, row: Row) -> int:
+        return len(self.model.processor.render(row.turns, len(row.images)).input_ids)
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        return collate_conversations(samples, self.model.tokenizer.pad_id)
+
+    def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
+        loss, _ = self.model.loss(inputs)
+        return loss, {}
+
+
+class Regions(Objective):
+    """What stands in each patch: one linear head for each kind of label on the tower's features.
+
+    A patch's target is the label of the box that covers its centre (the last one, if boxes
+    overlap), or "none". The losses of background patches are weighed down so that, over the data,
+    they count as much as those of the patches within boxes.
+    """
+
+    needs = "regions"
+
+    def __init__(self, model: Cobra, rows: Rows, autocast: torch.dtype | None = None) -> None:
+        super().__init__(model, autocast)
+        image = model.config.image
+        if image.resize != "squash":
+            raise UserError(
+                f"objective regions needs image.resize=squash, got {image.resize}: its boxes are "
+                "fractions of the whole image"
+            )
+        with torch.no_grad():
+            blank = torch.zeros(1, 3, image.height, image.width, device=model.device)
+            _, self.height, self.width, d_vision = model.vision_encoder(blank).shape
+        self.classes = region_classes(rows.rows)
+        if not self.classes:
+            raise UserError(
+                f"{rows.path}: objective regions needs at least one label, found none in any row"
+            )
+        self.heads = nn.ModuleList(
+            nn.Linear(d_vision, len(names)) for names in self.classes.values()
+        )
+        self.heads.to(model.device)
+        self.background_weight = self._balance(rows.rows)
+
+    def targets(self, row: Row) -> Tensor:
+        """The class of each patch for each kind of label, (height, width, kinds), int64, 0 for
+        none."""
+        targets = torch.zeros(self.height, self.width, len(self.classes), dtype=torch.long)
+        y = (torch.arange(self.height) + 0.5) / self.height
+        x = (torch.arange(self.width) + 0.5) / self.width
+        for region in row.regions or ():
+            x0, y0, x1, y1 = region.box
+            inside = ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))
+            labels = [
+                names.index(region.labels[kind]) if kind in region.labels else 0
+                for kind, names in self.classes.items()
+            ]
+            targets[inside] = torch.tensor(labels)
+        return targets
+
+    def _balance(self, rows: Sequence[Row], num_rows: int = 512) -> float:
+        stride = max(1, len(rows) // num_rows)
+        targets = torch.stack([self.targets(row) for row in rows[::stride]])
+        labelled = int((targets > 0).sum())
+        return min(1.0, labelled / max(1, targets.numel() - labelled)) if labelled else 1.0
+
+    def _sample(self, row: Row) -> tuple[str, Tensor, Tensor]:
+        pixels = self.model.processor.pixels(row.images[0])
+        if len(pixels) != 1:
+            raise UserError(f"objective regions needs one tile for each image, got {len(pixels)}")
+        return row.id, pixels, self.targets(row)
+
+    def num_tokens(self, row: Row) -> int:
+        return self.height * self.width
+
+    def collate(self, samples: Sequence[tuple[str, Tensor, Tensor]]) -> Batch:
+        ids, pixels, targets = zip(*samples, strict=True)
+        targets = torch.stack(targets)
+        return Batch(
+            inputs={"pixel_values": torch.cat(pixels), "targets": targets},
+            weight=float(self._weights(targets).sum()),
+            num_tokens=targets[..., 0].numel(),
+            num_supervised=targets[..., 0].numel(),
+            ids=ids,
+        )
+
+    def _weights(self, targets: Tensor) -> Tensor:
+        return torch.where(targets > 0, 1.0, self.background_weight)
+
+    def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
+        features = self.model.vision_encoder(inputs["pixel_values"])
+        targets, weights = inputs["targets"], self._weights(inputs["targets"])
+        loss = features.new_zeros((), dtype=torch.float32)
+        right = torch.zeros_like(weights)
+        for index, head in enumerate(self.heads):
+            logits = head(features).float()
+            target = targets[..., index]
+            losses = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
+            loss = loss + (losses * weights[..., index].flatten()).sum()
+            right[..., index] = logits.argmax(-1) == target
+        stats = {"patch_accuracy": torch.stack([(right * weights).sum(), weights.sum()])}
+        for index, kind in enumerate(self.classes):
+            labelled = targets[..., index] > 0
+            stats[f"{kind}_accuracy"] = torch.stack(
+                [right[..., index][labelled].sum(), labelled.sum()]
+            )
+        return loss, stats
+
+
+def region_classes(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Every kind of label in the data with its values in sorted order, after "none"."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for region in row.regions or ():
+            for kind, value in region.labels.items():
+                values.setdefault(kind, set()).add(value)
+    return {kind: ["none", *sorted(values[kind] - {"none"})] for kind in sorted(values)}
+
+
+OBJECTIVES: dict[str, Callable[[Cobra, Rows, torch.dtype | None], Objective]] = {
+    "conversation": Conversation,
+    "regions": Regions,
+}

@@ -1,0 +1,103 @@
+"""AdamW over parameter groups, and the learning-rate schedule."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.recipes import OptimSettings
+
+# The recurrence's own parameters (decay rate, skip, step-size bias) and what only shifts or
+# locates. Weight decay would drag each towards a value that means something else: A_log = 0 is a
+# decay rate of one.
+NO_DECAY_NAMES = frozenset({"A_log", "D", "dt_bias", "bias", "pos_embed", "cls_token", "reg_token"})
+
+
+def decays(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
+    """Whether weight decay applies: to matrices and convolution kernels, unless they are marked.
+
+    Args:
+        name: the parameter's full name.
+        parameter: honoured: an attribute `_no_weight_decay`, which Mamba code puts on what must not
+            decay.
+        owner: the module that holds it.
+    """
+    marked = getattr(parameter, "_no_weight_decay", False)
+    named = name.rpartition(".")[2] in NO_DECAY_NAMES
+    return parameter.ndim >= 2 and not marked and not named and not isinstance(owner, nn.Embedding)
+
+
+def part_of(name: str) -> str:
+    """The part a parameter of an objective belongs to: "model.lm.layers.0.A_log" -> "lm"."""
+    first, _, rest = name.partition(".")
+    return rest.partition(".")[0] if first == "model" else first
+
+
+def parameter_groups(module: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
+    """Groups of the parameters that learn, one for each part, with and without decay.
+
+    Returns:
+        AdamW groups with two more keys: `name`, and `lr_scale`, the factor on the learning rate.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    owners = dict(module.named_modules())
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = part_of(name)
+        decay = decays(name, parameter, owners[name.rpartition(".")[0]])
+        key = part if decay else f"{part}, no decay"
+        group = groups.setdefault(
+            key,
+            {
+                "name": key,
+                "params": [],
+                "lr_scale": getattr(settings.lr_scale, part, 1.0),
+                "weight_decay": settings.weight_decay if decay else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`, in its fused form where the parameters' device has one."""
+    groups = parameter_groups(module, settings)
+    options = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
+    try:
+        return torch.optim.AdamW(groups, fused=True, **options)
+    except RuntimeError:
+        return torch.optim.AdamW(groups, **options)
+
+
+def lr_factor(step: int, num_steps: int, settings: OptimSettings) -> float:
+    """Share of the peak learning rate at a step: a linear rise, then half a cosine down to
+    `min_lr_ratio`."""
+    warmup = round(settings.warmup_ratio * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - 1 - warmup)
+    return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * 0.5 * (
+        1 + math.cos(math.pi * progress)
+    )
+
+
+def set_lr(
+    optimizer: torch.optim.Optimizer, step: int, num_steps: int, settings: OptimSettings
+) -> float:
+    """Sets every group's learning rate for a step; returns that of a part with factor 1."""
+    lr = settings.lr * lr_factor(step, num_steps, settings)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    return lr
+
+
+def describe_groups(optimizer: torch.optim.Optimizer) -> list[str]:
+    """One line for each group: name, tensors, parameters, peak learning rate, weight decay."""
+    return [
+        f"  {group['name']:<26} {len(group['params']):>4} tensors  "
+        f"{sum(parameter.numel() for parameter in group['params']):>12,} parameters  "
+        f"lr x {group['lr_scale']:g}  decay {group['weight_decay']:g}"
+        for group in optimizer.param_groups
+    ]

@@ -1,0 +1,277 @@
+"""What a training run is made of: typed settings, and the recipes, which are functions that return
+them.
+
+Every setting can be changed from the command line: `--set optim.lr=3e-4`. The fields of the model's
+own configuration follow `model.`: `--set model.connector.order=hilbert`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cobra.config import PRESETS, CobraConfig
+from cobra.typed_config import override
+from vision_scan.errors import UserError, choose
+
+Part = Literal["vision_encoder", "connector", "lm"]
+PARTS: tuple[Part, ...] = ("vision_encoder", "connector", "lm")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model: a preset, and changes to its configuration."""
+
+    preset: str = "tiny"
+    changes: tuple[str, ...] = ()
+    """Overrides of the preset, "connector.depth=2"; `--set model.connector.depth=2` appends one."""
+
+    def __post_init__(self) -> None:
+        self.build_config()
+
+    def build_config(self) -> CobraConfig:
+        """The preset with the changes applied."""
+        config = choose("preset", self.preset, PRESETS)
+        for change in self.changes:
+            path, equals, value = change.partition("=")
+            _require(bool(equals), f"model.changes: got {change!r}, allowed: field=value")
+            config = override(config, path, value)
+        return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitSettings:
+    """Where the weights begin; `--init-from DIR` sets `path`."""
+
+    path: str | None = None
+    """A model directory; None: random weights."""
+    parts: tuple[Part, ...] = PARTS
+    """The parts taken from `path`, each whole; the others begin at random."""
+    tokenizer: bool = True
+    """Whether the tokenizer of `path` is taken too; the settings under `tokenizer` are then not
+    used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """The tokenizer of a new model."""
+
+    kind: Literal["bytes", "file", "train"] = "train"
+    """bytes: one token per byte; file: a Hugging Face tokenizer.json; train: a byte-level BPE
+    trained on the text of the data."""
+    path: str | None = None
+    """kind=file: the tokenizer.json."""
+    vocab_size: int = 384
+    """kind=train: number of tokens, specials included."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.kind != "file" or self.path is not None,
+            "tokenizer.kind=file needs a file: set tokenizer.path first",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """LLaVA rows and the folder of their images."""
+
+    path: str | None = None
+    """A .json list or a .jsonl file of rows; has to be set."""
+    image_root: str | None = None
+    """The folder that image paths start from; None: the folder of `path`."""
+    check: Literal["headers", "full", "none"] = "headers"
+    """What is read of every image before the first step: its header, all of it, or nothing."""
+    skip_bad: bool = False
+    """Leave out rows that cannot be used, and count them, rather than stop."""
+    length_group: int = 16
+    """Batches whose rows are sorted by length together, so that rows of a batch are of similar
+    length."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.length_group >= 1,
+            f"data.length_group: got {self.length_group}, allowed: 1 or more",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The course of the run."""
+
+    objective: Literal["conversation", "regions"] = "conversation"
+    """conversation: the next token of the answers; regions: what stands in each patch (the tower
+    alone)."""
+    freeze: tuple[Part, ...] = ()
+    """Parts that do not learn."""
+    steps: int = 1000
+    """Optimizer steps, unless `epochs` is given."""
+    epochs: float | None = None
+    """Passes over the data; decides the number of steps if given."""
+    batch_size: int = 32
+    """Rows per optimizer step, over all processes."""
+    micro_batch_size: int | None = None
+    """Rows per forward pass and process; None: no accumulation."""
+    seed: int = 0
+    """Of the initial weights, the order of the rows and dropout."""
+    engine: Literal["deepspeed", "plain"] = "deepspeed"
+    """deepspeed: one process or many; plain: one process, torch only. Their losses are the same."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the autocast forward pass (weights stay float32); auto: bfloat16 where the device has it
+    natively."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest ones."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every", "keep"):
+            _require(
+                getattr(self, name) >= 1,
+                f"train.{name}: got {getattr(self, name)}, allowed: 1 or more",
+            )
+        _require(
+            self.micro_batch_size is None or self.micro_batch_size >= 1,
+            f"train.micro_batch_size: got {self.micro_batch_size}, allowed: 1 or more, or none",
+        )
+        _require(
+            self.epochs is None or self.epochs > 0,
+            f"train.epochs: got {self.epochs}, allowed: more than 0, or none",
+        )
+        _require(
+            len(set(self.freeze)) < len(PARTS),
+            "train.freeze: every part is frozen, nothing would learn",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LrScale:
+    """Factors on `optim.lr` for each part."""
+
+    vision_encoder: float = 1.0
+    connector: float = 1.0
+    lm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """AdamW under a cosine schedule with linear warm-up."""
+
+    lr: float = 1e-3
+    """The peak learning rate."""
+    lr_scale: LrScale = field(default_factory=LrScale)
+    weight_decay: float = 0.05
+    """Never applied to A_log, D, dt_bias, norms, biases and embeddings."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises."""
+    min_lr_ratio: float = 0.05
+    """Learning rate of the last step, as a share of the peak."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "eps", "clip"):
+            _require(
+                getattr(self, name) >= 0,
+                f"optim.{name}: got {getattr(self, name)}, allowed: 0 or more",
+            )
+        for name in ("beta1", "beta2", "warmup_ratio", "min_lr_ratio"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"optim.{name}: got {value}, allowed: 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """Besides `metrics.jsonl` in the output directory, which is always written."""
+
+    every: int = 1
+    """Steps between records."""
+    wandb: bool = False
+    """Send the records to Weights & Biases too; WANDB_MODE=offline is honoured."""
+    project: str = "cobra"
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"log.every: got {self.every}, allowed: 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All of a run; saved as JSON beside its weights."""
+
+    recipe: str
+    model: ModelSettings = field(default_factory=ModelSettings)
+    init: InitSettings = field(default_factory=InitSettings)
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+
+def change(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
+    """Applies the texts of `--set`, "section.field=value", in order.
+
+    Raises:
+        UserError: on a text of another form, an unknown setting or a value that is not allowed.
+    """
+    for assignment in assignments:
+        path, equals, value = assignment.partition("=")
+        _require(bool(equals), f"--set: got {assignment!r}, allowed: section.field=value")
+        section, _, name = path.partition(".")
+        if section == "model" and name.split(".")[0] not in ("preset", "changes", ""):
+            changes = (*config.model.changes, f"{name}={value}")
+            config = dataclasses.replace(
+                config, model=dataclasses.replace(config.model, changes=changes)
+            )
+        else:
+            config = override(config, path, value)
+    return config
+
+
+def tiny_tower() -> RunConfig:
+    """Pretrains the vision tower on what stands in each patch (rows with `regions`), as a stand-in
+    for the pretrained towers of published models. Connector and language model are left as they
+    are."""
+    return RunConfig(
+        recipe="tiny-tower",
+        train=TrainSettings(
+            objective="regions", freeze=("connector", "lm"), steps=600, batch_size=64
+        ),
+        optim=OptimSettings(lr=2e-3),
+    )
+
+
+def tiny_align() -> RunConfig:
+    """Teaches connector and language model to caption, with the tower frozen. Elsewhere only the
+    connector learns at this stage; here the language model learns too, because nothing has
+    pretrained it."""
+    return RunConfig(
+        recipe="tiny-align",
+        init=InitSettings(parts=("vision_encoder",)),
+        train=TrainSettings(freeze=("vision_encoder",), steps=200, batch_size=32),
+        optim=OptimSettings(lr=2e-3),
+    )
+
+
+def tiny() -> RunConfig:
+    """Finetunes everything on conversations. Its twin: `--set model.preset=transformer-tiny`."""
+    return RunConfig(
+        recipe="tiny",
+        train=TrainSettings(steps=1500, batch_size=32),
+        optim=OptimSettings(lr=2e-3, lr_scale=LrScale(vision_encoder=0.3)),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "tiny-tower": tiny_tower,
+    "tiny-align": tiny_align,
+    "tiny": tiny,
+}

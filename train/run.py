@@ -1,0 +1,203 @@
+"""A whole training run: settings in, model directory out."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import cobra
+import cobra.checkpoint
+import vision_scan
+from cobra.model import Cobra
+from cobra.tokenizer import Tokenizer
+from train import engine as engines
+from train import resume as resuming
+from train.batches import BatchSource, SampleOrder
+from train.dataset import Rows, load_rows
+from train.loop import Loop, train
+from train.metrics import Metrics
+from train.objectives import OBJECTIVES, Objective
+from train.optim import build_optimizer, describe_groups
+from train.recipes import PARTS, RunConfig
+from train.stop import StopRequest
+from vision_scan.errors import UserError
+
+
+def run(
+    config: RunConfig,
+    output: str | Path,
+    resume: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> bool:
+    """Trains a model and leaves it in `output`, which is then a model directory.
+
+    Args:
+        config: the settings; on resuming, those of the run.
+        output: a directory without a run; with `resume`, one whose run is to be continued. A run
+            that was killed before its first checkpoint begins again.
+        resume: whether to continue.
+        report: takes the lines of the plan before the first step, on the first process.
+    Returns:
+        whether the run is finished; if not, it was asked to stop and can be resumed.
+    Raises:
+        UserError: for a mistake in settings or data; if found before the first step, nothing was
+            written.
+        NonFiniteError: if the loss or gradient is no longer finite.
+    """
+    output = Path(output)
+    with StopRequest() as stop:
+        checkpoint = _check_paths(config, output, resume)
+        rows = load_rows(config.data, OBJECTIVES[config.train.objective].needs)
+        loop = prepare(config, output, rows, checkpoint)
+        plan = list(describe_plan(loop, rows))  # on every process: a bad row is met by all
+        is_first = loop.engine.rank == 0
+        if is_first:
+            for line in [*plan, f"output: {output}"]:
+                report(line)
+            resuming.write_run(output, config)
+        loop.engine.gather(None)  # nobody goes on before the output directory is there
+        metrics = Metrics(output, config, loop.num_steps, loop.start) if is_first else None
+        try:
+            finished = train(loop, stop, metrics)
+        finally:
+            if metrics is not None:
+                metrics.close()
+        if finished and is_first:
+            cobra.save(loop.engine.objective.model, output)
+        return finished
+
+
+def prepare(config: RunConfig, output: Path, rows: Rows, checkpoint: Path | None = None) -> Loop:
+    """Everything that the loop works with, as at the start or as it was at a checkpoint."""
+    settings = config.train
+    device = engines.choose_device(settings.device)
+    rank, world_size = engines.join_processes(settings.engine, device)
+    if checkpoint is None:
+        model = build_model(config, rows)
+    else:
+        model = cobra.load(checkpoint, device="cpu", dtype="float32").train()
+    objective = build_objective(config, model, rows, device)
+    lengths = [row.length for row in rows.rows]
+    order = SampleOrder(lengths, settings.batch_size, settings.seed, config.data.length_group)
+    source = BatchSource(
+        objective,
+        rows.rows,
+        order,
+        micro_batch_size=settings.micro_batch_size,
+        rank=rank,
+        world_size=world_size,
+        skip_bad=config.data.skip_bad,
+    )
+    optimizer = build_optimizer(objective, config.optim)
+    engine = engines.ENGINES[settings.engine](objective, optimizer, device)
+    checkpoints = resuming.Checkpoints(output, config, rows.fingerprint)
+    return Loop(
+        config=config,
+        num_steps=count_steps(config, rows),
+        start=0 if checkpoint is None else checkpoints.restore(engine, checkpoint),
+        engine=engine,
+        source=source,
+        checkpoints=checkpoints,
+    )
+
+
+def count_steps(config: RunConfig, rows: Rows) -> int:
+    """Optimizer steps of the run: as set, or as many as the epochs take."""
+    if config.train.epochs is None:
+        return config.train.steps
+    return max(1, math.ceil(config.train.epochs * len(rows.rows) / config.train.batch_size))
+
+
+def build_model(config: RunConfig, rows: Rows) -> Cobra:
+    """The model that a run begins with, float32, on the CPU: at random, and from `init.path` what
+    is asked for."""
+    source = config.init.path
+    if source is not None and config.init.tokenizer:
+        tokenizer = Tokenizer.from_file(Path(source) / cobra.checkpoint.TOKENIZER)
+    else:
+        tokenizer = build_tokenizer(config, rows)
+    model_config = config.model.build_config()
+    vocab_size = max(model_config.lm.vocab_size, tokenizer.vocab_size)
+    model_config = replace(model_config, lm=replace(model_config.lm, vocab_size=vocab_size))
+    model = cobra.build(model_config, seed=config.train.seed, tokenizer=tokenizer)
+    if source is not None:
+        tensors = cobra.checkpoint.read_tensors(source, config.init.parts)
+        cobra.checkpoint.assign_tensors(model, tensors, source, config.init.parts)
+    return model.train()
+
+
+def build_tokenizer(config: RunConfig, rows: Rows) -> Tokenizer:
+    """The tokenizer of a new model, as `tokenizer.kind` asks."""
+    settings = config.tokenizer
+    if settings.kind == "bytes":
+        return Tokenizer.bytes()
+    if settings.kind == "file":
+        return Tokenizer.from_file(settings.path)
+    return Tokenizer.train(rows.texts(), settings.vocab_size)
+
+
+def build_objective(config: RunConfig, model: Cobra, rows: Rows, device: torch.device) -> Objective:
+    """The objective on its device, with the frozen parts frozen; seeds torch for it and for
+    dropout."""
+    torch.manual_seed(config.train.seed)
+    autocast = engines.autocast_dtype(config.train.dtype, device)
+    objective = OBJECTIVES[config.train.objective](model, rows, autocast).to(device)
+    for part in config.train.freeze:
+        getattr(model, part).requires_grad_(False).eval()
+    return objective
+
+
+def describe_plan(loop: Loop, rows: Rows) -> Iterator[str]:
+    """What is about to happen, line by line."""
+    config, engine, source = loop.config, loop.engine, loop.source
+    settings, optim, model = config.train, config.optim, engine.objective.model
+    yield f"recipe {config.recipe}: preset {config.model.preset}, objective {settings.objective}"
+    for part in PARTS:
+        count = sum(parameter.numel() for parameter in getattr(model, part).parameters())
+        fate = "frozen" if part in settings.freeze else "trained"
+        taken = config.init.path is not None and part in config.init.parts
+        origin = f", from {config.init.path}" if taken else ""
+        yield f"  {part:<16}{count:>14,} parameters, {fate}{origin}"
+    yield f"optimizer: AdamW, learning rate {optim.lr:g} falling to {optim.min_lr_ratio:.0%} of it"
+    yield from describe_groups(engine.optimizer)
+    yield f"data: {rows.path}, {len(rows.rows):,} rows, images checked: {config.data.check}"
+    if rows.bad:
+        yield f"  {len(rows.bad):,} rows left out: {'; '.join(rows.bad[:3])}, ..."
+    numbers = source.order.batch(loop.start)
+    num_tokens = sum(engine.objective.num_tokens(rows.rows[number]) for number in numbers)
+    epochs = loop.num_steps * settings.batch_size / len(rows.rows)
+    yield (
+        f"steps: {loop.num_steps:,} of {settings.batch_size} rows ({epochs:.1f} epochs), "
+        f"{loop.start:,} of them done"
+    )
+    yield (
+        f"  {source.micro_batch_size} rows x {source.accumulation} accumulated x "
+        f"{engine.world_size} processes, about {num_tokens:,} tokens a step"
+    )
+    dtype = "float32" if engine.objective.autocast is None else "bfloat16 autocast"
+    yield f"engine: {settings.engine}, {engine.device}, {dtype}, {torch.get_num_threads()} threads"
+    kernels = vision_scan.backend_report()
+    kinds = ", ".join(f"{name} {report[engine.device.type]}" for name, report in kernels.items())
+    yield f"kernels: {kinds}"
+
+
+def _check_paths(config: RunConfig, output: Path, resume: bool) -> Path | None:
+    """The checkpoint to continue from, if there is one and that is what was asked for."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; give a directory")
+    if config.init.path is not None and not Path(config.init.path).is_dir():
+        raise UserError(
+            f"--init-from {config.init.path}: no such directory; give a model directory"
+        )
+    if not resume:
+        if resuming.holds_run(output):
+            raise UserError(
+                f"{output} already holds a run or a model; use --resume, or another --output"
+            )
+        return None
+    if not (output / resuming.RUN).exists():
+        return None
+    resuming.check_same(resuming.read_run(output), config, output)
+    return resuming.latest_checkpoint(output)

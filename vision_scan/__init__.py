@@ -1,0 +1,40 @@
+"""Scans over sequences and images: orders, operators, modules. Knows nothing of language."""
+
+from .errors import UserError
+from .ops import (
+    backend_report,
+    causal_conv1d,
+    causal_conv1d_2d,
+    causal_conv1d_update,
+    gated_rmsnorm,
+    real_and_runs,
+    selective_scan,
+    selective_scan_2d,
+    selective_scan_update,
+    ssd,
+    ssd_2d,
+    ssd_update,
+)
+from .orders import SCAN_ORDERS, ScanOrder, order
+from .scan import merge_2d, scan_2d
+
+__all__ = [
+    "SCAN_ORDERS",
+    "ScanOrder",
+    "UserError",
+    "backend_report",
+    "causal_conv1d",
+    "causal_conv1d_2d",
+    "causal_conv1d_update",
+    "gated_rmsnorm",
+    "merge_2d",
+    "order",
+    "real_and_runs",
+    "scan_2d",
+    "selective_scan",
+    "selective_scan_2d",
+    "selective_scan_update",
+    "ssd",
+    "ssd_2d",
+    "ssd_update",
+]

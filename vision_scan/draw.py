@@ -1,0 +1,168 @@
+"""Pictures of scan orders: the path of every visiting list, and when it reaches each cell."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from vision_scan.errors import UserError
+from vision_scan.orders import ScanOrder
+
+# Early to late. Sampled from matplotlib's "viridis" (CC0), which stays ordered in grey and for
+# colour-blind readers; the two palest steps are left out, so that lines show on white.
+COLOURS = ("#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6dcd59")
+INK, FAINT, LINE, EMPTY = "#1c2230", "#6b7385", "#d9dde5", "#f4f5f8"
+SCALE = 3  # drawn this much larger, then reduced: Pillow's lines have no smooth edges
+
+
+def draw_order(order: ScanOrder, path: str | Path | None = None, cell: int = 40) -> Image.Image:
+    """Draw a scan order: per list its path as arrows and, beside it, a map of when cells are read.
+
+    The path runs from a filled dot to a ring and changes colour from early to late. Steps to one of
+    the eight cells around are bold; longer jumps are thin. The map shows the position of every cell
+    in the list; cells that the list does not hold stay blank. One list gives two panels side by
+    side, several lists a row of paths above a row of maps.
+
+    Args:
+        order: what to draw; a picture serves up to some 40 cells a side.
+        path: where to save it (the suffix names the format); None saves nothing.
+        cell: side of a cell in pixels, at least 8; below 22 the map has colours and no numbers.
+    Returns:
+        RGB image.
+    Raises:
+        UserError: if the cell is too small, or the file's format is unknown.
+    """
+    if cell < 8:
+        raise UserError(f"a cell of {cell} pixels is too small to draw; give at least 8")
+    sheet = _Sheet(order, cell)
+    for k in range(len(order)):
+        sheet.draw_list(k)
+    image = sheet.image.reduce(SCALE)
+    if path is not None:
+        try:
+            image.save(path)
+        except (ValueError, OSError) as error:
+            raise UserError(f"cannot save a picture as {str(path)!r}: {error}; "
+                            "give a writable path that ends in .png") from error
+    return image
+
+
+class _Sheet:
+    """The picture while it is drawn; all lengths in enlarged pixels."""
+
+    def __init__(self, order: ScanOrder, cell: int) -> None:
+        self.order, self.cell = order, cell * SCALE
+        self.margin, self.head, self.title = 24 * SCALE, 72 * SCALE, 23 * SCALE
+        self.grid = (order.width * self.cell, order.height * self.cell)
+        beside = len(order) == 1
+        columns, rows = (2, 1) if beside else (len(order), 2)
+        self.pitch = (self.grid[0] + self.margin, self.grid[1] + self.title + self.margin)
+        self.map_shift = (self.pitch[0], 0) if beside else (0, self.pitch[1])
+        width = max(columns * self.pitch[0] + self.margin, 480 * SCALE)
+        height = self.head + rows * self.pitch[1]
+        # The reduced size must be whole, and both are multiples of SCALE.
+        self.image = Image.new("RGB", (width, height), "white")
+        self.pen = ImageDraw.Draw(self.image)
+        self._heading()
+
+    def _text(
+        self, at: tuple[float, float], text: str, size: float, colour: str, anchor: str
+    ) -> None:
+        font = ImageFont.load_default(size * SCALE)
+        self.pen.text(at, text, fill=colour, font=font, anchor=anchor)
+
+    def _heading(self) -> None:
+        order = self.order
+        lists = "1 list" if len(order) == 1 else f"{len(order)} lists, merge {order.merge}"
+        grid = f"{order.height} x {order.width}"
+        about = f"{grid} cells, {lists}.  Step: mean {order.mean_step:.2f}, max {order.max_step}."
+        if order.mean_gap:
+            about += f"  Gap of neighbours: mean {order.mean_gap:.2f}."
+        self._text((self.margin, 16 * SCALE), order.name, 17, INK, "lt")
+        self._text((self.margin, 41 * SCALE), about, 12, FAINT, "lt")
+
+    def draw_list(self, k: int) -> None:
+        cells = [cell for cell in self.order[k].tolist() if cell >= 0]
+        x, y = self.margin + k * self.pitch[0], self.head
+        label = f"list {k}: " if len(self.order) > 1 else ""
+        shift_x, shift_y = self.map_shift
+        self._text((x, y), f"{label}path", 12, INK, "lt")
+        self._path(cells, x, y + self.title)
+        self._text((x + shift_x, y + shift_y), f"{label}position in the sequence", 12, INK, "lt")
+        self._map(cells, x + shift_x, y + shift_y + self.title)
+
+    def _lattice(self, x: int, y: int) -> None:
+        right, bottom = x + self.grid[0], y + self.grid[1]
+        for column in range(x, right + 1, self.cell):
+            self.pen.line((column, y, column, bottom), LINE, SCALE)
+        for row in range(y, bottom + 1, self.cell):
+            self.pen.line((x, row, right, row), LINE, SCALE)
+
+    def _path(self, cells: list[int], x: int, y: int) -> None:
+        width = self.order.width
+        self.pen.rectangle((x, y, x + self.grid[0], y + self.grid[1]), EMPTY)
+        self._lattice(x, y)
+        spots = [(x + (c % width + 0.5) * self.cell, y + (c // width + 0.5) * self.cell)
+                 for c in cells]
+        steps = list(enumerate(pairwise(spots)))
+        is_jump = [max(abs(a[0] - b[0]), abs(a[1] - b[1])) > 1.5 * self.cell for _, (a, b) in steps]
+        for jumps in (True, False):  # jumps below, steps on top
+            for (t, (a, b)), jump in zip(steps, is_jump, strict=True):
+                if jump == jumps:
+                    self._arrow(a, b, _colour((t + 0.5) / len(steps)), jump)
+        dot = 0.17 * self.cell
+        for (a, b), t, fill in ((spots[0], 0.0, True), (spots[-1], 1.0, False)) if spots else ():
+            box = (a - dot, b - dot, a + dot, b + dot)
+            colour = _colour(t)
+            self.pen.ellipse(box, colour if fill else "white", colour, round(0.08 * self.cell))
+
+    def _arrow(self, a: tuple, b: tuple, colour: str, is_jump: bool) -> None:
+        """A line from a to b with its head at the middle."""
+        thick = max(SCALE, round((0.025 if is_jump else 0.08) * self.cell))
+        self.pen.line((a, b), _mix(colour, EMPTY, 0.45) if is_jump else colour, thick)
+        # Rounds the corners of steps, marks the ends of jumps.
+        dot = 0.055 * self.cell if is_jump else max(0.04 * self.cell - 1, 0)
+        for px, py in (a, b):
+            self.pen.ellipse((px - dot, py - dot, px + dot, py + dot), colour)
+        angle = math.atan2(b[1] - a[1], b[0] - a[0])
+        size = (0.11 if is_jump else 0.17) * self.cell
+        middle = ((a[0] + b[0]) / 2, (a[1] + b[1]) / 2)
+        corners = [(middle[0] + size * math.cos(angle + turn),
+                    middle[1] + size * math.sin(angle + turn)) for turn in (0, 2.3, -2.3)]
+        self.pen.polygon(corners, colour)
+
+    def _map(self, cells: list[int], x: int, y: int) -> None:
+        self.pen.rectangle((x, y, x + self.grid[0], y + self.grid[1]), EMPTY)
+        digits = len(str(max(len(cells) - 1, 1)))
+        size = min(0.36, 0.8 / digits) * self.cell / SCALE
+        for t, cell in enumerate(cells):
+            left = x + cell % self.order.width * self.cell
+            top = y + cell // self.order.width * self.cell
+            colour = _colour(t / max(len(cells) - 1, 1))
+            self.pen.rectangle((left, top, left + self.cell, top + self.cell), colour)
+            if self.cell >= 22 * SCALE:
+                centre = (left + self.cell / 2, top + self.cell / 2)
+                self._text(centre, str(t), size, _ink_on(colour), "mm")
+        self._lattice(x, y)
+
+
+def _mix(a: str, b: str, share: float) -> str:
+    """The colour that has this share of b and the rest of a; both are "#rrggbb"."""
+    parts = [(int(a[i : i + 2], 16), int(b[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(p + (q - p) * share):02x}" for p, q in parts)
+
+
+def _ink_on(colour: str) -> str:
+    """White or dark, whichever reads better on a colour."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return INK if 0.3 * red + 0.6 * green + 0.1 * blue > 135 else "white"
+
+
+def _colour(t: float) -> str:
+    """Colour of a moment, 0 first to 1 last."""
+    place = t * (len(COLOURS) - 1)
+    k = min(int(place), len(COLOURS) - 2)
+    return _mix(COLOURS[k], COLOURS[k + 1], place - k)

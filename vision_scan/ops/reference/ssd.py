@@ -1,0 +1,198 @@
+"""Mamba-2's state-space duality (SSD), as a step recurrence and in chunks.
+
+With one scalar A per head, a_t = exp(dt_t A), the state S (headdim, d_state) follows
+
+    S_t = a_t S_{t-1} + dt_t x_t B_t^T,        y_t = S_t C_t + D x_t,        out_t = y_t SiLU(z_t).
+
+The chunked form cuts the sequence into chunks. Inside a chunk the output is a masked attention,
+(C B^T * L) (dt x) with L[i, j] = a_{j+1} ... a_i; each chunk leaves a state, the states are passed from
+chunk to chunk, and the state that enters a chunk adds C_i S_entry, decayed.
+
+Letters: b batch, c chunk, q in-chunk, g group, r heads of a group, h head, p headdim, n d_state.
+Source: Dao & Gu 2024, "Transformers are SSMs" (arXiv:2405.21060), section 6 and listing 1.
+"""
+
+import torch
+from torch import Tensor
+
+from .segments import real_and_runs, run_packed
+
+
+def discretize(
+    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, dtype
+) -> Tensor:
+    """dt + bias, softplus, then the clamp to the limits, in `dtype`; dt (..., nheads)."""
+    dt = dt.to(dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dtype)
+    if dt_softplus:
+        dt = torch.nn.functional.softplus(dt)
+    return dt.clamp(dt_min, dt_max) if dt_min > 0.0 or dt_max < float("inf") else dt
+
+
+def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """y + D x, then the gate SiLU(z); y, x, z (..., nheads, headdim), D (nheads[, headdim])."""
+    if D is not None:
+        D = D.to(y.dtype)
+        y = torch.addcmul(y, x.to(y.dtype), D[:, None] if D.dim() == 1 else D)
+    return y if z is None else y * torch.nn.functional.silu(z.to(y.dtype))
+
+
+def ssd_recurrent(
+    x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, one token after another; arguments as `vision_scan.ssd`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    heads_per_group = x.shape[2] // B.shape[2]
+    dt = discretize(dt, dt_bias, dt_softplus, dt_min, dt_max, dtype)
+    decay = torch.exp(dt * A.to(dtype))
+    B, C = (t.to(dtype).repeat_interleave(heads_per_group, dim=2) for t in (B, C))
+    state = _start(initial_state, x, B, dtype)
+    if seq_idx is not None:
+        real, run = real_and_runs(seq_idx)
+        kept = torch.cat([run[:, :1] == 0, run[:, 1:] == run[:, :-1]], dim=1)
+        decay = decay * kept[..., None].to(dtype)
+    outputs = []
+    for t in range(x.shape[1]):
+        inflow = (dt[:, t, :, None] * x[:, t].to(dtype))[..., None] * B[:, t, :, None, :]
+        new = state * decay[:, t, :, None, None] + inflow
+        state = new if seq_idx is None else torch.where(real[:, t, None, None, None], new, state)
+        outputs.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]))
+    y = skip_and_gate(torch.stack(outputs, dim=1), x, D, z)
+    if seq_idx is not None:
+        y = torch.where(real[..., None, None], y, 0.0)
+    return y.to(x.dtype), state
+
+
+def ssd_chunked(
+    x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens, chunk_size
+) -> tuple[Tensor, Tensor]:
+    """The chunked matrix form; arguments as `vision_scan.ssd`."""
+    if cu_seqlens is not None:
+
+        def kernel(rows, row_seq_idx):
+            x, dt, B, C, z = rows
+            return ssd_chunked(
+                x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max,
+                initial_state, row_seq_idx, None, chunk_size,
+            )  # fmt: skip
+
+        return run_packed(kernel, [x, dt, B, C, z], seq_idx, cu_seqlens)
+
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    dt = discretize(dt, dt_bias, dt_softplus, dt_min, dt_max, dtype)
+    inflow = x.to(dtype) * dt[..., None]
+    real = run = None
+    if seq_idx is not None:
+        real, run = real_and_runs(seq_idx)
+        dt = torch.where(real[..., None], dt, 0.0)
+        inflow = torch.where(real[..., None, None], inflow, 0.0)
+    y, state = _scan_chunks(
+        inflow,
+        dt * A.to(dtype),
+        B.to(dtype),
+        C.to(dtype),
+        _start(initial_state, x, B, dtype),
+        run,
+        min(chunk_size, x.shape[1]),
+    )
+    y = skip_and_gate(y, x, D, z)
+    if real is not None:
+        y = torch.where(real[..., None, None], y, 0.0)
+    return y.to(x.dtype).contiguous(), state
+
+
+def _start(initial_state: Tensor | None, x: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    if initial_state is not None:
+        return initial_state.to(dtype)
+    return x.new_zeros((x.shape[0], *x.shape[2:], B.shape[-1]), dtype=dtype)
+
+
+def _scan_chunks(inflow, log_decay, B, C, state, run, chunk_size) -> tuple[Tensor, Tensor]:
+    """The four stages on prepared inputs.
+
+    Args:
+        inflow: dt x, (batch, seqlen, nheads, headdim), zero at padding.
+        log_decay: dt A, (batch, seqlen, nheads), zero at padding.
+        B, C: (batch, seqlen, ngroups, d_state).
+        state: (batch, nheads, headdim, d_state).
+        run: (batch, seqlen) or None: tokens of different runs do not see each other.
+    """
+    batch, seqlen, nheads, headdim = inflow.shape
+    per_group = nheads // B.shape[2]
+    chunks = -(-seqlen // chunk_size)
+    chunk_size = -(-seqlen // chunks)  # as even as can be: little is padded
+    spare = chunks * chunk_size - seqlen
+
+    def cut(t: Tensor) -> Tensor:
+        """(batch, seqlen, h or g, ...) -> (b, c, h or g, q, ...)."""
+        t = torch.nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, spare)) if spare else t
+        return t.reshape(batch, chunks, chunk_size, *t.shape[2:]).movedim(2, 3)
+
+    def per_head(t: Tensor, weight: Tensor) -> Tensor:
+        """(b, c, g, ...) times a weight of each head, (b, c, h, ...)."""
+        heads = weight.unflatten(2, (-1, per_group))
+        return (t[:, :, :, None] * heads).flatten(2, 3)
+
+    X, B, C = cut(inflow).contiguous(), cut(B), cut(C)
+    # Differences of running sums are taken in float64: in float32 they would cost up to four digits.
+    total = cut(log_decay).double().cumsum(dim=-1)  # b c h q
+    causal = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=X.device).tril()
+    to_end = (total[..., -1:] - total).exp().to(X.dtype)
+    from_entry = total.exp().to(X.dtype)
+    if run is not None:
+        # Padding behind the end continues the last run, so that it does not cut the final state off.
+        runs = torch.cat([run, run[:, -1:].expand(-1, spare)], dim=1).view(batch, chunks, chunk_size)
+        entry_run = torch.cat([runs.new_zeros(batch, 1), runs[:, :-1, -1]], dim=1)
+        causal = causal & (runs[..., :, None] == runs[..., None, :])[:, :, None]
+        to_end = to_end * (runs == runs[..., -1:])[:, :, None]
+        from_entry = from_entry * (runs == entry_run[..., None])[:, :, None]
+
+    left = X.transpose(-1, -2) @ per_head(B, to_end[..., None])  # b c h p n
+    entries = []
+    for decay, inside in zip(from_entry[..., -1, None, None].unbind(1), left.unbind(1), strict=True):
+        entries.append(state)
+        state = state * decay + inside
+    carried = per_head(C, from_entry[..., None]) @ torch.stack(entries, dim=1).transpose(-1, -2)
+
+    exponent = (total[..., :, None] - total[..., None, :]).to(X.dtype)
+    L = exponent.masked_fill_(~causal, -torch.inf).exp_()  # b c h q q
+    weights = per_head(C @ B.transpose(-1, -2), L)
+    y = torch.baddbmm(carried.flatten(0, 2), weights.flatten(0, 2), X.flatten(0, 2))
+    y = y.view_as(X).movedim(3, 2).reshape(batch, -1, nheads, headdim)
+    return y[:, :seqlen], state
+
+
+def ssd_update(
+    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, state_indices
+) -> Tensor:
+    """A few tokens onto states that are overwritten; arguments as `vision_scan.ssd_update`."""
+
+    def advance(states, rows):
+        picked = [None if t is None else t[rows] for t in (x, dt, B, C, z, seq_idx)]
+        x_, dt_, B_, C_, z_, seq_idx_ = picked
+        return ssd_recurrent(
+            x_, dt_, A, B_, C_, D, z_, dt_bias, dt_softplus, dt_min, dt_max, states, seq_idx_
+        )
+
+    return update_slots(advance, state, x, state_indices)
+
+
+def update_slots(advance, state: Tensor, x: Tensor, state_indices: Tensor | None) -> Tensor:
+    """Applies `advance(states, rows) -> (y, states)` to the slots that the rows name.
+
+    Args:
+        state: (num_slots, ...), overwritten.
+        x: (batch, ...), gives the shape and dtype of the output.
+        state_indices: (batch,) slot of each row, below 0: the row is skipped and its output is 0; None:
+            row i uses slot i.
+    """
+    if state_indices is None:
+        y, new = advance(state, slice(None))
+        state.copy_(new)
+        return y
+    rows = (state_indices >= 0).nonzero()[:, 0]
+    slots = state_indices[rows].long()
+    y, new = advance(state[slots], rows)
+    state.index_copy_(0, slots, new.to(state.dtype))
+    return torch.zeros_like(x).index_copy(0, rows, y)

@@ -1,0 +1,137 @@
+"""Declares the operators of the library `vision_scan`, each once, in Python.
+
+An operator is a schema, a reference kernel, a fake and an autograd formula. The reference is registered
+as `CompositeExplicitAutograd`, so everything works where nothing is compiled; a compiled kernel takes
+over by registering the same name for `CPU` or `CUDA` and inherits fake, autograd and tests. The backward
+of an operator is an operator of its own, `<name>_backward`, which a compiled kernel may replace too; its
+reference differentiates the reference forward, recomputing it, so that only inputs are kept for it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("vision_scan", "DEF")
+OPERATORS: list[str] = []
+
+_CUT_DISPATCH = torch._C._SetExcludeDispatchKeyGuard
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+
+
+def register(name: str, inputs: str, num_outputs: int, reference: Callable, fake: Callable) -> Callable:
+    """Registers a differentiable operator.
+
+    Args:
+        name: operator name, `vision_scan::<name>`.
+        inputs: the schema of the arguments, for instance "Tensor x, Tensor? bias, bool flag".
+        num_outputs: 1 or 2 tensors are returned.
+        reference: the kernel that runs where nothing is compiled; torch functions only.
+        fake: the same signature, gives empty outputs of the right shape and dtype.
+    Returns:
+        The operator, to be called with positional arguments.
+    """
+    outputs = "Tensor" if num_outputs == 1 else f"({', '.join(['Tensor'] * num_outputs)})"
+    LIBRARY.define(f"{name}({inputs}) -> {outputs}")
+    LIBRARY.impl(name, _in_full_precision(reference), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vision_scan::{name}", fake, lib=LIBRARY)
+    _register_backward(name, inputs, num_outputs, reference)
+    OPERATORS.append(name)
+    return getattr(torch.ops.vision_scan, name).default
+
+
+def register_inplace(name: str, inputs: str, reference: Callable, fake: Callable) -> Callable:
+    """Registers an operator that updates an argument in place (marked `Tensor(a!)`) and returns one
+    tensor. It has no gradient: it serves decoding."""
+    LIBRARY.define(f"{name}({inputs}) -> Tensor")
+    LIBRARY.impl(name, _in_full_precision(reference), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vision_scan::{name}", fake, lib=LIBRARY)
+    OPERATORS.append(name)
+    return getattr(torch.ops.vision_scan, name).default
+
+
+def _in_full_precision(kernel: Callable) -> Callable:
+    """A scan accumulates in float32 whatever autocast is active around it."""
+
+    def run(*args):
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        if not torch.is_autocast_enabled(device.type):
+            return kernel(*args)
+        with torch.autocast(device.type, enabled=False):
+            return kernel(*args)
+
+    return run
+
+
+def _register_backward(name: str, inputs: str, num_outputs: int, reference: Callable) -> None:
+    def gradients(grads: Sequence[Tensor], *args) -> list[Tensor]:
+        *values, needs = args
+        # A kernel runs below autograd; the reference's own graph has to be recorded nevertheless.
+        with _CUT_DISPATCH(_AUTOGRAD, False), torch.enable_grad():
+            leaves = [
+                value.detach().requires_grad_(need) if isinstance(value, Tensor) else value
+                for value, need in zip(values, needs, strict=True)
+            ]
+            result = reference(*leaves)
+            result = (result,) if num_outputs == 1 else result
+            pairs = [(out, grad) for out, grad in zip(result, grads, strict=True) if out.requires_grad]
+            found = torch.autograd.grad(
+                [out for out, _ in pairs],
+                [leaf for leaf, need in zip(leaves, needs, strict=True) if need],
+                [grad for _, grad in pairs],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return [grad.detach() for grad in found]
+
+    def fake_gradients(grads: Sequence[Tensor], *args) -> list[Tensor]:
+        *values, needs = args
+        return [torch.empty_like(value) for value, need in zip(values, needs, strict=True) if need]
+
+    backward_name = f"{name}_backward"
+    LIBRARY.define(f"{backward_name}(Tensor[] grads, {inputs}, bool[] needs) -> Tensor[]")
+    LIBRARY.impl(
+        backward_name,
+        lambda grads, *args: _in_full_precision(lambda *rest: gradients(grads, *rest))(*args),
+        "CompositeExplicitAutograd",
+    )
+    torch.library.register_fake(f"vision_scan::{backward_name}", fake_gradients, lib=LIBRARY)
+    backward_op = getattr(torch.ops.vision_scan, backward_name).default
+
+    def setup_context(ctx, inputs, output):
+        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+        ctx.constants = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+
+    def backward(ctx, *grads):
+        tensors = iter(ctx.saved_tensors)
+        values = [
+            next(tensors) if is_tensor else constant
+            for is_tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
+        ]
+        needs = list(ctx.needs_input_grad)
+        found = iter(backward_op(list(grads), *values, needs))
+        return tuple(next(found) if need else None for need in needs)
+
+    torch.library.register_autograd(
+        f"vision_scan::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+
+
+def backend_report() -> dict[str, dict[str, str | int]]:
+    """What runs each operator: {operator: {"cpu": "compiled" | "reference", "cuda": ..., "why": str,
+    "fallbacks": int}}; fallbacks counts the calls that a compiled kernel handed to the reference."""
+    report = {}
+    for name in OPERATORS:
+        qualified = f"vision_scan::{name}"
+        compiled = {
+            device: torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
+            for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+        }
+        missing = [device for device, present in compiled.items() if not present]
+        report[name] = {
+            **{device: "compiled" if on else "reference" for device, on in compiled.items()},
+            "why": f"no compiled kernel for {' and '.join(missing)}" if missing else "",
+            "fallbacks": 0,
+        }
+    return report
