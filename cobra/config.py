@@ -68,7 +68,13 @@ _TINY = CobraConfig(
     lm=LMConfig(
         d_model=128,
         vocab_size=384,
-        layers=(Mamba2Config(d_state=32, chunk_size=64),) * 6,
+        layers=(
+            # Slow decay and large steps at the start: a question stands hundreds of tokens behind its image.
+            Mamba2Config(
+                d_state=32, ngroups=2, chunk_size=64, A_init_range=(0.01, 0.5), dt_min=0.02, dt_max=0.5
+            ),
+        )
+        * 4,
     ),
 )
 

@@ -8,6 +8,7 @@ interrupted demo goes on where it stopped: finished steps are skipped, training 
 """
 
 import functools
+import resource
 import shlex
 import shutil
 import signal
@@ -32,6 +33,8 @@ MODELS = {
         "constant_state": False,
     },
 }
+# Rough seconds of a finetuning step on two cores, for the time that is left.
+STEP_S = {"cobra": 1.6, "transformer": 0.8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +119,7 @@ def steps(root: Path, settings: Settings) -> list[Step]:
                 *("--scenes", str(settings.scenes), "--test-scenes", str(settings.test_scenes)),
             ),
             output=scenes,
-            expected_s=0.004 * (settings.scenes + settings.test_scenes),
+            expected_s=4 + 0.01 * (settings.scenes + settings.test_scenes),
         ),
         Step(
             name="tower",
@@ -133,7 +136,7 @@ def steps(root: Path, settings: Settings) -> list[Step]:
             ),
             output=tower,
             is_resumable=True,
-            expected_s=0.1 * settings.tower_steps,
+            expected_s=8 + 0.3 * settings.tower_steps,
         ),
     ]
     for key in MODELS:
@@ -148,6 +151,7 @@ def steps(root: Path, settings: Settings) -> list[Step]:
 def _training_steps(root: Path, settings: Settings, key: str, data: tuple[str, ...]) -> list[Step]:
     scenes, aligned, output = root / "scenes", root / f"{key}-align", root / key
     title = MODELS[key]["name"]
+    step_s = STEP_S[key]
     model = ("--set", f"model.preset={MODELS[key]['preset']}")
     align = (
         *("train", "--recipe", "tiny-align", "--output", str(aligned), *model),
@@ -186,7 +190,7 @@ def _training_steps(root: Path, settings: Settings, key: str, data: tuple[str, .
             arguments=align,
             output=aligned,
             is_resumable=True,
-            expected_s=0.15 * settings.align_steps,
+            expected_s=8 + 0.6 * step_s * settings.align_steps,
         ),
         Step(
             name=key,
@@ -194,7 +198,7 @@ def _training_steps(root: Path, settings: Settings, key: str, data: tuple[str, .
             arguments=finetune,
             output=output,
             is_resumable=True,
-            expected_s=0.2 * settings.finetune_steps,
+            expected_s=8 + step_s * settings.finetune_steps,
         ),
     ]
 
@@ -214,7 +218,7 @@ def _question_steps(root: Path, settings: Settings, key: str) -> list[Step]:
         *("--output", str(root / "tasks" / key)),
     )
     title = MODELS[key]["name"]
-    expected_s = 0.05 * settings.test_scenes
+    expected_s = 4 + 0.06 * settings.test_scenes
     blank = (*arguments, "--control", "blank")
     return [
         Step(
@@ -247,7 +251,7 @@ def _efficiency_step(root: Path, settings: Settings) -> Step:
             str(root / "efficiency.json"),
         ),
     )
-    expected_s = settings.longest_context * settings.prefill_rounds / 500
+    expected_s = 5 + settings.longest_context * settings.prefill_rounds / 500
     return Step(
         name="efficiency",
         title="Decoding against context length",
@@ -286,6 +290,8 @@ def run(root: Path, settings: Settings, quick: bool, say: Callable[[str], None] 
         status, is_stopped = _run_command([sys.executable, *command[1:]])
         record["seconds"] += time.monotonic() - start
         record["done"] = status == 0
+        # Of the largest step so far: the system counts the maximum over all children.
+        record["peak_rss_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         write_json(root / STATE_FILE, state)
         if is_stopped or status in (STOPPED, INTERRUPTED):
             say(f"Stopped at step {place}; the same command goes on from here.")
@@ -348,7 +354,8 @@ def _clock(todo: list[Step], state: dict) -> str:
     done = {name for name, record in state["steps"].items() if record["done"]}
     expected = {step.name: step.expected_s for step in todo}
     finished = sum(expected[name] for name in done)
-    pace = sum(state["steps"][name]["seconds"] for name in done) / finished if finished else 1.0
+    # Half a minute at the expected pace keeps the first short steps from deciding the estimate.
+    pace = (sum(state["steps"][name]["seconds"] for name in done) + 30) / (finished + 30)
     left = pace * (sum(expected.values()) - finished)
     return f"{_minutes(spent)} so far, about {_minutes(left)} to go"
 

@@ -6,22 +6,21 @@ the same for every context length, and the speed of a language model does not de
 it reads.
 
 The protocol. Every (model, context) pair is a cell. A round visits all cells once; every second
-round runs backwards, and each pair of rounds starts at another cell (A B C, C B A, B C A, ...), so that
-a machine that slows down or warms up touches all cells alike. A visit reads the context in one forward call (time to first
-token), or decodes greedily from a clone of the state (time per token: the median over the visit's
-tokens; a key-value cache gets its room for them during warm-up). Reported are the median and the
-quartiles over the visits. In the same run each model's token-by-token logits are compared with a
-single forward over the whole sequence: no speed without a correct answer.
+round runs backwards, and each pair of rounds starts at another cell (A B C, C B A, B C A, ...), so
+that a machine that slows down or warms up touches all cells alike. A visit reads the context in one
+forward call (time to first token), or decodes greedily from a clone of the state (time per token:
+the median over the visit's tokens; a key-value cache gets its room for them during warm-up).
+Reported are the median and the quartiles over the visits. In the same run each model's
+token-by-token logits are compared with a single forward over the whole sequence: no speed without a
+correct answer.
 """
 
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import exp, log
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,8 +78,8 @@ def measure(
         advance: called with the units of work just done, `work_units(models, protocol)` in all.
     Returns:
         A JSON-able dict: protocol, environment, dtype, models (name -> lm_parameters, weight_bytes,
-        check, points: one per context with ttft_s, decode_s, state_bytes, prefill_peak_bytes),
-        crossovers, peak_rss_bytes.
+        check, points: one per context with ttft_s, decode_s, state_bytes), crossovers,
+        peak_rss_bytes (of this process so far).
     Raises:
         UserError: if the models differ in device or dtype.
     """
@@ -91,7 +90,7 @@ def measure(
         )
     ((device, dtype),) = kinds
     cells = [(name, context) for context in protocol.contexts for name in models]
-    records = {cell: {"ttft_s": [], "decode_s": [], "prefill_peak_bytes": 0} for cell in cells}
+    records = {cell: {"ttft_s": [], "decode_s": []} for cell in cells}
     states: dict[tuple[str, int], tuple[Tensor, Any]] = {}
     with torch.inference_mode():
         checks = {name: _check(model.lm, protocol, device, dtype, advance) for name, model in models.items()}
@@ -99,10 +98,8 @@ def measure(
             lm, record = models[cell[0]].lm, records[cell]
             ids = _random_ids(lm, cell[1], protocol.seed, device)
             states.pop(cell, None)
-            with _peak_memory(device) as peak:
-                seconds, states[cell] = _timed(device, _prefill, lm, ids)
+            seconds, states[cell] = _timed(device, _prefill, lm, ids)
             record["ttft_s"].append(seconds)
-            record["prefill_peak_bytes"] = max(record["prefill_peak_bytes"], peak["bytes"])
             record["state_bytes"] = states[cell][1].nbytes
             advance(cell[1])
         for cell in interleaved(cells, protocol.rounds):
@@ -131,7 +128,7 @@ def work_units(models: Mapping[str, Any], protocol: Protocol) -> int:
 
 
 def interleaved(cells: list, rounds: int) -> Iterator:
-    """All cells once a round: forth, back, then the same from one cell later."""
+    """All cells once a round: there, back, then the same from one cell later."""
     for i in range(rounds):
         shift = i // 2 % len(cells)
         order = cells[shift:] + cells[:shift]
@@ -189,7 +186,6 @@ def _result(models, protocol, records, checks, device: str, dtype: torch.dtype) 
                 "ttft_s": spread(records[name, context]["ttft_s"]),
                 "decode_s": spread(records[name, context]["decode_s"]),
                 "state_bytes": records[name, context]["state_bytes"],
-                "prefill_peak_bytes": records[name, context]["prefill_peak_bytes"],
             }
             for context in protocol.contexts
         ]
@@ -289,31 +285,3 @@ def _timed(device: str, function: Callable, *arguments) -> tuple[float, Any]:
 def _synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-
-
-@contextmanager
-def _peak_memory(device: str) -> Iterator[dict[str, int]]:
-    """Bytes by which memory rose at most inside the block: of the allocator on a GPU, of the
-    process on Linux, else 0."""
-    result = {"bytes": 0}
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield result
-        result["bytes"] = torch.cuda.max_memory_allocated() - before
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
-    except OSError:
-        yield result
-        return
-    before = _status_bytes("VmRSS")
-    yield result
-    result["bytes"] = max(0, _status_bytes("VmHWM") - before)
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return 0

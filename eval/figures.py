@@ -7,6 +7,7 @@ dark theme; text stays text.
 
 import io
 from math import ceil
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", SURFACE: "--surface
     colour: f"--series-{i}" for i, colour in enumerate(SERIES)
 }
 MARKERS = ("o", "s", "^", "D")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "cobra",
     "font.size": 10,
@@ -77,7 +78,7 @@ def loss_curves(runs: dict[str, list[dict]]) -> str:
         return _svg(figure, "Training loss against steps")
 
 
-def accuracy_bars(rows: list[str], results: dict[str, dict[str, dict]]) -> str:
+def accuracy_bars(rows: list[str], results: dict[str, dict[str, list[dict]]]) -> str:
     """Accuracy per kind of question: a bar per model, inside it the blank-image control, with 95
     percent intervals.
 

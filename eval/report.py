@@ -51,7 +51,7 @@ def collect(root: Path) -> dict:
         A JSON-able dict: quick, created, settings, environment, models (name, what, constant_state,
         parameters per part), training (loss curves per stage), accuracy (the task's summaries, with
         and without pictures), comparison (paired difference of the models), efficiency, scan,
-        examples, stages (title, command, seconds), verdict.
+        examples, peak_rss_bytes, stages (title, command, seconds), verdict.
     """
     state = read_json(root / STATE_FILE)
     models = {key: cobra.load(root / key) for key in MODELS}
@@ -78,6 +78,7 @@ def collect(root: Path) -> dict:
             "width": scanned.grid[1],
         },
         "examples": _examples(root),
+        "peak_rss_bytes": max(step["peak_rss_bytes"] for step in state["steps"].values()),
         "stages": [
             {key: step[key] for key in ("title", "command", "seconds")} for step in state["steps"].values()
         ],

@@ -2,9 +2,11 @@
 never typed in."""
 
 from eval.efficiency import crossover_sentence
+from eval.markup import size
 
 OVERALL_TARGET = 0.85  # of all questions on unseen scans
 ABOVE_CONTROL = 0.30  # overall, over the blank-image control
+MEMORY = 8 << 30  # bytes, for every step of the demo
 FLAT_DECODE = 0.10  # time per token at the longest context against the shortest
 
 
@@ -24,6 +26,14 @@ def verdict(report: dict) -> list[dict]:
         rows += _accuracy_claims(names[key], result)
     rows.append(_comparison(names, report["comparison"]))
     rows += _efficiency_claims(names, report["models"], report["efficiency"])
+    peak = report["peak_rss_bytes"]
+    rows.append(
+        _row(
+            "8 GiB of memory are enough for the demo",
+            f"the largest step took {size(peak)}",
+            peak <= MEMORY,
+        )
+    )
     return rows
 
 

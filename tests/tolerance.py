@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-# RMS(actual - expected) / RMS(expected) of two ways to compute the same thing. float64 is the law of
-# the operators (1e-10); the others are a few roundings of the dtype.
+# RMS(actual - expected) / RMS(expected) of two ways to compute the same thing. float64 is the law
+# of the operators (1e-10); the others are a few roundings of the dtype.
 RATIO = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
-# What `assert_as_good_as` grants beyond twice the plain computation's error, as a ratio: it covers a
-# plain result that happens to be exact, so about one rounding of the dtype.
+# What `assert_as_good_as` grants beyond twice the plain computation's error, as a ratio: it covers
+# a plain result that happens to be exact, so about one rounding of the dtype.
 FLOOR = {torch.float32: 3e-7, torch.bfloat16: 2e-3, torch.float16: 5e-4}
 
 

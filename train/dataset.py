@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cobra.image import check_image, open_image
 from cobra.prompt import Turn, count_marks
@@ -19,7 +19,7 @@ from cobra.tokenizer import IMAGE
 from train.recipes import DataSettings
 from vision_scan.errors import UserError
 
-ROLES = {"human": "user", "gpt": "assistant"}
+ROLES: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
 # An image's share of a row's length; the same for every model, so that twins see one order.
 CHARACTERS_PER_IMAGE = 256
 NUM_REPORTED = 5

@@ -184,7 +184,8 @@ def join_processes(engine: str, device: torch.device) -> tuple[int, int]:
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -206,5 +207,5 @@ def _import_deepspeed(device: torch.device) -> Any:
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Otherwise DeepSpeed compiles a shared-memory kernel at start, for inference only.
-    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
     return deepspeed

@@ -159,12 +159,12 @@ class Wandb:
             import wandb
 
             # Without a key the client would ask for one, on a cluster for ever.
-            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+            is_offline = not os.environ.get("WANDB_MODE") and not wandb.api.api_key
             self._run = wandb.init(
                 project=config.log.project,
                 name=output.name,
                 dir=str(output),
-                mode=mode,
+                mode="offline" if is_offline else None,  # None: as WANDB_MODE says
                 config=to_dict(config),
                 settings=wandb.Settings(init_timeout=60, silent=True),
             )

@@ -106,8 +106,8 @@ def read_state(path: Path) -> dict[str, Any]:
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{path / STATE} is missing, damaged, or holds more than tensors and numbers; resume from "
-            "another checkpoint by its name in the file 'latest'"
+            f"{path / STATE} is missing, damaged, or holds more than tensors and numbers; write "
+            "the name of another checkpoint into the file 'latest' beside it"
         ) from error
 
 
@@ -181,10 +181,10 @@ def check_same(old: RunConfig, new: RunConfig, output: Path) -> None:
 def get_random_state() -> dict[str, Any]:
     """The random states of this process, in types that `weights_only` loads."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
     return {
         "python": [version, list(words), gauss],
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "numpy": {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].tolist()}},
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -194,8 +194,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Undoes `get_random_state`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

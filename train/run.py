@@ -133,7 +133,7 @@ def build_tokenizer(config: RunConfig, rows: Rows) -> Tokenizer:
     settings = config.tokenizer
     if settings.kind == "bytes":
         return Tokenizer.bytes()
-    if settings.kind == "file":
+    if settings.kind == "file" and settings.path is not None:
         return Tokenizer.from_file(settings.path)
     return Tokenizer.train(rows.texts(), settings.vocab_size)
 
@@ -187,17 +187,19 @@ def _check_paths(config: RunConfig, output: Path, resume: bool) -> Path | None:
     """The checkpoint to continue from, if there is one and that is what was asked for."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a directory")
-    if config.init.path is not None and not Path(config.init.path).is_dir():
-        raise UserError(
-            f"--init-from {config.init.path}: no such directory; give a model directory"
-        )
     if not resume:
+        if config.init.path is not None and not Path(config.init.path).is_dir():
+            raise UserError(
+                f"--init-from {config.init.path}: no such directory; give a model directory"
+            )
         if resuming.holds_run(output):
             raise UserError(
                 f"{output} already holds a run or a model; use --resume, or another --output"
             )
         return None
     if not (output / resuming.RUN).exists():
+        if (output / cobra.checkpoint.CONFIG).exists():
+            raise UserError(f"{output} holds a model but no run to resume; use another --output")
         return None
     resuming.check_same(resuming.read_run(output), config, output)
     return resuming.latest_checkpoint(output)

@@ -1,8 +1,11 @@
 """Stopping on request."""
 
+import logging
 import signal
 from types import FrameType
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 class StopRequest:
@@ -26,3 +29,4 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+        log.warning("%s: stopping after this step", signal.Signals(number).name)

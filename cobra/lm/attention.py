@@ -91,23 +91,32 @@ class Attention(nn.Module):
         )
         if self.config.rope_theta is not None:
             q, k = rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta)
-        if state is not None and segments.overwrite and seqlen == 1 and segments.uniform_start is not None:
-            y, state = self._decode(q, k, v, positions, state, segments.uniform_start)
+        if state is not None and segments.overwrite and seqlen == 1:
+            y, state = self._decode(q, k, v, positions, state, segments)
         else:
             y, state = self._attend(q, k, v, positions, runs, state, segments)
         return self.o_proj(y.transpose(1, 2).flatten(-2)), state
 
-    def _decode(self, q, k, v, positions, state, start) -> tuple[Tensor, LayerState]:
-        """One token for all rows at the same position, written into the cache in place."""
+    def _decode(self, q, k, v, positions, state, segments) -> tuple[Tensor, LayerState]:
+        """One token a row, written into the cache in place; a row of padding writes nothing."""
+        longest = int(segments.starts.max()) + 1
+        if self._slots(longest) > state["k"].shape[2]:
+            state = self._place(state, k[:, :, :0], v[:, :, :0], positions[:, :0], None, 2 * longest)
         slots = state["k"].shape[2]
-        if self.config.window is None and start >= slots:
-            state = self._place(state, k[:, :, :0], v[:, :, :0], positions[:, :0], None, 2 * start + 1)
-            slots = state["k"].shape[2]
-        slot = start % slots
-        state["k"][:, :, slot], state["v"][:, :, slot] = k[:, :, 0], v[:, :, 0]
-        state["position"][:, slot] = positions[:, 0]
-        filled = min(start + 1, slots)
-        return attend(q, state["k"][:, :, :filled], state["v"][:, :, :filled], None), state
+        filled = min(longest, slots)
+        if segments.uniform_start is not None:
+            slot = segments.uniform_start % slots
+            state["k"][:, :, slot], state["v"][:, :, slot] = k[:, :, 0], v[:, :, 0]
+            state["position"][:, slot] = positions[:, 0]
+            return attend(q, state["k"][:, :, :filled], state["v"][:, :, :filled], None), state
+        rows = (positions[:, 0] >= 0).nonzero()[:, 0]
+        slot = positions[rows, 0] % slots
+        state["k"][rows, :, slot], state["v"][rows, :, slot] = k[rows, :, 0], v[rows, :, 0]
+        state["position"][rows, slot] = positions[rows, 0]
+        there = state["position"][:, :filled]
+        seen = (there >= 0) | (positions < 0)  # a row without keys would be NaN
+        y = attend(q, state["k"][:, :, :filled], state["v"][:, :, :filled], seen[:, None, None])
+        return torch.where((positions >= 0)[:, None, :, None], y, 0.0), state
 
     def _attend(self, q, k, v, positions, runs, state, segments) -> tuple[Tensor, LayerState]:
         """Any number of tokens on any rows; nothing is overwritten."""

@@ -22,7 +22,9 @@ class Float32Parameters(nn.Module):
         def cast(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             half = result.is_floating_point() and result.element_size() < 4
-            return result.to(torch.float32) if half and id(tensor) in kept else result
+            if half and id(tensor) in kept:  # not by way of the half precision: that would round it
+                return tensor.to(result.device, torch.promote_types(tensor.dtype, torch.float32))
+            return result
 
         if recurse:
             for module in self.children():

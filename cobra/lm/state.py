@@ -60,7 +60,7 @@ class State:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file; read it back with `State.load`."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {
             f"layers.{index}.{name}": tensor.detach().cpu().contiguous()
@@ -74,7 +74,8 @@ class State:
         }
         path = Path(path)
         partial = path.with_name(f".{path.name}.partial")
-        save_file({**tensors, "lengths": self.lengths}, partial, {"cobra_state": json.dumps(header)})
+        tensors["lengths"] = self.lengths
+        partial.write_bytes(save(tensors, {"cobra_state": json.dumps(header)}))
         partial.replace(path)
 
     @staticmethod

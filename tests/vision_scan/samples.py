@@ -74,8 +74,8 @@ class _Random:
 
 def sample_ssd(
     *, batch=1, seqlen=8, nheads=2, headdim=3, ngroups=1, d_state=4, D="heads", z=False,
-    dt_bias=True, dt_softplus=True, dt_limit=(0.0, math.inf), initial_state=True, seq_idx=None, chunk_size=16,
-    dtype=torch.float64, layout="plain", seed=0,
+    dt_bias=True, dt_softplus=True, dt_limit=(0.0, math.inf), initial_state=True, seq_idx=None,
+    chunk_size=16, dtype=torch.float64, layout="plain", seed=0,
 ) -> Sample:  # fmt: skip
     random = _Random(dtype, layout, seed)
     tensors = {
@@ -147,8 +147,8 @@ def sample_gated_rmsnorm(
 
 def sample_ssd_2d(
     *, batch=2, grid=(2, 3), lists=4, per_list=False, nheads=2, headdim=3, ngroups=1, d_state=2,
-    D=True, dt_bias=True, dt_softplus=True, dt_limit=(0.0, math.inf), chunk_size=4, dtype=torch.float64,
-    layout="plain", seed=0,
+    D=True, dt_bias=True, dt_softplus=True, dt_limit=(0.0, math.inf), chunk_size=4,
+    dtype=torch.float64, layout="plain", seed=0,
 ) -> Sample:  # fmt: skip
     random = _Random(dtype, layout, seed)
     cells = (batch, lists, *grid)
@@ -282,7 +282,7 @@ def array_options(options: Mapping) -> dict:
 
 
 def true_outputs(name: str, sample: Sample) -> tuple[Tensor, ...]:
-    """What the operator must give, in float64, on the values that its inputs have in their dtype."""
+    """What the operator must give, in float64, on the values of the inputs in their dtype."""
     tensors, options = sample
     outputs = OPERATORS[name].truth(**as_arrays(tensors), **array_options(options))
     return tuple(torch.from_numpy(out) for out in outputs)

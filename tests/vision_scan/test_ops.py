@@ -41,7 +41,7 @@ def sampled(name, **sizes):
 
 
 def blend(name, tensors, where, value):
-    """The inputs with `value`, a number or other inputs, at the tokens of `where` (batch, seqlen)."""
+    """The inputs with `value`, a number or other inputs, where `where` (batch, seqlen) is True."""
     out = dict(tensors)
     for key, axis in OPERATORS[name].token_axis.items():
         if key in tensors:
@@ -218,7 +218,7 @@ def test_cu_seqlens_equals_separate_calls(name, boundaries, pads, dtype):
 )
 @every_scan
 def test_any_split_equals_one_shot(name, pads):
-    """Outputs, final state and gradients through the carried states; pieces of 1 to 3 tokens too."""
+    """Outputs, final state and gradients through the carried states; also in tiny pieces."""
     sample = sampled(name, batch=2, seqlen=17, seq_idx=pads)
     run = OPERATORS[name].run
     cotangents = cotangents_of(run(**sample[0], **sample[1]))

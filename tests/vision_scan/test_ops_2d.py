@@ -252,9 +252,9 @@ def test_refusals():
     tensors, options = sample_ssd_2d()
     with pytest.raises(UserError, match="gated"):
         vision_scan.ssd_2d(**tensors, **options, merge="gated")
-    with pytest.raises(UserError, match="cros4.*cross4"):
+    with pytest.raises(UserError, match=r"cros4.*cross4"):
         vision_scan.ssd_2d(**tensors, **options, order="cros4")
-    with pytest.raises(ValueError, match="3 x 2 grid.*2 x 3"):
+    with pytest.raises(ValueError, match=r"3 x 2 grid.*2 x 3"):
         vision_scan.ssd_2d(**tensors, **options, order=vision_scan.order("cross4", 3, 2))
     with pytest.raises(ValueError, match=r"\(2, 1, 2, 3, 2\).*\(2, 4, 2, 3, 2\)"):
         vision_scan.ssd_2d(**tensors, **options, order="raster")

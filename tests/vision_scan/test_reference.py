@@ -51,6 +51,15 @@ CASES = {
             "seq_idx": ["...001122", "0.1.1...2", "........."],
         },
     ),
+    "ssd-pads-not-a-multiple": (
+        "ssd",
+        {
+            "batch": 3,
+            "seqlen": 10,
+            "chunk_size": 4,
+            "seq_idx": ["0000111122", "00.1112222", "00.111.2.."],
+        },
+    ),
     "ssd-raw-pads": (
         "ssd",
         {

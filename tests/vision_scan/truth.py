@@ -1,7 +1,7 @@
 """The operators once more, from their papers alone: loops over numpy arrays, one token at a time.
 
-Nothing here is shared with the package. Arrays are float64, or complex128: every function is analytic
-in its inputs, so its derivative along v is Im f(x + i h v) / h, exact to rounding for a tiny h.
+Nothing here is shared with the package. Arrays are float64, or complex128: the functions are
+analytic in their inputs, so the derivative along v is Im f(x + i h v) / h, exact for a tiny h.
 
 Recurrences: Gu & Dao 2023 (arXiv:2312.00752), Dao & Gu 2024 (arXiv:2405.21060).
 """

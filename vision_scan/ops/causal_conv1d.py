@@ -7,7 +7,13 @@ from torch import Tensor
 
 from vision_scan.orders import ScanOrder
 
-from .checks import check_shape, check_update_length, order_index
+from .checks import (
+    check_rank,
+    check_shape,
+    check_update_length,
+    order_index,
+    update_rows,
+)
 from .reference import causal_conv1d as reference
 from .reference import grid
 from .register import register, register_inplace
@@ -79,6 +85,7 @@ def causal_conv1d(
     Raises:
         ValueError: on shapes or an activation that do not fit.
     """
+    check_rank("x", x, "batch d seqlen")
     batch, d, seqlen = x.shape
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     check_shape("weight", weight, (d, weight.shape[1]))
@@ -142,9 +149,15 @@ def causal_conv1d_update(
     Raises:
         ValueError: on shapes that do not fit or more than 16 tokens.
     """
-    check_update_length(x.shape[2])
-    rows = state.shape[0] if state_indices is None else state_indices.shape[0]
-    check_shape("x", x, (rows, state.shape[1], x.shape[2]))
+    check_rank("state", state, "num_slots d width-1")
+    check_rank("x", x, "batch d seqlen")
+    _, d, tail = state.shape
+    rows, seqlen = update_rows(state, state_indices), x.shape[2]
+    check_update_length(seqlen)
+    check_shape("x", x, (rows, d, seqlen))
+    check_shape("weight", weight, (d, tail + 1))
+    check_shape("bias", bias, (d,))
+    check_shape("seq_idx", seq_idx, (rows, seqlen))
     return _causal_conv1d_update(
         state, x, weight, bias, _activation_name(activation), seq_idx, state_indices
     )

@@ -16,9 +16,29 @@ def check_shape(name: str, tensor: Tensor | None, expected: Sequence[int]) -> No
         raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
+def check_rank(name: str, tensor: Tensor, axes: str) -> None:
+    """Raises ValueError unless the tensor has as many axes as are named, for instance "batch d seqlen"."""
+    if tensor.dim() != len(axes.split()):
+        raise ValueError(f"{name} must have shape ({', '.join(axes.split())}), got {tuple(tensor.shape)}")
+
+
+def check_skip(D: Tensor | None, heads: Sequence[int], headdim: int) -> None:
+    """Checks D: one number a head, or one a channel."""
+    if D is not None and tuple(D.shape) not in (tuple(heads), (*heads, headdim)):
+        raise ValueError(f"D must have shape {tuple(heads)} or {(*heads, headdim)}, got {tuple(D.shape)}")
+
+
 def check_heads(nheads: int, ngroups: int) -> None:
     if nheads % ngroups:
         raise ValueError(f"nheads {nheads} must be a multiple of ngroups {ngroups}")
+
+
+def update_rows(state: Tensor, state_indices: Tensor | None) -> int:
+    """How many rows an update has: one a slot, or as many as there are indices."""
+    if state_indices is None:
+        return state.shape[0]
+    check_rank("state_indices", state_indices, "batch")
+    return state_indices.shape[0]
 
 
 def check_update_length(seqlen: int) -> None:

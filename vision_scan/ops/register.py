@@ -75,14 +75,19 @@ def _register_backward(name: str, inputs: str, num_outputs: int, reference: Call
             result = reference(*leaves)
             result = (result,) if num_outputs == 1 else result
             pairs = [(out, grad) for out, grad in zip(result, grads, strict=True) if out.requires_grad]
+            wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
             found = torch.autograd.grad(
                 [out for out, _ in pairs],
-                [leaf for leaf, need in zip(leaves, needs, strict=True) if need],
+                wanted,
                 [grad for _, grad in pairs],
                 allow_unused=True,
                 materialize_grads=True,
             )
-        return [grad.detach() for grad in found]
+        # As the fake promises: memory of its own, laid out like the input.
+        return [
+            torch.empty_like(leaf, requires_grad=False).copy_(grad)
+            for leaf, grad in zip(wanted, found, strict=True)
+        ]
 
     def fake_gradients(grads: Sequence[Tensor], *args) -> list[Tensor]:
         *values, needs = args

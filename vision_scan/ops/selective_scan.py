@@ -6,7 +6,15 @@ from torch import Tensor
 
 from vision_scan.orders import ScanOrder
 
-from .checks import check_heads, check_shape, check_update_length, order_index, pick_merge
+from .checks import (
+    check_heads,
+    check_rank,
+    check_shape,
+    check_update_length,
+    order_index,
+    pick_merge,
+    update_rows,
+)
 from .reference import grid
 from .reference import selective_scan as reference
 from .register import register, register_inplace
@@ -86,6 +94,8 @@ def selective_scan(
         ValueError: on shapes that do not fit.
     Source: Gu & Dao 2023, "Mamba" (arXiv:2312.00752), algorithm 2.
     """
+    check_rank("u", u, "batch d seqlen")
+    check_rank("A", A, "d d_state")
     batch, d, seqlen = u.shape
     d_state = A.shape[1]
     groups = () if B.dim() == 3 else (B.shape[1],)
@@ -175,10 +185,22 @@ def selective_scan_update(
     Raises:
         ValueError: on shapes that do not fit or more than 16 tokens.
     """
-    check_update_length(u.shape[2])
-    rows = state.shape[0] if state_indices is None else state_indices.shape[0]
-    check_shape("u", u, (rows, state.shape[1], u.shape[2]))
+    check_rank("state", state, "num_slots d d_state")
+    check_rank("u", u, "batch d seqlen")
+    _, d, d_state = state.shape
+    rows, seqlen = update_rows(state, state_indices), u.shape[2]
+    groups = () if B.dim() == 3 else (B.shape[1],)
+    check_update_length(seqlen)
+    check_shape("u", u, (rows, d, seqlen))
     check_shape("dt", dt, u.shape)
+    check_shape("A", A, (d, d_state))
+    check_shape("B", B, (rows, *groups, d_state, seqlen))
+    check_shape("C", C, (rows, *groups, d_state, seqlen))
+    check_shape("D", D, (d,))
+    check_shape("z", z, u.shape)
+    check_shape("dt_bias", dt_bias, (d,))
+    check_shape("seq_idx", seq_idx, (rows, seqlen))
+    check_heads(d, groups[0] if groups else 1)
     return _selective_scan_update(
         state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, state_indices
     )

@@ -5,7 +5,16 @@ from torch import Tensor
 
 from vision_scan.orders import ScanOrder
 
-from .checks import check_heads, check_shape, check_update_length, order_index, pick_merge
+from .checks import (
+    check_heads,
+    check_rank,
+    check_shape,
+    check_skip,
+    check_update_length,
+    order_index,
+    pick_merge,
+    update_rows,
+)
 from .reference import grid
 from .reference import ssd as reference
 from .register import register, register_inplace
@@ -98,6 +107,8 @@ def ssd(
         ValueError: on shapes that do not fit.
     Source: Dao & Gu 2024, "Transformers are SSMs" (arXiv:2405.21060), section 6.
     """
+    check_rank("x", x, "batch seqlen nheads headdim")
+    check_rank("B", B, "batch seqlen ngroups d_state")
     batch, seqlen, nheads, headdim = x.shape
     ngroups, d_state = B.shape[-2:]
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -105,6 +116,7 @@ def ssd(
     check_shape("A", A, (nheads,))
     check_shape("B", B, (batch, seqlen, ngroups, d_state))
     check_shape("C", C, (batch, seqlen, ngroups, d_state))
+    check_skip(D, (nheads,), headdim)
     check_shape("z", z, x.shape)
     check_shape("dt_bias", dt_bias, (nheads,))
     check_shape("initial_state", initial_state, (rows, nheads, headdim, d_state))
@@ -155,6 +167,7 @@ def ssd_2d(
     check_shape("A", A, (K, nheads))
     check_shape("B", B, (batch, K, height, width, ngroups, d_state))
     check_shape("C", C, (batch, K, height, width, ngroups, d_state))
+    check_skip(D, (K, nheads), headdim)
     check_shape("dt_bias", dt_bias, (K, nheads))
     check_heads(nheads, ngroups)
     merge = pick_merge(merge, order)
@@ -190,11 +203,22 @@ def ssd_update(
     Raises:
         ValueError: on shapes that do not fit or more than 16 tokens.
     """
-    check_update_length(x.shape[1])
-    rows = state.shape[0] if state_indices is None else state_indices.shape[0]
-    check_shape("x", x, (rows, x.shape[1], *state.shape[1:3]))
-    check_shape("dt", dt, x.shape[:3])
-    check_heads(x.shape[2], B.shape[2])
+    check_rank("state", state, "num_slots nheads headdim d_state")
+    check_rank("x", x, "batch seqlen nheads headdim")
+    check_rank("B", B, "batch seqlen ngroups d_state")
+    _, nheads, headdim, d_state = state.shape
+    rows, seqlen, ngroups = update_rows(state, state_indices), x.shape[1], B.shape[2]
+    check_update_length(seqlen)
+    check_shape("x", x, (rows, seqlen, nheads, headdim))
+    check_shape("dt", dt, (rows, seqlen, nheads))
+    check_shape("A", A, (nheads,))
+    check_shape("B", B, (rows, seqlen, ngroups, d_state))
+    check_shape("C", C, (rows, seqlen, ngroups, d_state))
+    check_skip(D, (nheads,), headdim)
+    check_shape("z", z, x.shape)
+    check_shape("dt_bias", dt_bias, (nheads,))
+    check_shape("seq_idx", seq_idx, (rows, seqlen))
+    check_heads(nheads, ngroups)
     return _ssd_update(
         state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *map(float, dt_limit), seq_idx, state_indices
     )

@@ -87,6 +87,8 @@ def _shifted_sums(tokens, history, weight, run) -> tuple[Tensor, Tensor]:
         there = slice(tail - back, tail - back + seqlen)
         same = (line_run[:, there] == run)[..., None]
         y = y + torch.where(same, line[:, there].to(dtype), 0.0) * taps[:, tail - back]
+    if tail == 0:
+        return y, history
     num_real = (run >= 0).sum(1, keepdim=True)
     last = num_real + torch.arange(tail, device=run.device)
     final_run = line_run.gather(1, num_real + tail - 1)

@@ -52,11 +52,11 @@ def selective_scan_chunked(
 
         sequences = [None if t is None else t.movedim(-1, 1) for t in (u, dt, B, C, z)]
         y, states = run_packed(kernel, sequences, seq_idx, cu_seqlens)
-        return y.movedim(1, -1), states
+        return y.movedim(1, -1).contiguous(), states
 
     prepared, real, run = _prepare(u, dt, A, B, C, dt_bias, dt_softplus, seq_idx)
     y, state = _scan_chunks(*prepared, _start(initial_state, u, A, prepared[0].dtype), run)
-    return _finish(y, u, D, z, real), state
+    return _finish(y, u, D, z, real), state.contiguous()
 
 
 def _prepare(u, dt, A, B, C, dt_bias, dt_softplus, seq_idx):

@@ -27,7 +27,9 @@ def discretize(
         dt = dt + dt_bias.to(dtype)
     if dt_softplus:
         dt = torch.nn.functional.softplus(dt)
-    return dt.clamp(dt_min, dt_max) if dt_min > 0.0 or dt_max < float("inf") else dt
+        if dt_min <= 0.0 and dt_max == float("inf"):
+            return dt  # a clamp would change nothing
+    return dt.clamp(dt_min, dt_max)
 
 
 def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
@@ -81,17 +83,17 @@ def ssd_chunked(
 
     dtype = torch.promote_types(x.dtype, torch.float32)
     dt = discretize(dt, dt_bias, dt_softplus, dt_min, dt_max, dtype)
-    inflow = x.to(dtype) * dt[..., None]
+    inflow, B, C = x.to(dtype) * dt[..., None], B.to(dtype), C.to(dtype)
     real = run = None
     if seq_idx is not None:
         real, run = real_and_runs(seq_idx)
         dt = torch.where(real[..., None], dt, 0.0)
-        inflow = torch.where(real[..., None, None], inflow, 0.0)
+        inflow, B, C = (torch.where(real[..., None, None], t, 0.0) for t in (inflow, B, C))
     y, state = _scan_chunks(
         inflow,
         dt * A.to(dtype),
-        B.to(dtype),
-        C.to(dtype),
+        B,
+        C,
         _start(initial_state, x, B, dtype),
         run,
         min(chunk_size, x.shape[1]),
@@ -99,7 +101,7 @@ def ssd_chunked(
     y = skip_and_gate(y, x, D, z)
     if real is not None:
         y = torch.where(real[..., None, None], y, 0.0)
-    return y.to(x.dtype).contiguous(), state
+    return y.to(x.dtype).contiguous(), state.contiguous()
 
 
 def _start(initial_state: Tensor | None, x: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:

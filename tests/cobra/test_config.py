@@ -1,0 +1,160 @@
+import dataclasses
+
+import pytest
+import torch
+
+from cobra.config import PRESETS, CobraConfig, transformer_twin
+from cobra.connector import CONNECTORS, LinearConfig
+from cobra.cost import LMCost, count_parts
+from cobra.image import ImageConfig
+from cobra.lm import LAYERS, LanguageModel, LMConfig
+from cobra.lm.attention import AttentionConfig
+from cobra.lm.mamba2 import Mamba2Config
+from cobra.lm.mlp import MLPConfig
+from cobra.vision_encoder import VISION_ENCODERS, SmallEncoderConfig
+from vision_scan.errors import UserError
+
+SIZES = ["130m", "370m", "780m", "1.3b", "2.7b"]
+TWINS = [("tiny", "transformer-tiny"), *((f"mamba2-{size}", f"transformer-{size}") for size in SIZES)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_builds(preset):
+    """On the meta device: shapes without memory."""
+    config = PRESETS[preset]
+    if config.vision_encoder.kind != "small":
+        pytest.importorskip("timm")
+    parts = count_parts(config)
+    assert list(parts) == ["vision_encoder", "connector", "lm"]
+    assert min(parts.values()) > 0
+    assert config.tokens_per_tile == config.grid[0] * config.grid[1]
+
+
+def test_the_presets_of_the_house_are_there():
+    names = {"tiny", "transformer-tiny", "ml-mamba-3b", *(name for pair in TWINS for name in pair)}
+    assert names <= PRESETS.keys()
+
+
+@pytest.mark.parametrize(("preset", "twin"), TWINS)
+def test_twins_differ_only_in_their_layers_and_hardly_in_parameters(preset, twin):
+    ours, theirs = PRESETS[preset], PRESETS[twin]
+    assert dataclasses.replace(theirs, lm=ours.lm) == ours
+    assert dataclasses.replace(theirs.lm, layers=ours.lm.layers) == ours.lm
+    assert {layer.kind for layer in ours.lm.layers} == {"mamba2"}
+    assert [layer.kind for layer in theirs.lm.layers[:4]] == ["attention", "mlp"] * 2
+    attention = theirs.lm.layers[0]
+    assert attention.num_heads * attention.headdim == ours.lm.d_model
+    assert attention.num_kv_heads < attention.num_heads and attention.rope_theta is not None
+    found, wanted = LMCost(theirs.lm).parameters, LMCost(ours.lm).parameters
+    assert abs(found - wanted) / wanted < 0.03
+    layers = [sum(layer.cost(lm.d_model).parameters for layer in lm.layers) for lm in (theirs.lm, ours.lm)]
+    assert abs(layers[0] - layers[1]) / layers[1] < 0.03  # not only because embeddings outweigh all
+
+
+def test_the_language_model_of_transformer_3b_is_as_large_as_that_of_ml_mamba_3b():
+    ours, theirs = PRESETS["ml-mamba-3b"], PRESETS["transformer-3b"]
+    assert theirs.vision_encoder == ours.vision_encoder and theirs.image == ours.image
+    found, wanted = LMCost(theirs.lm).parameters, LMCost(ours.lm).parameters
+    assert abs(found - wanted) / wanted < 0.03
+
+
+@pytest.mark.parametrize("d_model", [64, 96, 192, 320, 1024])
+@pytest.mark.parametrize("headdim", [16, 32])
+def test_twins_of_any_width(d_model, headdim):
+    lm = LMConfig(d_model=d_model, vocab_size=300, layers=(Mamba2Config(headdim=16, d_state=64),) * 6)
+    twin = transformer_twin(lm, headdim)
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in LanguageModel(config).parameters()) for config in (lm, twin)]
+    assert abs(counts[0] - counts[1]) / counts[0] < 0.03
+
+
+def test_tiny_is_as_described():
+    config = PRESETS["tiny"]
+    assert (config.image.height, config.image.width) == (64, 64)
+    assert config.grid == (8, 8) and config.tokens_per_tile == 64
+    assert 128 <= config.lm.d_model <= 192
+    assert config.connector.kind == "msc" and config.connector.order == "cross4"
+
+
+def test_ml_mamba_presets_say_how_they_differ():
+    released, drawn = PRESETS["ml-mamba-3b"].connector, PRESETS["ml-mamba-3b-drawn"].connector
+    assert (released.order, released.combine, released.pre_norm, released.depth) == ("bi2", "mean", False, 2)
+    assert (drawn.order, drawn.combine, drawn.pre_norm) == ("cross4", "sum", True)
+    assert PRESETS["ml-mamba-3b"].tokens_per_tile == 729
+    assert PRESETS["ml-mamba-3b"].template == "zephyr"
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PRESETS["tiny"].lm.d_model = 3
+
+
+@pytest.mark.parametrize(
+    "table", [LAYERS, CONNECTORS, VISION_ENCODERS], ids=["layers", "connectors", "encoders"]
+)
+def test_tables_name_every_kind_by_its_config(table):
+    for kind, module in table.items():
+        (field,) = (field for field in dataclasses.fields(module.Config) if field.name == "kind")
+        assert field.default == kind and field.kw_only
+        assert module.Config.__dataclass_params__.frozen
+
+
+def small_config(**changes) -> CobraConfig:
+    settings = {
+        "image": ImageConfig(height=32, width=48),
+        "vision_encoder": SmallEncoderConfig(patch_size=8, d_model=16, num_heads=2),
+        "connector": LinearConfig(),
+        "lm": LMConfig(d_model=16, vocab_size=300, layers=(MLPConfig(d_ff=8),)),
+    }
+    return CobraConfig(**{**settings, **changes})
+
+
+def test_tokens_of_a_tile_that_is_not_square():
+    config = small_config()
+    assert config.grid == (4, 6) and config.tokens_per_tile == 24
+
+
+def test_an_unknown_template_names_the_nearest():
+    with pytest.raises(UserError, match="'compact'"):
+        small_config(template="compakt")
+
+
+def test_an_image_smaller_than_a_patch_fails_at_construction():
+    with pytest.raises(UserError, match="4 x 64"):
+        small_config(image=ImageConfig(height=4, width=64))
+
+
+WRONG = {
+    "no layers": lambda: LMConfig(d_model=8, vocab_size=8, layers=()),
+    "d_model 0": lambda: LMConfig(d_model=0, vocab_size=8, layers=(MLPConfig(d_ff=8),)),
+    "vocab_size 0": lambda: LMConfig(d_model=8, vocab_size=0, layers=(MLPConfig(d_ff=8),)),
+    "d_ff 0": lambda: MLPConfig(d_ff=0),
+    "num_heads not a multiple": lambda: AttentionConfig(num_heads=4, num_kv_heads=3),
+    "num_heads 0": lambda: AttentionConfig(num_heads=0, num_kv_heads=1),
+    "num_kv_heads 0": lambda: AttentionConfig(num_heads=4, num_kv_heads=0),
+    "num_kv_heads negative": lambda: AttentionConfig(num_heads=4, num_kv_heads=-2),
+    "odd headdim": lambda: AttentionConfig(num_heads=4, num_kv_heads=2, headdim=9),
+    "headdim 0": lambda: AttentionConfig(num_heads=4, num_kv_heads=2, headdim=0),
+    "window 0": lambda: AttentionConfig(num_heads=4, num_kv_heads=2, window=0),
+    "mamba2 d_state 0": lambda: Mamba2Config(d_state=0),
+    "mamba2 headdim 0": lambda: Mamba2Config(headdim=0),
+    "mamba2 ngroups 0": lambda: Mamba2Config(ngroups=0),
+    "mamba2 d_conv 0": lambda: Mamba2Config(d_conv=0),
+    "mamba2 chunk_size 0": lambda: Mamba2Config(chunk_size=0),
+    "mamba2 one dt_limit": lambda: Mamba2Config(dt_limit=(0.1,)),
+    "mamba2 dt_limit upside down": lambda: Mamba2Config(dt_limit=(0.5, 0.1)),
+    "mamba2 dt_min 0": lambda: Mamba2Config(dt_min=0.0),
+    "mamba2 heads": lambda: Mamba2Config(headdim=48).nheads(64),
+    "mamba2 groups": lambda: Mamba2Config(headdim=32, ngroups=3).nheads(64),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_size_fails_at_construction(wrong):
+    with pytest.raises(UserError) as caught:
+        WRONG[wrong]()
+    assert "\n" not in str(caught.value)
+
+
+def test_no_positions_need_no_even_heads():
+    assert AttentionConfig(num_heads=2, num_kv_heads=1, headdim=9, rope_theta=None).headdim == 9

@@ -1,0 +1,305 @@
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import vision_scan
+from cobra.config import PRESETS
+from cobra.connector import CONNECTORS, FusedMLPConfig, LinearConfig, MLPConfig, MSCConfig, MSCConnector
+from cobra.lm.mamba2 import Mamba2Config
+from tests.tolerance import assert_close
+from vision_scan.errors import UserError
+
+D_VISION, D_MODEL = 10, 16
+MIXER = Mamba2Config(d_state=5, headdim=8, chunk_size=7)
+GRIDS = [(1, 1), (2, 3), (5, 4), (27, 27)]
+
+# Fields that a Config may have, with what keeps it small: a further connector is tested by being in the table.
+SMALL = {"mixer": MIXER}
+
+
+def small(kind: str):
+    config = CONNECTORS[kind].Config
+    return config(**{field.name: SMALL[field.name] for field in fields(config) if field.name in SMALL})
+
+
+CONFIGS = {
+    **{kind: small(kind) for kind in CONNECTORS},
+    "msc as released": MSCConfig(
+        order="bi2", combine="mean", pre_norm=False, depth=2, projector="fused_mlp", mixer=MIXER
+    ),
+    "msc plain": MSCConfig(order="hilbert", swiglu=False, mixer=replace(MIXER, ngroups=2, d_conv=2)),
+}
+
+
+def build(config, dtype=torch.float64, seed=0):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        connector = CONNECTORS[config.kind](config, D_VISION, D_MODEL).double()
+        for name, parameter in connector.named_parameters():
+            if name.endswith("dt_bias"):
+                parameter.uniform_(-3, 1)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return connector.to(dtype)
+
+
+def features(batch: int, height: int, width: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, height, width, D_VISION, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_tokens_are_as_many_as_the_config_says(name, grid):
+    config = CONFIGS[name]
+    tokens = build(config)(features(2, *grid))
+    assert tokens.shape == (2, config.num_tokens(*grid), D_MODEL)
+    assert tokens.dtype == torch.float64
+    assert tokens.isfinite().all()
+
+
+@pytest.mark.parametrize("grid", GRIDS[:3], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_pictures_of_a_batch_are_as_if_alone(name, grid):
+    connector, x = build(CONFIGS[name]), features(3, *grid)
+    together = connector(x)
+    alone = torch.cat([connector(picture) for picture in x.split(1)])
+    assert_close(name, together, alone, 1e-12)
+    assert_close(f"{name}, reversed", connector(x.flip(0)).flip(0), together, 1e-12)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradient_reaches_every_parameter_and_every_cell(name):
+    connector = build(CONFIGS[name])
+    x = features(2, 3, 4).requires_grad_()
+    tokens = connector(x)
+    (tokens * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    for parameter_name, parameter in connector.named_parameters():
+        grad = parameter.grad
+        assert grad is not None and grad.isfinite().all(), parameter_name
+        # Each list of an order has a slice of its own.
+        slices = grad if parameter_name.rpartition(".")[2] in ("A_log", "D", "dt_bias") else grad[None]
+        assert all(part.any() for part in slices), parameter_name
+    assert x.grad.flatten(0, 2).any(-1).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_float32_and_bfloat16_give_the_same_tokens_roughly(name):
+    connector, x = build(CONFIGS[name]), features(1, 5, 4)
+    exact = connector(x)
+    for dtype, ratio in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        tokens = build(CONFIGS[name], dtype)(x.to(dtype))
+        assert tokens.dtype == dtype
+        assert_close(f"{name} in {dtype}", tokens, exact, ratio)
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "fused_mlp"])
+@torch.no_grad()
+def test_pointwise_connectors_look_at_one_cell_in_raster_order(name):
+    connector, x = build(CONFIGS[name]), features(1, 2, 3)
+    tokens = connector(x)
+    for row in range(2):
+        for column in range(3):
+            cell = connector(x[:, row : row + 1, column : column + 1])
+            assert_close(f"cell {row} {column}", tokens[:, 3 * row + column], cell[:, 0], 1e-12)
+
+
+@torch.no_grad()
+def test_pointwise_connectors_by_formula():
+    x = features(1, 2, 3)
+    flat = x.reshape(1, 6, D_VISION)
+    p = {name: dict(build(CONFIGS[name]).named_parameters()) for name in ("linear", "mlp", "fused_mlp")}
+
+    def linear(x, name, prefix):
+        return x @ p[name][f"{prefix}.weight"].T + p[name][f"{prefix}.bias"]
+
+    assert_close("linear", build(LinearConfig())(x), linear(flat, "linear", "proj"), 1e-12)
+    y = linear(F.gelu(linear(flat, "mlp", "proj.0")), "mlp", "proj.2")
+    assert_close("mlp", build(MLPConfig())(x), y, 1e-12)
+    y = F.gelu(linear(flat, "fused_mlp", "proj.0"))
+    assert y.shape[-1] == 4 * D_VISION
+    y = linear(F.gelu(linear(y, "fused_mlp", "proj.2")), "fused_mlp", "proj.4")
+    assert_close("fused_mlp", build(FusedMLPConfig())(x), y, 1e-12)
+
+
+def layer_norm(x: Tensor, module) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scale = ((centred**2).mean(-1, keepdim=True) + module.eps) ** -0.5
+    return centred * scale * module.weight + module.bias
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def slow_mixer(mixer, x: Tensor, lists: list[list[int]], combine: str) -> Tensor:
+    """The scan mixer of one picture, token by token: x (cells, d_model) -> (cells, d_model)."""
+    config = mixer.config
+    d_inner, groups = config.expand * D_MODEL, config.ngroups * config.d_state
+    heads = d_inner // config.headdim
+    projected = x @ mixer.in_proj.weight.T
+    z, content, dt = projected.split([d_inner, d_inner + 2 * groups, heads], dim=-1)
+    results = []
+    for k, cells in enumerate(lists):
+        state = torch.zeros(heads, config.headdim, config.d_state, dtype=x.dtype)
+        result = torch.zeros(len(cells), d_inner, dtype=x.dtype)
+        for t, cell in enumerate(cells):
+            mixed = mixer.conv_bias[k].clone()
+            for tap in range(config.d_conv):  # the last tap weighs the cell itself
+                before = t - (config.d_conv - 1) + tap
+                if before >= 0:
+                    mixed = mixed + mixer.conv_weight[k, :, tap] * content[cells[before]]
+            u, B, C = silu(mixed).split([d_inner, groups, groups])
+            u = u.view(heads, config.headdim)
+            output = torch.zeros_like(u)
+            for h in range(heads):
+                g = h // (heads // config.ngroups)
+                b, c = (part.view(config.ngroups, -1)[g] for part in (B, C))
+                step = torch.log1p(torch.exp(dt[cell, h] + mixer.dt_bias[k, h]))
+                step = step.clamp(*config.dt_limit)
+                state[h] = torch.exp(-step * torch.exp(mixer.A_log[k, h])) * state[h]
+                state[h] += step * torch.outer(u[h], b)
+                output[h] = state[h] @ c + mixer.D[k, h] * u[h]
+            gated = output.view(-1) * silu(z[cell])
+            for g in gated.split(d_inner // config.ngroups):
+                g /= ((g**2).mean() + config.norm_eps) ** 0.5  # in place, on a view
+            result[cell] = gated * mixer.norm.weight
+        results.append(result)
+    total = sum(results)
+    return (total / len(lists) if combine == "mean" else total) @ mixer.out_proj.weight.T
+
+
+def slow_msc(connector: MSCConnector, config: MSCConfig, x: Tensor) -> Tensor:
+    """The connector on one picture (height, width, d_vision), written again from the description."""
+    height, width, _ = x.shape
+    raster = [[row * width + column for column in range(width)] for row in range(height)]
+    rows = [cell for line in raster for cell in line]
+    columns = [raster[row][column] for column in range(width) for row in range(height)]
+    lists = {
+        "raster": [rows],
+        "bi2": [rows, rows[::-1]],
+        "cross4": [rows, columns, rows[::-1], columns[::-1]],
+    }[config.order]
+    y = F.gelu(x.reshape(height * width, -1) @ connector.mlp[0].weight.T + connector.mlp[0].bias)
+    for block in connector.blocks:
+        entry = layer_norm(y, block.pre_norm) if config.pre_norm else y
+        y = y + slow_mixer(block.mixer, entry, lists, config.combine)
+        if config.swiglu:
+            entry, mlp = layer_norm(y, block.norm), block.mlp
+            first, second = (entry @ w.weight.T + w.bias for w in (mlp.w1, mlp.w2))
+            y = y + (silu(first) * second) @ mlp.w3.weight.T + mlp.w3.bias
+    y = layer_norm(y, connector.norm_f)
+    if config.projector == "linear":
+        return y @ connector.projector.weight.T + connector.projector.bias
+    for index in (0, 2, 4):
+        layer = connector.projector[index]
+        y = y @ layer.weight.T + layer.bias
+        y = F.gelu(y) if index < 4 else y
+    return y
+
+
+VARIANTS = {
+    "default": MSCConfig(mixer=MIXER),
+    "mean": MSCConfig(combine="mean", mixer=MIXER),
+    "no pre_norm": MSCConfig(pre_norm=False, order="bi2", mixer=MIXER),
+    "no swiglu": MSCConfig(swiglu=False, order="bi2", mixer=MIXER),
+    "as released": CONFIGS["msc as released"],
+    "groups, limits": MSCConfig(
+        order="raster", mixer=Mamba2Config(d_state=3, headdim=4, ngroups=2, d_conv=2, dt_limit=(0.1, 0.4))
+    ),
+}
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (4, 3)], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_msc_is_its_formula(name, grid):
+    config = VARIANTS[name]
+    connector, x = build(config), features(2, *grid)
+    expected = torch.stack([slow_msc(connector, config, picture) for picture in x])
+    assert_close(name, connector(x), expected, 1e-10)
+
+
+@torch.no_grad()
+def test_msc_takes_every_order():
+    x = features(1, 3, 4)
+    found = []
+    for order in vision_scan.SCAN_ORDERS:
+        tokens = build(MSCConfig(order=order, mixer=MIXER))(x)
+        assert tokens.shape == (1, 12, D_MODEL)
+        found.append((order, tokens))
+    lonely = {order: tokens for order, tokens in found if len(vision_scan.order(order, 2, 3)) == 1}
+    raster = lonely.pop("raster")
+    for order, tokens in lonely.items():  # the same weights
+        assert not torch.allclose(tokens, raster), order
+
+
+@torch.no_grad()
+def test_msc_with_options_in_the_name_of_the_order():
+    x = features(1, 3, 4)
+    first, second = (build(MSCConfig(order=f"random(seed={seed})", mixer=MIXER))(x) for seed in (1, 2))
+    assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize(
+    ("message", "settings"),
+    [
+        ("hilbert", {"order": "hilbrt"}),
+        ("combine", {"combine": "max"}),
+        ("projector", {"projector": "mlp"}),
+        ("depth", {"depth": -1}),
+    ],
+)
+def test_wrong_settings_fail_at_construction(message, settings):
+    with pytest.raises(UserError, match=message):
+        MSCConfig(**settings)
+
+
+def count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def msc_on_meta(name: str) -> MSCConnector:
+    config = PRESETS[name].connector
+    with torch.device("meta"):
+        return MSCConnector(config, 2176, 2560)
+
+
+def block_parameters(lists: int, pre_norm: bool) -> int:
+    """Per block of ML-Mamba, from its description: Mamba-2 2.7b sizes, one more scan per direction."""
+    d, d_inner, channels, heads = 2560, 5120, 5376, 80
+    mixer = d * (d_inner + channels + heads) + d_inner + d_inner * d
+    mixer += lists * (channels * 4 + channels + 3 * heads)
+    swiglu = 3 * (d * d + d)
+    return mixer + swiglu + 2 * d * (2 if pre_norm else 1)
+
+
+def test_ml_mamba_has_its_published_sizes_as_released():
+    connector = msc_on_meta("ml-mamba-3b")
+    assert count(connector.mlp) == 5_573_120
+    assert block_parameters(2, False) == 59_914_720
+    assert [count(block) for block in connector.blocks] == [59_914_720] * 2
+    assert count(connector.blocks) + count(connector.norm_f) == 119_834_560
+    assert count(connector.projector) == 58_997_760
+    assert count(connector) == 5_573_120 + 119_834_560 + 58_997_760
+    mixer = connector.blocks[0].mixer
+    assert mixer.in_proj.weight.shape == (10576, 2560) and mixer.out_proj.weight.shape == (2560, 5120)
+    assert mixer.conv_weight.shape == (2, 5376, 4) and mixer.A_log.shape == (2, 80)
+
+
+def test_ml_mamba_as_drawn_has_four_scans_and_a_norm_more():
+    connector = msc_on_meta("ml-mamba-3b-drawn")
+    assert [count(block) for block in connector.blocks] == [block_parameters(4, True)] * 2
+
+
+def test_fused_mlp_has_cobras_size():
+    """OpenHelix-Team/cobra: 2176 -> 8704 -> 2560 -> 2560."""
+    with torch.device("meta"):
+        connector = CONNECTORS["fused_mlp"](FusedMLPConfig(), 2176, 2560)
+    assert count(connector) == 2176 * 8704 + 8704 + 8704 * 2560 + 2560 + 2560 * 2560 + 2560

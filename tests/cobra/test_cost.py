@@ -1,0 +1,179 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cobra.config import PRESETS
+from cobra.cost import LMCost, count_parts
+from cobra.lm import LAYERS, LanguageModel, LMConfig
+from cobra.lm.attention import AttentionConfig
+from cobra.lm.mamba2 import Mamba2Config
+from cobra.lm.mlp import MLPConfig
+
+# research/systems.md 4.2, after the released state-spaces checkpoints.
+PUBLISHED = {
+    "mamba2-130m": 128_989_632,
+    "mamba2-370m": 368_346_624,
+    "mamba2-780m": 780_161_280,
+    "mamba2-1.3b": 1_343_757_312,
+    "mamba2-2.7b": 2_702_599_680,
+}
+
+MAMBA2 = Mamba2Config(d_state=5, headdim=8, ngroups=2, d_conv=3)
+GQA = AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8)
+WINDOW = AttentionConfig(num_heads=4, num_kv_heads=1, headdim=8, window=6)
+MLP = MLPConfig(d_ff=24)
+STACKS = {
+    "mamba2": (MAMBA2,) * 3,
+    "attention": (GQA, MLP) * 2,
+    "window": (WINDOW, MLP),
+    "hybrid": (MAMBA2, GQA, MLP, WINDOW, MAMBA2),
+}
+
+
+def config(stack: str, **changes) -> LMConfig:
+    return LMConfig(**{"d_model": 16, "vocab_size": 29, "layers": STACKS[stack], **changes})
+
+
+def build(config: LMConfig, dtype=torch.float32) -> LanguageModel:
+    return LanguageModel(config).to(dtype).requires_grad_(False)
+
+
+def read(model: LanguageModel, batch: int, seqlen: int, **options):
+    return model(torch.zeros(batch, seqlen, dtype=torch.int64), **options)[1]
+
+
+@pytest.mark.parametrize(("preset", "parameters"), PUBLISHED.items())
+def test_published_parameter_counts(preset, parameters):
+    lm = PRESETS[preset].lm
+    assert LMCost(lm).parameters == parameters
+    assert count_parts(PRESETS[preset])["lm"] == parameters
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_formula_of_a_preset_counts_its_parameters(preset):
+    with torch.device("meta"):
+        model = LanguageModel(PRESETS[preset].lm)
+    assert LMCost(PRESETS[preset].lm).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("stack", STACKS)
+def test_the_formula_of_a_stack_counts_its_parameters(stack, is_tied):
+    lm = config(stack, tie_word_embeddings=is_tied)
+    assert LMCost(lm).parameters == sum(p.numel() for p in build(lm).parameters())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_kind_of_layer_is_counted_here(kind):
+    assert any(layer.kind == kind for layers in STACKS.values() for layer in layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stack", STACKS)
+def test_state_bytes_are_those_of_a_filled_state(stack, dtype):
+    lm = config(stack)
+    model, size = build(lm, dtype), dtype.itemsize
+    for context in (1, 5, 6, 40):
+        expected = LMCost(lm).state_bytes(context, size)
+        assert read(model, 1, context).nbytes == expected
+        assert read(model, 3, context).nbytes == 3 * expected
+        assert model.allocate_state(2, capacity=context).nbytes == 2 * expected
+        reserved = model.allocate_state(1, capacity=context)
+        half = read(model, 1, (context + 1) // 2, state=reserved, overwrite_state=True)
+        assert half.nbytes == expected
+
+
+def test_state_bytes_by_hand():
+    lm, context = config("hybrid"), 10
+    mamba2 = 4 * (32 * 5) + 2 * (32 + 2 * 2 * 5) * 2
+    gqa = context * (2 * 2 * 8 * 2 + 8)
+    window = 6 * (2 * 1 * 8 * 2 + 8)
+    assert LMCost(lm).state_bytes(context, activation_bytes=2) == 2 * mamba2 + gqa + window
+
+
+def test_state_bytes_of_mamba2_130m():
+    """18.9 MB of matrix states in float32, whatever the context; tails come on top."""
+    cost = LMCost(PRESETS["mamba2-130m"].lm)
+    matrices, tails = 24 * 24 * 64 * 128 * 4, 24 * 1792 * 3
+    assert matrices == 18_874_368
+    for context in (1, 256, 16_384, 10**6):
+        assert cost.state_bytes(context, 2) == matrices + 2 * tails
+        assert cost.state_bytes(context, 4) == matrices + 4 * tails
+    with torch.device("meta"):
+        model = LanguageModel(PRESETS["mamba2-130m"].lm)
+        assert model.bfloat16().allocate_state(1).nbytes == matrices + 2 * tails
+
+
+def test_state_bytes_of_mamba2_2_7b():
+    """41.9M elements, 160 MiB in float32."""
+    cost = LMCost(PRESETS["mamba2-2.7b"].lm)
+    assert cost.state_bytes(1, 0) == 160 * 2**20
+
+
+def test_the_cache_of_the_twin_grows_and_the_state_does_not():
+    ours, twin = LMCost(PRESETS["mamba2-2.7b"].lm), LMCost(PRESETS["transformer-2.7b"].lm)
+    assert ours.state_bytes(10**6) == ours.state_bytes(1)
+    assert twin.state_bytes(2000) == 2 * twin.state_bytes(1000)
+    assert twin.state_bytes(10**6) > 50 * ours.state_bytes(10**6)
+
+
+# Operations by hand; d_model 16, d_inner 32 in 4 heads of 8, d_state 5, 2 groups: 52 channels of convolution.
+HEAD = 2 * 16 * 29
+MAMBA2_FLOPS = 2 * (16 * (32 + 52 + 4) + 32 * 16) + 2 * 52 * 3 + 5 * 32 * 5
+GQA_FLOPS, GQA_SEEN = 2 * (16 * 32 + 2 * 16 * 16 + 32 * 16), 2 * (32 + 32)
+WINDOW_FLOPS, WINDOW_SEEN = 2 * (16 * 32 + 2 * 16 * 8 + 32 * 16), 2 * (32 + 32)
+MLP_FLOPS = 2 * 3 * 16 * 24
+
+
+@pytest.mark.parametrize("context", [0, 3, 5, 6, 100])
+def test_decode_flops_by_hand(context):
+    found = LMCost(config("hybrid")).decode_flops(context)
+    fixed = HEAD + 2 * MAMBA2_FLOPS + GQA_FLOPS + MLP_FLOPS + WINDOW_FLOPS
+    assert found == fixed + (context + 1) * GQA_SEEN + min(context + 1, 6) * WINDOW_SEEN
+
+
+@pytest.mark.parametrize("seqlen", [1, 5, 6, 7, 50])
+def test_prefill_flops_are_those_of_its_steps_but_for_the_head(seqlen):
+    cost = LMCost(config("hybrid"))
+    steps = sum(cost.decode_flops(context) for context in range(seqlen))
+    assert cost.prefill_flops(seqlen) == steps - (seqlen - 1) * HEAD
+
+
+def test_decode_flops_of_a_transformer_are_those_that_torch_counts():
+    model = build(config("attention"))
+    for context in (1, 9):
+        state = read(model, 1, context)
+        with FlopCounterMode(display=False) as counter:
+            read(model, 1, 1, state=state, overwrite_state=True)
+        assert counter.get_total_flops() == LMCost(config("attention")).decode_flops(context)
+
+
+def test_decode_flops_of_mamba2_hold_the_matrix_products_that_torch_counts():
+    """Scan and convolution are no matrix products when decoding; the rest is."""
+    model = build(config("mamba2"))
+    state = read(model, 1, 4)
+    with FlopCounterMode(display=False) as counter:
+        read(model, 1, 1, state=state, overwrite_state=True)
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert products == LMCost(config("mamba2")).decode_flops(4) - 3 * (2 * 52 * 3 + 5 * 32 * 5)
+
+
+@pytest.mark.parametrize("weight_bytes", [2, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decode_bytes_by_hand(batch, weight_bytes):
+    lm, context = config("hybrid"), 40
+    mamba2 = 2 * 4 * 32 * 5  # read and written
+    keys = context * 2 * 2 * 8 * weight_bytes + 6 * 2 * 1 * 8 * weight_bytes
+    expected = LMCost(lm).parameters * weight_bytes + batch * (2 * mamba2 + keys)
+    assert LMCost(lm).decode_bytes(context, weight_bytes, batch) == expected
+
+
+def test_decode_bytes_of_mamba2_do_not_depend_on_the_context():
+    cost = LMCost(PRESETS["mamba2-130m"].lm)
+    assert cost.decode_bytes(10) == cost.decode_bytes(10**6) == 2 * 128_989_632 + 2 * 18_874_368
+
+
+def test_parts_are_counted_one_by_one():
+    parts = count_parts(PRESETS["tiny"])
+    assert parts["lm"] == LMCost(PRESETS["tiny"].lm).parameters
+    assert parts["lm"] < sum(parts.values())

@@ -1,0 +1,478 @@
+"""Law 1: however a text is cut, packed, padded and batched, the language model reads the same.
+
+A way of reading takes the model and rows of unequal length, and returns for each row the logits of its tokens
+and its state afterwards. Every way, over a stack of every kind of layer, must agree with one shot.
+"""
+
+import copy
+import functools
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cobra.lm import LAYERS, LanguageModel, LMConfig, State
+from cobra.lm.attention import AttentionConfig
+from cobra.lm.mamba2 import Mamba2Config
+from cobra.lm.mixer import LayerCost
+from cobra.lm.mlp import MLPConfig
+from tests.tolerance import assert_as_good_as, assert_close
+from vision_scan.errors import UserError
+
+D_MODEL, VOCAB = 16, 29
+LENGTHS = [23, 9, 2]  # longer and shorter than the window, the convolution and the chunks below
+MORE = 6  # tokens read afterwards, from the state that a way of reading left
+
+# The name of a field of a layer's Config decides its small size: a further kind is tested by being in LAYERS.
+SIZES = {"d_state": 5, "headdim": 8, "chunk_size": 4, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24}
+
+
+def small(kind: str):
+    config = LAYERS[kind].Config
+    return config(**{field.name: SIZES[field.name] for field in fields(config) if field.name in SIZES})
+
+
+def stacks() -> dict[str, tuple]:
+    """Two layers of each kind in LAYERS, and mixtures."""
+    mamba2 = Mamba2Config(d_state=5, headdim=8, chunk_size=4)
+    grouped = Mamba2Config(
+        d_state=3, headdim=4, ngroups=2, d_conv=3, chunk_size=7, norm_before_gate=True, dt_limit=(0.1, 0.9)
+    )
+    gqa = AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8)
+    window = AttentionConfig(num_heads=2, num_kv_heads=1, headdim=6, window=5, rope_theta=100.0)
+    nope = AttentionConfig(num_heads=3, num_kv_heads=3, headdim=5, rope_theta=None)
+    mlp = MLPConfig(d_ff=24)
+    return {
+        **{kind: (small(kind),) * 2 for kind in LAYERS},
+        "mamba2 ngroups 2": (grouped,) * 2,
+        "transformer": (gqa, mlp) * 2,
+        "window": (window, mlp, window),
+        "nope": (nope, mlp, nope),
+        "hybrid": (mamba2, mlp, gqa, grouped, window, mlp, nope, mamba2),
+    }
+
+
+STACKS = stacks()
+
+
+@functools.cache
+def build(stack: str) -> LanguageModel:
+    """A model whose random weights make every logit depend on every token that it may see."""
+    return lively(stacks()[stack])
+
+
+def lively(layers) -> LanguageModel:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        config = LMConfig(d_model=D_MODEL, vocab_size=VOCAB, layers=layers, tie_word_embeddings=False)
+        model = LanguageModel(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("dt_bias", "A_log")):
+                parameter.uniform_(-3, 1)
+            elif parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+            elif "layers" in name:
+                parameter.mul_(2)
+    return model.requires_grad_(False)
+
+
+@functools.cache
+def cast(stack: str, dtype: torch.dtype) -> LanguageModel:
+    return copy.deepcopy(build(stack)).to(dtype)
+
+
+@functools.cache
+def texts() -> tuple[Tensor, ...]:
+    """Rows of LENGTHS[row] + MORE tokens."""
+    noise = torch.Generator().manual_seed(1)
+    return tuple(torch.randint(VOCAB, (length + MORE,), generator=noise) for length in LENGTHS)
+
+
+def prompts() -> list[Tensor]:
+    return [text[:-MORE] for text in texts()]
+
+
+Reading = list[tuple[Tensor, State | None]]  # per row: logits (length, vocab), its state of batch 1
+
+
+def one_shot(model, rows) -> Reading:
+    return [(logits[0], state) for logits, state in (model(row[None]) for row in rows)]
+
+
+def in_chunks(sizes=(1,), overwrite=False, capacity=None):
+    """Each row alone, in chunks whose lengths go round."""
+
+    def read(model, rows) -> Reading:
+        reading = []
+        for row in rows:
+            state = None if capacity is None else model.allocate_state(1, capacity)
+            logits, start, index = [], 0, 0
+            while start < len(row):
+                chunk = row[None, start : start + sizes[index % len(sizes)]]
+                part, state = model(chunk, state=state, overwrite_state=overwrite)
+                logits.append(part[0])
+                start, index = start + chunk.shape[1], index + 1
+            reading.append((torch.cat(logits), state))
+        return reading
+
+    return read
+
+
+def padded(side: str):
+    """All rows in one batch, in another order; what stands at the pads must not matter."""
+
+    def read(model, rows) -> Reading:
+        order, longest = [2, 0, 1], max(map(len, rows)) + 2
+        noise = torch.Generator().manual_seed(2)
+        ids = torch.randint(VOCAB, (len(rows), longest), generator=noise)
+        mask = torch.zeros_like(ids)
+        for place, index in enumerate(order):
+            spare = longest - len(rows[index])
+            start = {"left": spare, "right": 0, "middle": 0, "both": spare // 2}[side]
+            where = torch.arange(start, start + len(rows[index]))
+            if side == "middle":  # a gap behind the first token, and one at the end
+                where = torch.cat([where[:1], where[1:] + spare - 1])
+            ids[place, where], mask[place, where] = rows[index], 1
+        logits, state = model(ids, attention_mask=mask)
+        places = [order.index(index) for index in range(len(rows))]
+        return [(logits[p, mask[p].bool()], state.select(torch.tensor([p]))) for p in places]
+
+    return read
+
+
+def packed(model, rows) -> Reading:
+    """Each row once behind both others, with pads at the seams; the state is that of the last segment."""
+    reading = []
+    for index in range(len(rows)):
+        order = [*(other for other in range(len(rows)) if other != index), index]
+        ids, segments = [], []
+        for place, member in enumerate(order):
+            ids += [torch.zeros(place, dtype=torch.int64), rows[member]]
+            segments += [torch.full((place,), -1 - place), torch.full((len(rows[member]),), 3 * (2 - place))]
+        seq_idx = torch.cat(segments)[None]
+        logits, state = model(torch.cat(ids)[None], seq_idx=seq_idx)
+        reading.append((logits[0, seq_idx[0] == 0], state))
+    return reading
+
+
+def packed_in_front(model, rows) -> Reading:
+    """Each row begun alone, then its rest from the state, with the other rows behind it."""
+    reading = []
+    for index, row in enumerate(rows):
+        others = [rows[other] for other in range(len(rows)) if other != index]
+        begun, state = model(row[None, :1])
+        ids = torch.cat([row[1:], *others])
+        seq_idx = torch.cat([torch.full((len(part),), i) for i, part in enumerate([row[1:], *others])])
+        logits, _ = model(ids[None], seq_idx=seq_idx[None], state=state)
+        reading.append((torch.cat([begun[0], logits[0, : len(row) - 1]]), None))
+    return reading
+
+
+def scattered(overwrite: bool):
+    """All rows in one batch, pads anywhere, read in chunks of 1 to 7 places: some hold nothing but pads."""
+
+    def read(model, rows) -> Reading:
+        noise = torch.Generator().manual_seed(3)
+        total = 40
+        ids = torch.randint(VOCAB, (len(rows), total), generator=noise)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            where = torch.randperm(total, generator=noise)[: len(row)].sort().values
+            ids[index, where], mask[index, where] = row, True
+        logits, state, start = [], None, 0
+        while start < total:
+            size = int(torch.randint(1, 8, (), generator=noise))
+            chunk = slice(start, start + size)
+            part, state = model(
+                ids[:, chunk], attention_mask=mask[:, chunk], state=state, overwrite_state=overwrite
+            )
+            logits.append(part)
+            start += size
+        logits = torch.cat(logits, dim=1)
+        return [(logits[i, mask[i]], state.select(torch.tensor([i]))) for i in range(len(rows))]
+
+    return read
+
+
+WAYS = {
+    "steps": in_chunks(),
+    "steps overwritten": in_chunks(overwrite=True),
+    "steps in reserved room": in_chunks(overwrite=True, capacity=12),
+    "chunks 1 2 3": in_chunks((1, 2, 3)),
+    "chunks 3 1 19": in_chunks((3, 1, 19)),
+    "chunks 17 6 overwritten": in_chunks((17, 6), overwrite=True),
+    "chunks 2 1 overwritten": in_chunks((2, 1), overwrite=True),
+    "chunks in reserved room": in_chunks((2, 5), capacity=40),
+    "padded left": padded("left"),
+    "padded right": padded("right"),
+    "padded on both sides": padded("both"),
+    "padded in the middle": padded("middle"),
+    "packed": packed,
+    "packed in front": packed_in_front,
+    "scattered": scattered(False),
+    "scattered overwritten": scattered(True),
+}
+
+
+def read_on(model, reading: Reading, stepwise: bool) -> Tensor:
+    """The logits of all rows end to end, those of MORE tokens read from the states included."""
+    parts = []
+    for text, (logits, state) in zip(texts(), reading, strict=True):
+        rest = text[None, -MORE:]
+        if state is None:
+            tail = model(text[None], logits_to_keep=MORE)[0]
+        elif stepwise:
+            steps, state = [], state.clone()
+            for token in rest.split(1, dim=1):
+                step, state = model(token, state=state, overwrite_state=True)
+                steps.append(step)
+            tail = torch.cat(steps, dim=1)
+        else:
+            tail, _ = model(rest, state=state)
+        parts += [logits, tail[0]]
+    return torch.cat(parts)
+
+
+def truth(model) -> Tensor:
+    return torch.cat([logits for logits, _ in one_shot(model, texts())])
+
+
+@torch.no_grad()
+def check(model: LanguageModel, way: str, ratio: float) -> None:
+    reading = WAYS[way](model, prompts())
+    for text, (_, state) in zip(texts(), reading, strict=True):
+        assert state is None or state.lengths.tolist() == [len(text) - MORE]
+    expected = truth(model)
+    for stepwise in (False, True):
+        assert_close(f"{way}, steps behind: {stepwise}", read_on(model, reading, stepwise), expected, ratio)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stack", STACKS)
+def test_every_way_of_reading_gives_the_logits_of_one_shot(stack, way):
+    check(cast(stack, torch.float64), way, 1e-10)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_every_way_of_reading_in_float32(stack):
+    for way in WAYS:
+        check(build(stack), way, 1e-4)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@torch.no_grad()
+def test_every_way_of_reading_in_bfloat16_is_as_good_as_one_shot(stack):
+    model = cast(stack, torch.bfloat16)
+    exact = truth(copy.deepcopy(model).double())
+    plain = truth(model)
+    assert 1e-4 < ((plain - exact).norm() / exact.norm()).item() < 0.1 or stack == "mlp"
+    for way in ("steps overwritten", "chunks 1 2 3", "padded left", "packed", "scattered"):
+        found = read_on(model, WAYS[way](model, prompts()), way == "padded left")
+        # Logits are float32 with values of bfloat16, so nothing is lost here.
+        assert_as_good_as(way, found.bfloat16(), plain.bfloat16(), exact)
+
+
+@pytest.mark.parametrize("stack", [name for name in STACKS if name != "mlp"])
+@torch.no_grad()
+def test_every_token_matters_to_later_ones_and_none_to_earlier_ones(stack):
+    """Otherwise the tests above would pass for layers that see nothing."""
+    model, text = cast(stack, torch.float64), texts()[0]
+    before = model(text[None])[0][0]
+    changed = text.clone()
+    changed[7] = (changed[7] + 1) % VOCAB
+    moved = (model(changed[None])[0][0] - before).norm(dim=-1)
+    assert (moved[:7] == 0).all()
+    far = 12 if stack == "window" else len(text)  # two windowed layers of 5 reach 8 tokens back
+    assert (moved[7:far] > 1e-6).all()
+    assert stack != "window" or (moved[16:] == 0).all()
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_gradients_do_not_depend_on_the_way_of_reading(stack):
+    model = copy.deepcopy(cast(stack, torch.float64)).requires_grad_()
+    noise = torch.Generator().manual_seed(4)
+    weights = torch.randn(sum(LENGTHS), VOCAB, generator=noise, dtype=torch.float64)
+
+    def gradients(read) -> dict[str, Tensor]:
+        logits = torch.cat([logits for logits, _ in read(model, prompts())])
+        found = torch.autograd.grad((logits * weights).sum(), list(model.parameters()))
+        return dict(zip(dict(model.named_parameters()), found, strict=True))
+
+    expected = gradients(one_shot)
+    assert all(gradient.any() for gradient in expected.values())
+    for way in ("chunks 1 2 3", "padded left", "padded in the middle", "packed in front", "scattered"):
+        for name, gradient in gradients(WAYS[way]).items():
+            assert_close(f"{way}: {name}", gradient, expected[name], 1e-9)
+
+
+def snapshot(state: State) -> State:
+    return copy.deepcopy(state)
+
+
+def assert_same_bits(state: State, kept: State) -> None:
+    assert torch.equal(state.lengths, kept.lengths)
+    assert state.info == kept.info
+    for layer, kept_layer in zip(state.layers, kept.layers, strict=True):
+        assert layer.keys() == kept_layer.keys()
+        for name, tensor in layer.items():
+            assert tensor.dtype == kept_layer[name].dtype
+            assert torch.equal(tensor, kept_layer[name]), name
+
+
+READS = {
+    "one token": {"seqlen": 1},
+    "some tokens": {"seqlen": 5},
+    "a padded token": {"seqlen": 1, "attention_mask": torch.tensor([[1], [0]])},
+    "pads only": {"seqlen": 3, "attention_mask": torch.zeros(2, 3)},
+    "segments": {"seqlen": 4, "seq_idx": torch.tensor([[0, 0, 1, 1], [-1, 0, 0, 2]])},
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("stack", STACKS)
+@torch.no_grad()
+def test_the_state_passed_in_is_never_changed(stack, read):
+    """Nor is it by overwriting the state that came back: the two share no memory."""
+    model, options = build(stack), dict(READS[read])
+    seqlen = options.pop("seqlen")
+    _, state = model(torch.tensor([[1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1]]))
+    state.info["turn"] = {"kept": [1]}
+    kept = snapshot(state)
+    _, after = model(torch.full((2, seqlen), 8), state=state, **options)
+    assert_same_bits(state, kept)
+    for token in (9, 10):
+        _, after = model(torch.full((2, 1), token), state=after, overwrite_state=True)
+    after.info["turn"] = "changed"
+    assert_same_bits(state, kept)
+
+
+@torch.no_grad()
+def test_overwriting_is_really_in_place():
+    """The decoding path must not quietly fall back to copies of caches."""
+    model = build("hybrid")
+    _, state = model(torch.ones(2, 3, dtype=torch.int64), state=model.allocate_state(2, capacity=9))
+    before = [tensor.data_ptr() for layer in state.layers for tensor in layer.values()]
+    _, after = model(torch.ones(2, 1, dtype=torch.int64), state=state, overwrite_state=True)
+    assert [tensor.data_ptr() for layer in after.layers for tensor in layer.values()] == before
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@torch.no_grad()
+def test_pads_alone_leave_a_state_as_it_was(stack):
+    model, text = cast(stack, torch.float64), texts()[0]
+    logits, state = model(text[None, :10])
+    for overwrite in (False, True):
+        pads = {"attention_mask": torch.zeros(1, 4), "overwrite_state": overwrite}
+        _, after = model(torch.zeros(1, 4, dtype=torch.int64), state=state.clone(), **pads)
+        assert after.lengths.tolist() == [10]
+        rest, _ = model(text[None, 10:], state=after)
+        assert_close("behind pads", torch.cat([logits, rest], 1), model(text[None])[0], 1e-10)
+    _, empty = model(torch.zeros(1, 4, dtype=torch.int64), attention_mask=torch.zeros(1, 4))
+    assert_close("from pads", model(text[None], state=empty)[0], model(text[None])[0], 1e-10)
+
+
+@torch.no_grad()
+def test_mask_and_segments_together():
+    model, rows = cast("hybrid", torch.float64), prompts()
+    ids = torch.cat([rows[1], rows[2], rows[2]])[None]
+    seq_idx = torch.tensor([[5] * 9 + [0] * 2 + [5] * 2])
+    mask = torch.ones_like(ids)
+    mask[0, 3], mask[0, 11] = 0, 0  # inside the first segment, and the first token of the last
+    logits, state = model(ids, attention_mask=mask, seq_idx=seq_idx)
+    kept = torch.cat([rows[1][:3], rows[1][4:]])
+    alone = [model(row[None])[0][0] for row in (kept, rows[2], rows[2][1:])]
+    assert_close("packed and masked", logits[0, mask[0].bool()], torch.cat(alone), 1e-10)
+    assert state.lengths.tolist() == [1]
+
+
+@torch.no_grad()
+def test_embeddings_and_ids_read_alike_and_logits_to_keep_are_the_last():
+    model, text = cast("hybrid", torch.float64), texts()[1][None]
+    logits, _ = model(text)
+    embedded, _ = model(inputs_embeds=model.embedding(text), logits_to_keep=3)
+    assert_close("the last 3", embedded, logits[:, -3:], 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("message", "inputs"),
+    [
+        ("exactly one", {}),
+        ("exactly one", {"input_ids": torch.zeros(1, 2).long(), "inputs_embeds": torch.zeros(1, 2, D_MODEL)}),
+        ("attention_mask", {"input_ids": torch.zeros(2, 2).long(), "attention_mask": torch.ones(2, 5)}),
+        ("seq_idx", {"input_ids": torch.zeros(2, 2).long(), "seq_idx": torch.ones(1, 2).long()}),
+        ("3 rows", {"input_ids": torch.zeros(2, 2).long(), "state": 3}),
+    ],
+)
+def test_inputs_that_do_not_fit_are_the_callers_mistake(message, inputs):
+    model = build("hybrid")
+    if "state" in inputs:
+        inputs = {**inputs, "state": model.allocate_state(inputs["state"])}
+    with pytest.raises(UserError, match=message):
+        model(**inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakyConfig:
+    kind: Literal["leaky"] = "leaky"
+    d_state: int
+
+    def cost(self, d_model: int) -> LayerCost:
+        return LayerCost(parameters=d_model, flops_per_token=2 * d_model, state_elements=d_model)
+
+
+class Leaky(nn.Module):
+    """A further kind of layer: h_t = decay h_{t-1} + x_t, y_t = h_t."""
+
+    Config = LeakyConfig
+
+    def __init__(self, config, d_model):
+        super().__init__()
+        self.decay = nn.Parameter(torch.full((d_model,), 0.5))
+
+    def allocate(self, batch, capacity, device, dtype):
+        return {"h": torch.zeros(batch, len(self.decay), device=device, dtype=dtype)}
+
+    def forward(self, x, state, segments):
+        h = self.allocate(len(x), 0, x.device, x.dtype)["h"] if state is None else state["h"]
+        positions, _ = segments.positions_and_runs(x.shape[1], x.device)
+        outputs = []
+        for t in range(x.shape[1]):
+            position = positions[:, t, None]
+            h = torch.where(position == 0, 0.0, h)
+            h = torch.where(position >= 0, h * self.decay + x[:, t], h)
+            outputs.append(h)
+        return torch.stack(outputs, 1), {"h": h}
+
+
+class Forgetful(Leaky):
+    """Breaks the law: every call starts anew."""
+
+    def forward(self, x, state, segments):
+        return super().forward(x, None, segments)
+
+
+class Leaking(Leaky):
+    """Breaks the law: pads are read like tokens."""
+
+    def forward(self, x, state, segments):
+        return super().forward(x, state, type(segments)(segments.starts, None, segments.overwrite))
+
+
+def test_a_new_kind_in_the_table_is_tested(monkeypatch):
+    monkeypatch.setitem(LAYERS, "leaky", Leaky)
+    layers = stacks()["leaky"]
+    assert [layer.kind for layer in layers] == ["leaky"] * 2
+    for way in WAYS:
+        check(lively(layers).double(), way, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("broken", "way"), [(Forgetful, "steps"), (Forgetful, "chunks 3 1 19"), (Leaking, "padded left"),
+                        (Leaking, "scattered"), (Leaking, "packed")]
+)  # fmt: skip
+def test_a_new_kind_that_breaks_the_law_is_caught(monkeypatch, broken, way):
+    monkeypatch.setitem(LAYERS, "leaky", broken)
+    with pytest.raises(AssertionError):
+        check(lively(stacks()["leaky"]).double(), way, 1e-10)
