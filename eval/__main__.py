@@ -1,4 +1,4 @@
-"""The command line of evaluation: `python -m eval scenes | tasks | efficiency | report | demo`."""
+"""The command line of evaluation: `python -m eval scenes | tasks | efficiency | report | readme | demo`."""
 
 import argparse
 import sys
@@ -123,6 +123,10 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "path", type=Path, metavar="PATH", help="a demo's directory, or a report.json to draw again"
     )
+
+    readme = _command(commands, "readme", _readme, "print a demo's results as markdown")
+    readme.add_argument("path", type=Path, metavar="REPORT", help="a demo's report.json")
+    readme.add_argument("--write", type=Path, metavar="FILE", help="replace them between FILE's markers")
 
     demo = _command(commands, "demo", _demo, "data, training, evaluation, comparison and report")
     demo.add_argument("--output", type=Path, metavar="DIR", help="default runs/demo, with --quick runs/quick")
@@ -254,6 +258,17 @@ def _report(options: argparse.Namespace) -> int:
 
     for path in write(options.path):
         print(path)
+    return DONE
+
+
+def _readme(options: argparse.Namespace) -> int:
+    from eval import readme
+
+    results = readme.read(options.path)
+    if options.write is None:
+        print(results, end="")
+    else:
+        readme.write(options.write, results)
     return DONE
 
 

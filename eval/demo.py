@@ -96,8 +96,8 @@ class Step:
     @property
     def command(self) -> tuple[str, ...]:
         """As a user would type it; a training run that was begun is resumed."""
-        resume = ("--resume",) if self.is_resumable and self.output.exists() else ()
-        return ("python", "-m", *self.arguments, *resume)
+        is_begun = self.is_resumable and self.output is not None and self.output.exists()
+        return ("python", "-m", *self.arguments, *(["--resume"] if is_begun else []))
 
     def begin(self) -> dict:
         """The step's record in demo.json."""
@@ -107,156 +107,117 @@ class Step:
 
 def steps(root: Path, settings: Settings) -> list[Step]:
     """The demo's commands, in order."""
-    scenes = root / "scenes"
-    data = ("--set", f"data.image_root={scenes / 'images'}", "--set", f"train.seed={settings.seed}")
-    tower = root / "tower"
-    result = [
-        Step(
-            name="scenes",
-            title="Draw the digit scenes",
-            arguments=(
-                *("eval", "scenes", "--output", str(scenes), "--seed", str(settings.seed)),
-                *("--scenes", str(settings.scenes), "--test-scenes", str(settings.test_scenes)),
-            ),
-            output=scenes,
-            expected_s=4 + 0.01 * (settings.scenes + settings.test_scenes),
-        ),
-        Step(
-            name="tower",
-            title="Pretrain the vision tower that both models share",
-            arguments=(
-                *("train", "--recipe", "tiny-tower", "--output", str(tower)),
-                *(
-                    "--set",
-                    f"data.path={scenes / 'train.json'}",
-                    *data,
-                    "--set",
-                    f"train.steps={settings.tower_steps}",
-                ),
-            ),
-            output=tower,
-            is_resumable=True,
-            expected_s=8 + 0.3 * settings.tower_steps,
-        ),
-    ]
-    for key in MODELS:
-        result += _training_steps(root, settings, key, data)
-    for key in MODELS:
-        result += _question_steps(root, settings, key)
-    result.append(_efficiency_step(root, settings))
+    shared = "Pretrain the vision tower that both models share"
+    tower = _train(root, settings, "tower", shared, "tiny-tower", settings.tower_steps, step_s=0.3)
+    training = [step for key in MODELS for step in _train_model(root, settings, key)]
+    questions = [step for key in MODELS for step in _ask(root, settings, key)]
     report = ("eval", "report", str(root))
-    return [*result, Step(name="report", title="Write the report", arguments=report, expected_s=5)]
-
-
-def _training_steps(root: Path, settings: Settings, key: str, data: tuple[str, ...]) -> list[Step]:
-    scenes, aligned, output = root / "scenes", root / f"{key}-align", root / key
-    title = MODELS[key]["name"]
-    step_s = STEP_S[key]
-    model = ("--set", f"model.preset={MODELS[key]['preset']}")
-    align = (
-        *("train", "--recipe", "tiny-align", "--output", str(aligned), *model),
-        *("--init-from", str(root / "tower"), "--set", "init.parts=vision_encoder"),
-        *(
-            "--set",
-            f"data.path={scenes / 'captions.json'}",
-            *data,
-            "--set",
-            f"train.steps={settings.align_steps}",
-        ),
-    )
-    finetune = (
-        *(
-            "train",
-            "--recipe",
-            "tiny",
-            "--output",
-            str(output),
-            *model,
-            "--init-from",
-            str(aligned),
-        ),
-        *(
-            "--set",
-            f"data.path={scenes / 'train.json'}",
-            *data,
-            "--set",
-            f"train.steps={settings.finetune_steps}",
-        ),
-    )
     return [
-        Step(
-            name=f"{key}-align",
-            title=f"{title}: align",
-            arguments=align,
-            output=aligned,
-            is_resumable=True,
-            expected_s=8 + 0.6 * step_s * settings.align_steps,
-        ),
-        Step(
-            name=key,
-            title=f"{title}: finetune",
-            arguments=finetune,
-            output=output,
-            is_resumable=True,
-            expected_s=8 + step_s * settings.finetune_steps,
-        ),
+        _draw(root, settings),
+        tower,
+        *training,
+        *questions,
+        _measure(root, settings),
+        Step(name="report", title="Write the report", arguments=report, expected_s=5),
     ]
 
 
-def _question_steps(root: Path, settings: Settings, key: str) -> list[Step]:
-    arguments = (
-        *(
-            "eval",
-            "tasks",
-            "--model",
-            str(root / key),
-            "--task",
-            "digit_scenes",
-            "--data",
-            str(root / "scenes"),
-        ),
-        *("--output", str(root / "tasks" / key)),
+def _options(values: dict[str, object]) -> list[str]:
+    """Command-line words: {"seed": 0} is --seed 0."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def _draw(root: Path, settings: Settings) -> Step:
+    scenes = root / "scenes"
+    options = {
+        "output": scenes,
+        "seed": settings.seed,
+        "scenes": settings.scenes,
+        "test-scenes": settings.test_scenes,
+    }
+    return Step(
+        name="scenes",
+        title="Draw the digit scenes",
+        arguments=("eval", "scenes", *_options(options)),
+        output=scenes,
+        expected_s=4 + 0.01 * (settings.scenes + settings.test_scenes),
     )
-    title = MODELS[key]["name"]
+
+
+def _train(
+    root: Path,
+    settings: Settings,
+    name: str,
+    title: str,
+    recipe: str,
+    num_steps: int,
+    *start: str,
+    data: str = "train.json",
+    step_s: float,
+) -> Step:
+    """A training run into root / name; `start` says which model, and what it begins with."""
+    changes = {
+        "data.path": root / "scenes" / data,
+        "data.image_root": root / "scenes" / "images",
+        "train.seed": settings.seed,
+        "train.steps": num_steps,
+    }
+    sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    output = root / name
+    return Step(
+        name=name,
+        title=title,
+        arguments=("train", "--recipe", recipe, "--output", str(output), *start, *sets),
+        output=output,
+        is_resumable=True,
+        expected_s=8 + step_s * num_steps,
+    )
+
+
+def _train_model(root: Path, settings: Settings, key: str) -> list[Step]:
+    title, step_s, aligned = MODELS[key]["name"], STEP_S[key], f"{key}-align"
+    preset = ("--set", f"model.preset={MODELS[key]['preset']}")
+    from_tower = (*preset, "--init-from", str(root / "tower"), "--set", "init.parts=vision_encoder")
+    from_aligned = (*preset, "--init-from", str(root / aligned))
+    align = (aligned, f"{title}: align", "tiny-align", settings.align_steps, *from_tower)
+    finetune = (key, f"{title}: finetune", "tiny", settings.finetune_steps, *from_aligned)
+    return [
+        _train(root, settings, *align, data="captions.json", step_s=0.6 * step_s),
+        _train(root, settings, *finetune, step_s=step_s),
+    ]
+
+
+def _ask(root: Path, settings: Settings, key: str) -> list[Step]:
+    options = {
+        "model": root / key,
+        "task": "digit_scenes",
+        "data": root / "scenes",
+        "output": root / "tasks" / key,
+    }
+    title, plain = MODELS[key]["name"], ("eval", "tasks", *_options(options))
     expected_s = 4 + 0.06 * settings.test_scenes
-    blank = (*arguments, "--control", "blank")
     return [
-        Step(
-            name=f"{key}-questions",
-            title=f"{title}: questions",
-            arguments=arguments,
-            expected_s=expected_s,
-        ),
-        Step(
-            name=f"{key}-control",
-            title=f"{title}: blank-image control",
-            arguments=blank,
-            expected_s=expected_s,
-        ),
+        Step(name=f"{key}-{name}", title=f"{title}: {about}", arguments=words, expected_s=expected_s)
+        for name, about, words in (
+            ("questions", "questions", plain),
+            ("control", "blank-image control", (*plain, "--control", "blank")),
+        )
     ]
 
 
-def _efficiency_step(root: Path, settings: Settings) -> Step:
-    arguments = (
-        *(
-            "eval",
-            "efficiency",
-            *(word for key in MODELS for word in ("--model", f"{key}={root / key}")),
-        ),
-        *("--longest-context", str(settings.longest_context), "--rounds", str(settings.rounds)),
-        *(
-            "--prefill-rounds",
-            str(settings.prefill_rounds),
-            "--output",
-            str(root / "efficiency.json"),
-        ),
-    )
-    expected_s = 5 + settings.longest_context * settings.prefill_rounds / 500
+def _measure(root: Path, settings: Settings) -> Step:
+    models = [word for key in MODELS for word in ("--model", f"{key}={root / key}")]
+    options = {
+        "longest-context": settings.longest_context,
+        "rounds": settings.rounds,
+        "prefill-rounds": settings.prefill_rounds,
+        "output": root / "efficiency.json",
+    }
     return Step(
         name="efficiency",
         title="Decoding against context length",
-        arguments=arguments,
-        expected_s=expected_s,
+        arguments=("eval", "efficiency", *models, *_options(options)),
+        expected_s=5 + settings.longest_context * settings.prefill_rounds / 500,
     )
 
 

@@ -40,6 +40,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 2.0,
 }
+BARS: dict[Any, Any] = {**STYLE, "axes.grid.axis": "x"}
 
 
 def loss_curves(runs: dict[str, list[dict]]) -> str:
@@ -87,7 +88,7 @@ def accuracy_bars(rows: list[str], results: dict[str, dict[str, list[dict]]]) ->
         results: model name -> {"questions": [...], "control": [...]}, one {"accuracy", "interval"}
             per row, in 0..1.
     """
-    with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
+    with matplotlib.rc_context(BARS):
         figure = Figure(figsize=(5.2, 0.55 * len(rows) + 0.8))
         axes = figure.subplots()
         height = 0.74 / len(results)

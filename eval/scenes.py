@@ -43,6 +43,7 @@ PHOTOGRAPHS = (
 )
 PACKAGES = ("numpy", "pillow", "scikit-learn", "scikit-image")  # whose versions meta.json records
 CAPTION_PROMPT = "<image>\nDescribe."
+CAPTION_DIGITS = 2  # busier scenes have no caption: a model that sees only easy ones first learns sooner
 MAX_DIGITS = 6
 MIN_SIDE = 64
 _MISSING = (
@@ -249,9 +250,10 @@ def build(
 ) -> dict:
     """Writes a data set of digit scenes; nothing is left behind if it does not end well.
 
-    `output_dir` receives images/{train,test}/NNNNNN.png; captions.json and train.json (LLaVA rows,
-    one per training scene, the latter with "regions" and all questions in one conversation);
-    test.json (one question a row, with its "kind"); and meta.json.
+    `output_dir` receives images/{train,test}/NNNNNN.png; captions.json (LLaVA rows, one per
+    training scene of at most `CAPTION_DIGITS` digits), train.json (one per training scene, with
+    "regions" and all questions in one conversation), test.json (one question a row, with its "kind")
+    and meta.json.
 
     Args:
         scenes, test_scenes: how many scenes to train on and to test on, each at least 1.
@@ -298,7 +300,8 @@ def _write(
         Image.fromarray(scene.image).save(draft / f"images/{name}.png", compress_level=1)
         if split == "train":
             questions = scene.questions
-            rows["captions"].append(_row(name, [(CAPTION_PROMPT, scene.caption)]))
+            if len(scene.digits) <= CAPTION_DIGITS:
+                rows["captions"].append(_row(name, [(CAPTION_PROMPT, scene.caption)]))
             rows["train"].append(_train_row(name, scene, np.random.default_rng([seed, 2, index])))
         else:
             questions = _first_of_each_kind(scene.questions)

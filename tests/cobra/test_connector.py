@@ -16,7 +16,7 @@ D_VISION, D_MODEL = 10, 16
 MIXER = Mamba2Config(d_state=5, headdim=8, chunk_size=7)
 GRIDS = [(1, 1), (2, 3), (5, 4), (27, 27)]
 
-# Fields that a Config may have, with what keeps it small: a further connector is tested by being in the table.
+# Fields that a Config may have, and what keeps it small: another connector is tested by being in the table.
 SMALL = {"mixer": MIXER}
 
 
@@ -224,6 +224,14 @@ def test_msc_is_its_formula(name, grid):
     connector, x = build(config), features(2, *grid)
     expected = torch.stack([slow_msc(connector, config, picture) for picture in x])
     assert_close(name, connector(x), expected, 1e-10)
+
+
+def test_each_list_starts_with_weights_of_its_own():
+    torch.manual_seed(0)
+    mixer = MSCConnector(MSCConfig(mixer=MIXER), D_VISION, D_MODEL).blocks[0].mixer
+    for name in ("conv_weight", "dt_bias", "A_log"):
+        lists = getattr(mixer, name).flatten(1)
+        assert len(lists) == 4 and torch.pdist(lists).min() > 0, name
 
 
 @torch.no_grad()

@@ -157,6 +157,19 @@ def packed(model, rows) -> Reading:
     return reading
 
 
+def packed_behind_a_state(model, rows) -> Reading:
+    """Another row begun alone, then its rest from the state, with each row behind it."""
+    reading = []
+    for index, row in enumerate(rows):
+        other = rows[index - 1]
+        _, state = model(other[None, :1])
+        ids = torch.cat([other[1:], row])[None]
+        seq_idx = (torch.arange(ids.shape[1]) >= len(other) - 1).long()[None]
+        logits, state = model(ids, seq_idx=seq_idx, state=state)
+        reading.append((logits[0, -len(row) :], state))
+    return reading
+
+
 def packed_in_front(model, rows) -> Reading:
     """Each row begun alone, then its rest from the state, with the other rows behind it."""
     reading = []
@@ -196,6 +209,32 @@ def scattered(overwrite: bool):
     return read
 
 
+def ragged_steps(capacity: int):
+    """All rows in one batch, each begun with another number of tokens, then decoded together in place; a row
+    that has come to its end is padding from there on."""
+
+    def read(model, rows) -> Reading:
+        begun = [3, 1, 2]
+        steps = max(len(row) - count for row, count in zip(rows, begun, strict=True))
+        noise = torch.Generator().manual_seed(5)
+        ids = torch.randint(VOCAB, (len(rows), 3 + steps), generator=noise)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for index, (row, count) in enumerate(zip(rows, begun, strict=True)):
+            ids[index, 3 - count : 3 - count + len(row)] = row
+            mask[index, 3 - count : 3 - count + len(row)] = True
+        state = model.allocate_state(len(rows), capacity) if capacity else None
+        logits, state = model(ids[:, :3], attention_mask=mask[:, :3], state=state)
+        parts = [logits]
+        for t in range(3, ids.shape[1]):
+            one = slice(t, t + 1)
+            logits, state = model(ids[:, one], attention_mask=mask[:, one], state=state, overwrite_state=True)
+            parts.append(logits)
+        logits = torch.cat(parts, dim=1)
+        return [(logits[i, mask[i]], state.select(torch.tensor([i]))) for i in range(len(rows))]
+
+    return read
+
+
 WAYS = {
     "steps": in_chunks(),
     "steps overwritten": in_chunks(overwrite=True),
@@ -210,7 +249,10 @@ WAYS = {
     "padded on both sides": padded("both"),
     "padded in the middle": padded("middle"),
     "packed": packed,
+    "packed behind a state": packed_behind_a_state,
     "packed in front": packed_in_front,
+    "ragged steps overwritten": ragged_steps(0),
+    "ragged steps in reserved room": ragged_steps(25),
     "scattered": scattered(False),
     "scattered overwritten": scattered(True),
 }
@@ -268,7 +310,7 @@ def test_every_way_of_reading_in_bfloat16_is_as_good_as_one_shot(stack):
     exact = truth(copy.deepcopy(model).double())
     plain = truth(model)
     assert 1e-4 < ((plain - exact).norm() / exact.norm()).item() < 0.1 or stack == "mlp"
-    for way in ("steps overwritten", "chunks 1 2 3", "padded left", "packed", "scattered"):
+    for way in ("steps overwritten", "chunks 1 2 3", "padded left", "packed", "ragged steps overwritten"):
         found = read_on(model, WAYS[way](model, prompts()), way == "padded left")
         # Logits are float32 with values of bfloat16, so nothing is lost here.
         assert_as_good_as(way, found.bfloat16(), plain.bfloat16(), exact)

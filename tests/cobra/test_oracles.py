@@ -160,9 +160,9 @@ def bamba_pair(options: dict):
 
     config = BambaConfig(
         hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=44,
-        num_hidden_layers=3, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=6,
-        mamba_chunk_size=8, rms_norm_eps=1e-3, vocab_size=VOCAB, tie_word_embeddings=False,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_hidden_layers=3, attn_layer_indices=[1], rms_norm_eps=1e-3, vocab_size=VOCAB,
+        mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=6, mamba_chunk_size=8,
+        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     config.rope_parameters["partial_rotary_factor"] = 1.0  # theirs turns half of each head by default
     theirs = randomise(BambaForCausalLM(config))

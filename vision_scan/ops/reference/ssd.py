@@ -160,8 +160,7 @@ def _scan_chunks(inflow, log_decay, B, C, state, run, chunk_size) -> tuple[Tenso
     exponent = (total[..., :, None] - total[..., None, :]).to(X.dtype)
     L = exponent.masked_fill_(~causal, -torch.inf).exp_()  # b c h q q
     weights = per_head(C @ B.transpose(-1, -2), L)
-    y = torch.baddbmm(carried.flatten(0, 2), weights.flatten(0, 2), X.flatten(0, 2))
-    y = y.view_as(X).movedim(3, 2).reshape(batch, -1, nheads, headdim)
+    y = (weights @ X + carried).movedim(3, 2).reshape(batch, -1, nheads, headdim)
     return y[:, :seqlen], state
 
 
