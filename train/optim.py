@@ -11,7 +11,7 @@ from train.recipes import OptimSettings
 # The recurrence's own parameters (decay rate, skip, step-size bias) and what only shifts or
 # locates. Weight decay would drag each towards a value that means something else: A_log = 0 is a
 # decay rate of one.
-NO_DECAY_NAMES = frozenset({"A_log", "D", "dt_bias", "bias", "pos_embed", "cls_token", "reg_token"})
+NO_DECAY_NAMES = frozenset({"A_log", "D", "pos_embed", "cls_token", "reg_token"})
 
 
 def decays(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
@@ -24,7 +24,8 @@ def decays(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
         owner: the module that holds it.
     """
     marked = getattr(parameter, "_no_weight_decay", False)
-    named = name.rpartition(".")[2] in NO_DECAY_NAMES
+    leaf = name.rpartition(".")[2]
+    named = leaf in NO_DECAY_NAMES or leaf.endswith("bias")  # dt_bias, and stacked biases too
     return parameter.ndim >= 2 and not marked and not named and not isinstance(owner, nn.Embedding)
 
 

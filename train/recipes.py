@@ -243,7 +243,7 @@ def tiny_tower() -> RunConfig:
     return RunConfig(
         recipe="tiny-tower",
         train=TrainSettings(
-            objective="regions", freeze=("connector", "lm"), steps=600, batch_size=64
+            objective="regions", freeze=("connector", "lm"), steps=600, batch_size=64, dtype="float32"
         ),
         optim=OptimSettings(lr=2e-3),
     )
@@ -256,7 +256,7 @@ def tiny_align() -> RunConfig:
     return RunConfig(
         recipe="tiny-align",
         init=InitSettings(parts=("vision_encoder",)),
-        train=TrainSettings(freeze=("vision_encoder",), steps=200, batch_size=32),
+        train=TrainSettings(freeze=("vision_encoder",), steps=300, batch_size=16, dtype="float32"),
         optim=OptimSettings(lr=2e-3),
     )
 
@@ -265,8 +265,9 @@ def tiny() -> RunConfig:
     """Finetunes everything on conversations. Its twin: `--set model.preset=transformer-tiny`."""
     return RunConfig(
         recipe="tiny",
-        train=TrainSettings(steps=1500, batch_size=32),
-        optim=OptimSettings(lr=2e-3, lr_scale=LrScale(vision_encoder=0.3)),
+        data=DataSettings(length_group=4),
+        train=TrainSettings(steps=1800, batch_size=16, dtype="float32"),
+        optim=OptimSettings(lr=1.5e-3, lr_scale=LrScale(vision_encoder=0.3), warmup_ratio=0.01),
     )
 
 
