@@ -15,6 +15,7 @@ from vision_scan.errors import UserError
 
 from .lm.mamba2 import Mamba2, Mamba2Config
 from .lm.precision import Float32Parameters, LayerNorm, RMSNorm
+from .typed_config import require_positive
 
 
 class KeepsGrid:
@@ -109,8 +110,10 @@ class MSCConfig(KeepsGrid):
 
     def __post_init__(self) -> None:
         vision_scan.order(self.order, 2, 3)  # an unknown name fails here, not at the first image
-        if self.combine not in ("sum", "mean"):
-            raise UserError(f"msc: combine {self.combine!r} must be sum or mean")
+        require_positive(self, "depth")
+        for name, allowed in (("combine", ("sum", "mean")), ("projector", ("linear", "fused_mlp"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"msc: {name} {getattr(self, name)!r} must be one of {', '.join(allowed)}")
 
 
 class MSCConnector(nn.Module):

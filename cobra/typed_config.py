@@ -8,6 +8,7 @@ classes (a connector, a layer), its annotation is a union of dataclasses that ea
 import dataclasses
 import functools
 import json
+import math
 import types
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -27,6 +28,8 @@ def to_dict(config: Any) -> Any:
         return [to_dict(item) for item in config]
     if isinstance(config, dict):
         return {key: to_dict(item) for key, item in config.items()}
+    if isinstance(config, float) and not math.isfinite(config):
+        return str(config)  # JSON has no infinity; from_dict reads the text
     return config
 
 
@@ -72,6 +75,15 @@ def override(config: T, path: str, value: str) -> T:
         UserError: on an unknown field (with the nearest name) or a value of the wrong type.
     """
     return _replace(config, path.split("."), value, path)
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raises UserError unless the named fields of a configuration are 1 or more."""
+    for name in names:
+        value = getattr(config, name)
+        if value < 1:
+            kind = getattr(config, "kind", type(config).__name__)
+            raise UserError(f"{kind}: {name} {value} must be 1 or more")
 
 
 def _replace(node: Any, names: list[str], value: str, path: str) -> Any:
@@ -165,7 +177,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             return float(value)
         if member is int and number and float(value).is_integer():
             return int(value)
-        if member is int and isinstance(value, str) and value.lstrip("-").isdecimal():
+        if member is int and isinstance(value, str) and value.removeprefix("-").isdecimal():
             return int(value)
         if member in (bool, str) and isinstance(value, member):
             return value
@@ -186,7 +198,7 @@ def _pick(classes: list[type], value: dict, where: str) -> type:
         return classes[0]
     kinds = {get_args(_field_types(cls)["kind"])[0]: cls for cls in classes}
     name = value.get("kind")
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         near = get_close_matches(str(name), kinds, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"{where}: unknown kind {name!r}{hint} (allowed: {', '.join(kinds)})")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vision_scan.errors import UserError
 
 from .image import ImageConfig
+from .typed_config import require_positive
 
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
@@ -38,6 +39,9 @@ class SmallEncoderConfig:
     num_heads: int = 4
 
     def __post_init__(self) -> None:
+        require_positive(self, "d_model", "num_heads")
+        if self.depth < 0:
+            raise UserError(f"small encoder: depth {self.depth} must be 0 or more")
         if self.patch_size < 2 or self.patch_size & (self.patch_size - 1):
             raise UserError(f"small encoder: patch_size {self.patch_size} must be a power of two, at least 2")
         if self.d_model % self.num_heads or self.d_model % 4:
@@ -158,6 +162,7 @@ class TimmEncoder(nn.Module):
         self.d_model = self.tower.embed_dim
         # Blocks behind the one whose features are taken would only cost memory.
         self.tower.blocks = self.tower.blocks[: self.block + 1]
+        self.tower.norm, self.tower.attn_pool = nn.Identity(), None
         self.mean = tuple(self.tower.pretrained_cfg["mean"])
         self.std = tuple(self.tower.pretrained_cfg["std"])
 

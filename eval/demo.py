@@ -63,7 +63,7 @@ class Settings:
     @classmethod
     def full(cls) -> "Settings":
         """What the report's claims are made with."""
-        return cls(scenes=12000, test_scenes=400, tower_steps=600, align_steps=300, finetune_steps=1800)
+        return cls(scenes=12000, test_scenes=400, tower_steps=600, align_steps=600, finetune_steps=1500)
 
     @classmethod
     def quick(cls) -> "Settings":
@@ -184,7 +184,7 @@ def _train_model(root: Path, settings: Settings, key: str) -> list[Step]:
     frozen = (*from_aligned, "--set", "train.freeze=vision_encoder")
     finetune = (key, f"{title}: finetune", "tiny", settings.finetune_steps, *frozen)
     return [
-        _train(root, settings, *align, data="captions.json", step_s=0.6 * step_s),
+        _train(root, settings, *align, data="align.json", step_s=0.7 * step_s),
         _train(root, settings, *finetune, step_s=step_s),
     ]
 

@@ -42,8 +42,8 @@ PHOTOGRAPHS = (
     *("china.jpg", "flower.jpg"),
 )
 PACKAGES = ("numpy", "pillow", "scikit-learn", "scikit-image")  # whose versions meta.json records
-CAPTION_PROMPT = "<image>\nDescribe."
-CAPTION_DIGITS = 2  # busier scenes have no caption: a model that sees only easy ones first learns sooner
+CAPTION_PROMPT = "Describe."
+EASY_DIGITS = 2  # scenes of at most so many to start with: look-ups are learned on them in half the time
 MAX_DIGITS = 6
 MIN_SIDE = 64
 _MISSING = (
@@ -250,9 +250,9 @@ def build(
 ) -> dict:
     """Writes a data set of digit scenes; nothing is left behind if it does not end well.
 
-    `output_dir` receives images/{train,test}/NNNNNN.png; captions.json (LLaVA rows, one per
-    training scene of at most `CAPTION_DIGITS` digits), train.json (one per training scene, with
-    "regions" and all questions in one conversation), test.json (one question a row, with its "kind")
+    `output_dir` receives images/{train,test}/NNNNNN.png; train.json (LLaVA rows, one per training
+    scene, with "regions" and all questions in one conversation), align.json (those of at most
+    `EASY_DIGITS` digits, with a description as their last turn), test.json (one question a row, with its "kind")
     and meta.json.
 
     Args:
@@ -287,7 +287,7 @@ def _write(
     canvas: tuple[int, int],
     on_progress: Callable[[int, int], None] | None,
 ) -> dict:
-    rows: dict[str, list[dict]] = {"captions": [], "train": [], "test": []}
+    rows: dict[str, list[dict]] = {"align": [], "train": [], "test": []}
     asked: dict[str, list[Question]] = {"train": [], "test": []}
     plan: list[tuple[Split, int]] = [
         (split, index) for split, count in counts.items() for index in range(count)
@@ -300,9 +300,11 @@ def _write(
         Image.fromarray(scene.image).save(draft / f"images/{name}.png", compress_level=1)
         if split == "train":
             questions = scene.questions
-            if len(scene.digits) <= CAPTION_DIGITS:
-                rows["captions"].append(_row(name, [(CAPTION_PROMPT, scene.caption)]))
-            rows["train"].append(_train_row(name, scene, np.random.default_rng([seed, 2, index])))
+            row = _train_row(name, scene, np.random.default_rng([seed, 2, index]))
+            rows["train"].append(row)
+            if len(scene.digits) <= EASY_DIGITS:
+                caption = _turns([(CAPTION_PROMPT, scene.caption)])
+                rows["align"].append({**row, "conversations": row["conversations"] + caption})
         else:
             questions = _first_of_each_kind(scene.questions)
             rows["test"] += [_test_row(name, question) for question in questions]
@@ -334,10 +336,15 @@ def _first_of_each_kind(questions: Iterable[Question]) -> list[Question]:
 
 
 def _row(name: str, turns: Iterable[tuple[str, str]]) -> dict:
-    conversations = []
-    for prompt, answer in turns:
-        conversations += [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
-    return {"id": name, "image": f"{name}.png", "conversations": conversations}
+    return {"id": name, "image": f"{name}.png", "conversations": _turns(turns)}
+
+
+def _turns(pairs: Iterable[tuple[str, str]]) -> list[dict]:
+    return [
+        {"from": sender, "value": text}
+        for pair in pairs
+        for sender, text in zip(("human", "gpt"), pair, strict=True)
+    ]
 
 
 def _train_row(name: str, scene: Scene, rng: np.random.Generator) -> dict:

@@ -250,7 +250,7 @@ def tiny_tower() -> RunConfig:
 
 
 def tiny_align() -> RunConfig:
-    """Teaches connector and language model to caption, with the tower frozen. Elsewhere only the
+    """Teaches connector and language model to read what the frozen tower sees. Elsewhere only the
     connector learns at this stage; here the language model learns too, because nothing has
     pretrained it."""
     return RunConfig(

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
 
 from .mixer import LayerCost, LayerState, Segments
@@ -32,6 +33,7 @@ class AttentionConfig:
     window: int | None = None
 
     def __post_init__(self) -> None:
+        require_positive(self, "num_heads", "num_kv_heads", "headdim")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"attention: num_heads {self.num_heads} must be a multiple of "
@@ -147,7 +149,7 @@ class Attention(nn.Module):
             k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
             positions = torch.cat([state["position"], positions], 1)
             longest = max(longest, state["position"].shape[1])
-        slots = self._slots(longest)
+        slots = self._slots(max(longest, 1))
         keep = positions >= 0
         if runs is not None:
             keep = keep & (runs == runs[:, -1:])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import vision_scan
+from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
 
 from .mixer import LayerCost, LayerState, Segments
@@ -39,6 +40,15 @@ class Mamba2Config:
     dt_max: float = 0.1
     A_init_range: tuple[float, ...] = (1.0, 16.0)
     dt_limit: tuple[float, ...] = (0.0, math.inf)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "d_state", "headdim", "expand", "ngroups", "d_conv", "chunk_size")
+        for name in ("dt_limit", "A_init_range"):
+            bounds = getattr(self, name)
+            if len(bounds) != 2 or bounds[0] > bounds[1]:
+                raise UserError(f"mamba2: {name} {bounds} must be a lower and an upper bound")
+        if not 0 < self.dt_min <= self.dt_max or self.A_init_range[0] <= 0:
+            raise UserError("mamba2: dt_min, dt_max and A_init_range must be above 0, dt_min at most dt_max")
 
     def nheads(self, d_model: int) -> int:
         d_inner = self.expand * d_model

@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from cobra.typed_config import require_positive
+
 from .mixer import LayerCost, LayerState, Segments
 
 
@@ -17,6 +19,9 @@ class MLPConfig:
 
     kind: Literal["mlp"] = "mlp"
     d_ff: int
+
+    def __post_init__(self) -> None:
+        require_positive(self, "d_ff")
 
     def cost(self, d_model: int) -> LayerCost:
         parameters = 3 * d_model * self.d_ff

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-import vision_scan
-
 
 class Float32Parameters(nn.Module):
     """A module whose parameters named in `float32_parameters` are never stored in half precision.
@@ -17,7 +15,8 @@ class Float32Parameters(nn.Module):
     float32_parameters: tuple[str, ...] = ()
 
     def _apply(self, fn, recurse=True):
-        kept = {id(self._parameters[name]) for name in self.float32_parameters}
+        own = [self._parameters[name] for name in self.float32_parameters]
+        kept = {id(tensor) for parameter in own for tensor in (parameter, parameter.grad)}
 
         def cast(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -43,7 +42,8 @@ class RMSNorm(Float32Parameters):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x: Tensor) -> Tensor:
-        return vision_scan.gated_rmsnorm(x, self.weight, eps=self.eps)
+        wide = x.to(self.weight.dtype)
+        return nn.functional.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
 class LayerNorm(Float32Parameters):

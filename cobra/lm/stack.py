@@ -1,5 +1,6 @@
 """The language model: embedding, a stack of layers of any kind, final norm, head."""
 
+import functools
 from dataclasses import dataclass
 from typing import Union
 
@@ -151,8 +152,8 @@ class LanguageModel(nn.Module):
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         batch, seqlen = x.shape[:2]
         seq_idx = self._segment_index(batch, seqlen, attention_mask, seq_idx)
-        if state is not None and state.batch != batch:
-            raise UserError(f"the state has {state.batch} rows, the input {batch}; select or batch the state")
+        if state is not None:
+            self._check_state(state, batch)
         starts = torch.zeros(batch, dtype=torch.int64) if state is None else state.lengths
         segments = Segments(starts, seq_idx, overwrite_state)
         dtype = x.dtype
@@ -163,6 +164,43 @@ class LanguageModel(nn.Module):
             layers.append(layer)
         info = state.info if state else {}
         return self.norm_f(x).to(dtype), State(layers, segments.ends(seqlen), dict(info))
+
+    @functools.cached_property
+    def _state_shapes(self) -> list[dict[str, tuple[int | None, ...]]]:
+        """Shapes of each layer's state behind the batch axis, None where they follow the capacity."""
+
+        def shapes(mixer: nn.Module, capacity: int) -> dict[str, tuple[int, ...]]:
+            layer = mixer.allocate(1, capacity, "meta", self.dtype)
+            return {name: tuple(tensor.shape[1:]) for name, tensor in layer.items()}
+
+        pairs = [(shapes(block.mixer, 1), shapes(block.mixer, 2)) for block in self.layers]
+        return [
+            {
+                name: tuple(a if a == b else None for a, b in zip(one[name], two[name], strict=True))
+                for name in one
+            }
+            for one, two in pairs
+        ]
+
+    def _check_state(self, state: State, batch: int) -> None:
+        if state.batch != batch:
+            raise UserError(f"the state has {state.batch} rows, the input {batch}; select or batch the state")
+        expected = self._state_shapes
+        if len(state.layers) != len(expected):
+            raise UserError(
+                f"the state is of a model with {len(state.layers)} layers, this one has {len(expected)}"
+            )
+        for index, (layer, shapes) in enumerate(zip(state.layers, expected, strict=True)):
+            fits = layer.keys() == shapes.keys() and all(
+                tensor.dim() == len(shapes[name]) + 1
+                and all(b in (None, a) for a, b in zip(tensor.shape[1:], shapes[name], strict=True))
+                for name, tensor in layer.items()
+            )
+            if not fits:
+                given = {name: tuple(tensor.shape[1:]) for name, tensor in layer.items()}
+                raise UserError(
+                    f"the state is of another model: layer {index} keeps {given}, here it is {shapes}"
+                )
 
     def _segment_index(self, batch, seqlen, attention_mask, seq_idx) -> Tensor | None:
         for name, given in (("attention_mask", attention_mask), ("seq_idx", seq_idx)):

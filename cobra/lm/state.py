@@ -95,14 +95,16 @@ class State:
             raise UserError(f"{path}: not a readable state file ({error})") from None
         if header is None:
             raise UserError(f"{path}: a safetensors file, but not a state written by State.save")
-        header = json.loads(header)
-        if header["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: state format {header['format_version']}, this version reads {FORMAT_VERSION}"
-            )
-        layers: list[dict[str, Tensor]] = [{} for _ in range(header["num_layers"])]
-        lengths = tensors.pop("lengths")
-        for name, tensor in tensors.items():
-            _, index, key = name.split(".", 2)
-            layers[int(index)][key] = tensor
-        return State(layers, lengths, header["info"])
+        try:
+            header = json.loads(header)
+            version = header["format_version"]
+            if version != FORMAT_VERSION:
+                raise UserError(f"{path}: state format {version}, this version reads {FORMAT_VERSION}")
+            layers: list[dict[str, Tensor]] = [{} for _ in range(header["num_layers"])]
+            lengths = tensors.pop("lengths")
+            for name, tensor in tensors.items():
+                _, index, key = name.split(".", 2)
+                layers[int(index)][key] = tensor
+            return State(layers, lengths, header["info"])
+        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+            raise UserError(f"{path}: a damaged state file ({error!r})") from None

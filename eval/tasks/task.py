@@ -21,7 +21,7 @@ class Task(Protocol):
     """A module of this package: reads a benchmark's files and scores answers as it does."""
 
     @property
-    def VERSION(self) -> int:  # noqa: N802 - a constant of the module
+    def VERSION(self) -> int:
         """Counts up whenever the same answers would score differently."""
         ...
 

@@ -146,7 +146,7 @@ def test_info_counts_parameters(capsys, name):
     total = sum(parameter.numel() for parameter in model.parameters())
     assert status == 0
     assert f"{total:,}" in out
-    assert "attention" in out if name == "transformer-tiny" else "6 mamba2" in out
+    assert "attention" in out if name == "transformer-tiny" else "4 mamba2" in out
 
 
 def test_info_reads_directories_and_names_mistakes(capsys, directory, tmp_path):

@@ -275,7 +275,7 @@ def timm_features(encoder: TimmEncoder, name: str, pixels: Tensor, block: int) -
     whole = timm.create_model(name, pretrained=False, num_classes=0, img_size=tuple(pixels.shape[-2:])).eval()
     missing, unexpected = whole.load_state_dict(tower.state_dict(), strict=False)
     assert not unexpected
-    assert all(key.startswith("blocks.") for key in missing)
+    assert all(key.startswith(("blocks.", "norm.", "attn_pool.")) for key in missing)
     data = timm.data.resolve_model_data_config(whole)
     mean, std = (torch.tensor(data[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     return whole.forward_intermediates(

@@ -196,16 +196,16 @@ def test_make_scene_scales_to_other_canvases(canvas):
 
 def test_build_writes_rows_that_fit_their_pictures(data_dir):
     assert sorted(p.name for p in data_dir.iterdir()) == [
-        *("captions.json", "images", "meta.json", "test.json", "train.json"),
+        *("align.json", "images", "meta.json", "test.json", "train.json"),
     ]
-    captions, train = read(data_dir / "captions.json"), read(data_dir / "train.json")
+    align, train = read(data_dir / "align.json"), read(data_dir / "train.json")
     assert len(train) == 12
     easy = []
     for index, row in enumerate(train):
         scene = make_scene(3, "train", index)
         assert row["image"] == f"train/{index:06d}.png"
         if len(scene.digits) <= 2:
-            easy.append((row["image"], [("<image>\nDescribe.", scene.caption)]))
+            easy.append((row["image"], [*pairs(row), ("Describe.", scene.caption)]))
         with Image.open(data_dir / "images" / row["image"]) as image:
             np.testing.assert_array_equal(np.asarray(image), scene.image)
         turns = pairs(row)
@@ -216,7 +216,7 @@ def test_build_writes_rows_that_fit_their_pictures(data_dir):
         for region, digit in zip(row["regions"], scene.digits, strict=True):
             assert region["labels"] == {"digit": str(digit.value), "colour": digit.colour}
             np.testing.assert_allclose(np.array(region["box"]) * SIDE, digit.box, atol=0.01)
-    assert easy and [(caption["image"], pairs(caption)) for caption in captions] == easy
+    assert easy and [(row["image"], pairs(row)) for row in align] == easy
 
 
 def test_build_asks_one_question_of_each_kind_per_test_scene(data_dir):
@@ -246,8 +246,8 @@ def test_build_continues_a_smaller_set(data_dir, tmp_path):
     build(tmp_path / "small", 4, 2, seed=3, on_progress=lambda done, total: calls.append(done))
     assert calls == [1, 2, 3, 4, 5, 6]
     assert read(tmp_path / "small" / "train.json") == read(data_dir / "train.json")[:4]
-    captions = read(tmp_path / "small" / "captions.json")
-    assert captions == read(data_dir / "captions.json")[: len(captions)]
+    align = read(tmp_path / "small" / "align.json")
+    assert align == read(data_dir / "align.json")[: len(align)]
     name = "images/test/000001.png"
     assert (tmp_path / "small" / name).read_bytes() == (data_dir / name).read_bytes()
 

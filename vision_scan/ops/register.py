@@ -14,6 +14,7 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("vision_scan", "DEF")
 OPERATORS: list[str] = []
+KEEP_INTERMEDIATES = 4_000_000  # elements of the first argument of an operator
 
 _CUT_DISPATCH = torch._C._SetExcludeDispatchKeyGuard
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
@@ -37,7 +38,33 @@ def register(name: str, inputs: str, num_outputs: int, reference: Callable, fake
     torch.library.register_fake(f"vision_scan::{name}", fake, lib=LIBRARY)
     _register_backward(name, inputs, num_outputs, reference)
     OPERATORS.append(name)
-    return getattr(torch.ops.vision_scan, name).default
+    return _differentiate_directly(name, _in_full_precision(reference))
+
+
+def _differentiate_directly(name: str, reference: Callable) -> Callable:
+    """The operator, or the reference itself where autograd may record it at little cost: there is no
+    compiled kernel, and the tensors are small enough to keep intermediates instead of computing them
+    again."""
+    operator = getattr(torch.ops.vision_scan, name).default
+
+    def call(*args):
+        first = args[0]
+        direct = (
+            torch.is_grad_enabled()
+            and type(first) is Tensor
+            and not first.is_meta
+            and first.numel() <= KEEP_INTERMEDIATES
+            and not torch.compiler.is_compiling()
+            and not _has_kernel(name, first.device.type)
+        )
+        return reference(*args) if direct else operator(*args)
+
+    return call
+
+
+def _has_kernel(name: str, device: str) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"vision_scan::{name}", key)
 
 
 def register_inplace(name: str, inputs: str, reference: Callable, fake: Callable) -> Callable:
@@ -128,11 +155,7 @@ def backend_report() -> dict[str, dict[str, str | int]]:
     "fallbacks": int}}; fallbacks counts the calls that a compiled kernel handed to the reference."""
     report = {}
     for name in OPERATORS:
-        qualified = f"vision_scan::{name}"
-        compiled = {
-            device: torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
-            for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-        }
+        compiled = {device: _has_kernel(name, device) for device in ("cpu", "cuda")}
         missing = [device for device, present in compiled.items() if not present]
         report[name] = {
             **{device: "compiled" if on else "reference" for device, on in compiled.items()},
