@@ -8,9 +8,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, cast
 
-from vision_scan.errors import UserError, choose
+from vision_scan.errors import CommandParser, UserError, choose
 
 if TYPE_CHECKING:
     from cobra.lm.state import State
@@ -37,15 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake like every other part of the program: one line, exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="cobra",
         description="State-space vision-language models: images in, answers out.",
         epilog='example: cobra answer --model runs/demo/cobra --image cat.png "What is it?"',

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vision_scan.errors import UserError
+from vision_scan.errors import CommandParser, UserError
 
 DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -19,8 +19,8 @@ exit status: 0 done; 2 a mistake in the command or its files; 1 anything else"""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
-    options = build_parser().parse_args(arguments)
     try:
+        options = build_parser().parse_args(arguments)
         return options.run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their options."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m eval",
         description="Evaluates models.",
         epilog=EXAMPLES,

@@ -5,6 +5,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from vision_scan.ops import register
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients come from the registered backward, whatever the size of the tensors."""
+    monkeypatch.setattr(register, "KEEP_INTERMEDIATES", -1)
+
 
 @pytest.fixture
 def poison() -> Iterator[None]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.recipes import RECIPES, RunConfig, change
-from vision_scan.errors import UserError, choose
+from vision_scan.errors import CommandParser, UserError, choose
 
 DONE, FAILED, MISUSED, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     recipes = "\n".join(
         f"  {name:<12}{' '.join((make.__doc__ or '').split())}" for name, make in RECIPES.items()
     )
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m train",
         description="Trains a model.",
         epilog=EPILOG.format(recipes=recipes),
@@ -74,6 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in the output directory"
     )
+    # The deepspeed launcher passes it; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
@@ -93,10 +95,9 @@ def _train(arguments: Sequence[str]) -> int:
         return FAILED
     leave_processes()
     if not finished:
-        print(
-            f"stopped; continue with: python -m train --resume --output {options.output}",
-            file=sys.stderr,
-        )
+        if os.environ.get("RANK", "0") == "0":
+            again = f"python -m train --resume --output {options.output}"
+            print(f"stopped; continue with: {again}", file=sys.stderr)
         return STOPPED
     return DONE
 
@@ -118,7 +119,7 @@ def _data(arguments: Sequence[str]) -> int:
     from train.dataset import load_rows
     from train.recipes import DataSettings
 
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m train data", description="Looks at a data file."
     )
     parser.add_argument(
@@ -145,7 +146,7 @@ def _data(arguments: Sequence[str]) -> int:
 def _plot(arguments: Sequence[str]) -> int:
     from train.plot import plot_runs
 
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m train plot", description="Draws the loss curves of runs."
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="an output directory")

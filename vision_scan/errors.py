@@ -1,16 +1,24 @@
-"""The error that callers are meant to read, and the lookup that raises it."""
+"""The error that callers are meant to read, and what raises it: look-ups and command lines."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
 
 
 class UserError(ValueError):
     """A mistake of the caller: one line that says what was given, what is allowed, what to do."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Reports a mistake on the command line like any other mistake: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def choose(kind: str, name: str, table: Mapping[str, T]) -> T:

@@ -20,7 +20,7 @@ from tests.vision_scan.samples import (
     with_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "registered")
 
 every_scan = pytest.mark.parametrize("name", SCANS)
 PADS = {

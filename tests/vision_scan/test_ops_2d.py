@@ -14,7 +14,7 @@ from tests.vision_scan.samples import (
 )
 from vision_scan import ScanOrder, UserError
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "registered")
 
 ORDERS = [
     "raster",

@@ -23,7 +23,7 @@ from tests.vision_scan.samples import (
     with_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "registered")
 
 SEGMENTS = ["00.1122", "2..2.11"]
 REGISTERED = {
