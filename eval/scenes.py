@@ -252,8 +252,8 @@ def build(
 
     `output_dir` receives images/{train,test}/NNNNNN.png; train.json (LLaVA rows, one per training
     scene, with "regions" and all questions in one conversation), align.json (those of at most
-    `EASY_DIGITS` digits, with a description as their last turn), test.json (one question a row, with its "kind")
-    and meta.json.
+    `EASY_DIGITS` digits, with a description as their last turn), test.json (one question a row, with
+    its "kind") and meta.json.
 
     Args:
         scenes, test_scenes: how many scenes to train on and to test on, each at least 1.
