@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from train.dataset import Rows, load_rows
@@ -101,8 +102,10 @@ def command(data: Path, output: Path, *changes: str) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a process that is started from the checkout."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+    """The environment of a process that is started from the checkout, with as many threads as this one:
+    another number would sum in another order."""
+    threads = str(torch.get_num_threads())
+    return {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT), **extra}
 
 
 def call(arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -85,10 +85,11 @@ def test_mistake_is_one_line_and_exit_2(
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_argument_exits_2() -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["--recipe", "tiny"])
-    assert caught.value.code == 2
+def test_missing_argument_exits_2_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", "tiny"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: the following arguments are required: --output (see python -m train --help)"
+    ]
 
 
 def test_data_check_counts_and_names(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
