@@ -180,7 +180,7 @@ def _train_model(root: Path, settings: Settings, key: str) -> list[Step]:
     from_tower = (*preset, "--init-from", str(root / "tower"), "--set", "init.parts=vision_encoder")
     from_aligned = (*preset, "--init-from", str(root / aligned))
     align = (aligned, f"{title}: align", "tiny-align", settings.align_steps, *from_tower)
-    # The tower has learned all it can from the patches' labels; as in most published recipes it rests.
+    # As in most published recipes the tower rests, which also spares its backward pass.
     frozen = (*from_aligned, "--set", "train.freeze=vision_encoder")
     finetune = (key, f"{title}: finetune", "tiny", settings.finetune_steps, *frozen)
     return [

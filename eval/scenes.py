@@ -43,7 +43,7 @@ PHOTOGRAPHS = (
 )
 PACKAGES = ("numpy", "pillow", "scikit-learn", "scikit-image")  # whose versions meta.json records
 CAPTION_PROMPT = "Describe."
-EASY_DIGITS = 2  # scenes of at most so many to start with: look-ups are learned on them in half the time
+EASY_DIGITS = 2  # scenes of at most so many to start with: captions of all scenes stayed on a plateau
 MAX_DIGITS = 6
 MIN_SIDE = 64
 _MISSING = (
