@@ -58,7 +58,7 @@ def transformer_twin(lm: LMConfig, headdim: int = 64) -> LMConfig:
     return replace(lm, layers=(attention, MLPConfig(d_ff=d_ff)) * pairs)
 
 
-TINY_TOWER = SmallEncoderConfig(patch_size=8, d_model=128, depth=2, num_heads=4)
+TINY_TOWER = SmallEncoderConfig(patch_size=8, d_model=128, depth=1, num_heads=4)
 TINY_MIXER = Mamba2Config(d_state=16, headdim=64, expand=1, chunk_size=64)
 
 _TINY = CobraConfig(

@@ -35,7 +35,7 @@ class SmallEncoderConfig:
     kind: Literal["small"] = "small"
     patch_size: int = 8
     d_model: int = 128
-    depth: int = 2
+    depth: int = 1
     num_heads: int = 4
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class SmallEncoderConfig:
 
 
 class SmallEncoder(nn.Module):
-    """Strided convolutions to the patch grid, then a few global attention blocks; any image size.
+    """Convolutions to the patch grid, then a few global attention blocks; any image size.
 
     Convolutions in front of the attention blocks: Xiao et al. 2021 (arXiv:2106.14881).
     """
@@ -71,6 +71,7 @@ class SmallEncoder(nn.Module):
         stem: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
             stem += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(1, after), nn.GELU()]
+            stem.append(ResidualConv(after))
         self.stem = nn.Sequential(*stem, nn.Conv2d(widths[-1], config.d_model, 1))
         self.blocks = nn.ModuleList(
             EncoderBlock(config.d_model, config.num_heads) for _ in range(config.depth)
@@ -81,11 +82,24 @@ class SmallEncoder(nn.Module):
         height, width = patch_grid(*pixel_values.shape[-2:], self.patch_size)
         pixels = pixel_values[..., : height * self.patch_size, : width * self.patch_size]
         x = self.stem((pixels.to(self.norm.weight.dtype) - 0.5) / 0.25).movedim(1, -1)
-        x = x + position_grid(height, width, self.d_model, x.device).to(x.dtype)
-        tokens = x.flatten(1, 2)
+        positions = position_grid(height, width, self.d_model, x.device).to(x.dtype)
+        tokens = (x + positions).flatten(1, 2)
         for block in self.blocks:
             tokens = block(tokens)
-        return self.norm(tokens).unflatten(1, (height, width))
+        # Once more behind the norm: a tower that was trained on what stands in a patch need not keep where.
+        return self.norm(tokens).unflatten(1, (height, width)) + positions
+
+
+class ResidualConv(nn.Module):
+    """x plus two convolutions of norm(x), of 3 x 3 and of 1 x 1 pixels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, channels)
+        self.conv, self.proj = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj(nn.functional.gelu(self.conv(self.norm(x))))
 
 
 class EncoderBlock(nn.Module):

@@ -43,7 +43,7 @@ class Settings:
 
     Attributes:
         scenes, test_scenes: pictures to train on and to be asked about.
-        tower_steps, align_steps, finetune_steps: optimizer steps of the three stages; both models
+        tower_steps, naming_steps, align_steps, finetune_steps: optimizer steps of the stages; both models
             take the same.
         longest_context: of the decoding measurement, which starts at 256 tokens and doubles.
         rounds, prefill_rounds: repeats of the decoding measurement.
@@ -53,6 +53,7 @@ class Settings:
     scenes: int
     test_scenes: int
     tower_steps: int
+    naming_steps: int
     align_steps: int
     finetune_steps: int
     longest_context: int = 16384
@@ -63,12 +64,13 @@ class Settings:
     @classmethod
     def full(cls) -> "Settings":
         """What the report's claims are made with."""
-        return cls(scenes=12000, test_scenes=400, tower_steps=600, align_steps=600, finetune_steps=1500)
+        steps = {"tower_steps": 1000, "naming_steps": 60, "align_steps": 500, "finetune_steps": 1500}
+        return cls(scenes=12000, test_scenes=400, **steps)
 
     @classmethod
     def quick(cls) -> "Settings":
         """The whole path in minutes; the models learn little."""
-        steps = {"tower_steps": 60, "align_steps": 20, "finetune_steps": 60}
+        steps = {"tower_steps": 60, "naming_steps": 10, "align_steps": 20, "finetune_steps": 60}
         return cls(scenes=300, test_scenes=40, longest_context=4096, rounds=5, prefill_rounds=1, **steps)
 
 
@@ -108,7 +110,7 @@ class Step:
 def steps(root: Path, settings: Settings) -> list[Step]:
     """The demo's commands, in order."""
     shared = "Pretrain the vision tower that both models share"
-    tower = _train(root, settings, "tower", shared, "tiny-tower", settings.tower_steps, step_s=0.3)
+    tower = _train(root, settings, "tower", shared, "tiny-tower", settings.tower_steps, step_s=0.12)
     training = [step for key in MODELS for step in _train_model(root, settings, key)]
     questions = [step for key in MODELS for step in _ask(root, settings, key)]
     report = ("eval", "report", str(root))
@@ -175,16 +177,21 @@ def _train(
 
 
 def _train_model(root: Path, settings: Settings, key: str) -> list[Step]:
-    title, step_s, aligned = MODELS[key]["name"], STEP_S[key], f"{key}-align"
+    title, step_s = MODELS[key]["name"], STEP_S[key]
     preset = ("--set", f"model.preset={MODELS[key]['preset']}")
-    from_tower = (*preset, "--init-from", str(root / "tower"), "--set", "init.parts=vision_encoder")
-    from_aligned = (*preset, "--init-from", str(root / aligned))
-    align = (aligned, f"{title}: align", "tiny-align", settings.align_steps, *from_tower)
+
+    def start(name: str) -> tuple[str, ...]:
+        return (*preset, "--init-from", str(root / name))
+
+    named, aligned = f"{key}-naming", f"{key}-align"
+    naming = (named, f"{title}: name", "tiny-naming", settings.naming_steps, *start("tower"))
+    align = (aligned, f"{title}: align", "tiny-align", settings.align_steps, *start(named))
     # As in most published recipes the tower rests, which also spares its backward pass.
-    frozen = (*from_aligned, "--set", "train.freeze=vision_encoder")
+    frozen = (*start(aligned), "--set", "train.freeze=vision_encoder")
     finetune = (key, f"{title}: finetune", "tiny", settings.finetune_steps, *frozen)
     return [
-        _train(root, settings, *align, data="align.json", step_s=0.7 * step_s),
+        _train(root, settings, *naming, step_s=0.1),
+        _train(root, settings, *align, data="align.json", step_s=0.8 * step_s),
         _train(root, settings, *finetune, step_s=step_s),
     ]
 

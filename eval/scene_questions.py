@@ -9,7 +9,7 @@ one turned round, so that the wording gives nothing away.
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 
@@ -19,6 +19,7 @@ CELLS = (
     ("center left", "center", "center right"),
     ("bottom left", "bottom center", "bottom right"),
 )
+DRILL_PAIRS = 6
 RELATION_GAP = 0.14  # of the canvas's shorter side
 
 # Where a question tends to stand in a conversation: mentions give presence away, so presence comes
@@ -77,7 +78,6 @@ def ask(
             that alternates it is exactly balanced in these. All other truths are independent
             draws, because in a balanced scene the answers before would tell the last one.
     """
-    row = " ".join(str(digit.value) for digit in digits)
     reading = "Read all digits from left to right.", "Read the digits from left to right."
     return (
         *_ask_presence(rng, digits, first_truth),
@@ -85,8 +85,35 @@ def ask(
         *_ask_relation(rng, digits, RELATION_GAP * min(canvas), first_truth),
         _vary(rng, "count", len(digits), "How many digits are there?", "Count the digits."),
         *_ask_colour(rng, digits),
-        _vary(rng, "read", row, *reading),
+        _vary(rng, "read", _row_of(digits), *reading),
     )
+
+
+def drill(
+    rng: np.random.Generator, digits: tuple[Digit, ...], canvas: tuple[int, int]
+) -> list[tuple[str, str]]:
+    """Many short look-ups in one conversation, to learn looking up from: ("7?", "red top left") or
+    ("7?", "no") for every value, ("3 7?", "left above") for pairs (where the first is, seen from the
+    second), shuffled, and the reading at the end.
+
+    Natural questions hold few look-ups between many words; models of this size stood on a plateau
+    before they learned the first one.
+    """
+    present = {digit.value: digit for digit in digits}
+    turns = [
+        (f"{v}?", f"{present[v].colour} {present[v].cell(canvas)}" if v in present else "no")
+        for v in range(10)
+    ]
+    pairs = [pair for pair in product(digits, digits) if pair[0] is not pair[1]]
+    gap = RELATION_GAP * min(canvas)
+    for i in rng.permutation(len(pairs))[:DRILL_PAIRS]:
+        one, other = pairs[i]
+        across = "left" if one.x < other.x else "right"
+        level = abs(one.y - other.y) < gap
+        down = "level" if level else "above" if one.y < other.y else "below"
+        turns.append((f"{one.value} {other.value}?", f"{across} {down}"))
+    turns = [turns[i] for i in rng.permutation(len(turns))]
+    return [*turns, ("Read the digits from left to right.", _row_of(digits))]
 
 
 def order_turns(rng: np.random.Generator, questions: Iterable[Question]) -> list[Question]:
@@ -113,6 +140,11 @@ def guess_from_text(train: Iterable[Question], test: Iterable[Question]) -> dict
         guess = answers[question.text].most_common(1) if question.text in answers else []
         hits[question.kind].append(bool(guess) and guess[0][0] == question.answer)
     return {kind: float(np.mean(values)) for kind, values in hits.items() if values}
+
+
+def _row_of(digits: Iterable[Digit]) -> str:
+    """ "3 7 1", from left to right."""
+    return " ".join(str(digit.value) for digit in digits)
 
 
 def _vary(rng: np.random.Generator, kind: str, answer: object, *texts: str) -> Question:

@@ -23,12 +23,12 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from eval.scene_questions import KINDS, Digit, Question, ask, guess_from_text, order_turns
+from eval.scene_questions import KINDS, Digit, Question, ask, drill, guess_from_text, order_turns
 from vision_scan.errors import UserError
 
 Split = Literal["train", "test"]
 
-VERSION = 1  # of the pictures and questions that a seed stands for
+VERSION = 2  # of the pictures and questions that a seed stands for
 COLOURS = {
     "red": (240, 45, 45),
     "green": (50, 215, 70),
@@ -42,8 +42,7 @@ PHOTOGRAPHS = (
     *("china.jpg", "flower.jpg"),
 )
 PACKAGES = ("numpy", "pillow", "scikit-learn", "scikit-image")  # whose versions meta.json records
-CAPTION_PROMPT = "Describe."
-EASY_DIGITS = 2  # scenes of at most so many to start with: captions of all scenes stayed on a plateau
+EASY_DIGITS = 3  # scenes of at most so many are drilled
 MAX_DIGITS = 6
 MIN_SIDE = 64
 _MISSING = (
@@ -69,12 +68,6 @@ class Scene:
     image: np.ndarray
     digits: tuple[Digit, ...]
     questions: tuple[Question, ...]
-
-    @property
-    def caption(self) -> str:
-        """Every digit in reading order: "red 3 top left, blue 7 center"."""
-        canvas = self.image.shape[:2]
-        return ", ".join(f"{d.colour} {d.value} {d.cell(canvas)}" for d in self.digits)
 
 
 def make_scene(
@@ -251,9 +244,9 @@ def build(
     """Writes a data set of digit scenes; nothing is left behind if it does not end well.
 
     `output_dir` receives images/{train,test}/NNNNNN.png; train.json (LLaVA rows, one per training
-    scene, with "regions" and all questions in one conversation), align.json (those of at most
-    `EASY_DIGITS` digits, with a description as their last turn), test.json (one question a row, with
-    its "kind") and meta.json.
+    scene, with "regions" and all questions in one conversation), align.json (a drill for each of
+    those of at most `EASY_DIGITS` digits), test.json (one question a row, with its "kind") and
+    meta.json.
 
     Args:
         scenes, test_scenes: how many scenes to train on and to test on, each at least 1.
@@ -300,11 +293,10 @@ def _write(
         Image.fromarray(scene.image).save(draft / f"images/{name}.png", compress_level=1)
         if split == "train":
             questions = scene.questions
-            row = _train_row(name, scene, np.random.default_rng([seed, 2, index]))
-            rows["train"].append(row)
+            rng = np.random.default_rng([seed, 2, index])
+            rows["train"].append(_train_row(name, scene, rng))
             if len(scene.digits) <= EASY_DIGITS:
-                caption = _turns([(CAPTION_PROMPT, scene.caption)])
-                rows["align"].append({**row, "conversations": row["conversations"] + caption})
+                rows["align"].append(_row(name, drill(rng, scene.digits, canvas)))
         else:
             questions = _first_of_each_kind(scene.questions)
             rows["test"] += [_test_row(name, question) for question in questions]
@@ -336,30 +328,29 @@ def _first_of_each_kind(questions: Iterable[Question]) -> list[Question]:
 
 
 def _row(name: str, turns: Iterable[tuple[str, str]]) -> dict:
-    return {"id": name, "image": f"{name}.png", "conversations": _turns(turns)}
-
-
-def _turns(pairs: Iterable[tuple[str, str]]) -> list[dict]:
-    return [
+    """A LLaVA row; the picture stands in front of the first question."""
+    (question, answer), *others = turns
+    pairs = [(f"<image>\n{question}", answer), *others]
+    conversations = [
         {"from": sender, "value": text}
         for pair in pairs
         for sender, text in zip(("human", "gpt"), pair, strict=True)
     ]
+    return {"id": name, "image": f"{name}.png", "conversations": conversations}
 
 
 def _train_row(name: str, scene: Scene, rng: np.random.Generator) -> dict:
     turns = [(question.text, question.answer) for question in order_turns(rng, scene.questions)]
-    turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
-    height, width = scene.image.shape[:2]
+    canvas = height, width = scene.image.shape[:2]
     regions = []
     for digit in scene.digits:
         x0, y0, x1, y1 = digit.box
         box = [round(v, 4) for v in (x0 / width, y0 / height, x1 / width, y1 / height)]
-        labels = {"digit": str(digit.value), "colour": digit.colour}
+        labels = {"digit": str(digit.value), "colour": digit.colour, "place": digit.cell(canvas)}
         regions.append({"box": box, "labels": labels})
     return {**_row(name, turns), "regions": regions}
 
 
 def _test_row(name: str, question: Question) -> dict:
-    row = _row(name, [(f"<image>\n{question.text}", question.answer)])
+    row = _row(name, [(question.text, question.answer)])
     return {**row, "id": f"{name}/{question.kind}", "kind": question.kind}

@@ -106,12 +106,11 @@ class Conversation(Objective):
         return loss, {}
 
 
-class Regions(Objective):
-    """What stands in each patch: one linear head for each kind of label on the tower's features.
+class PatchLabels(Objective):
+    """What the objectives on the labels of patches share.
 
     A patch's target is the label of the box that covers its centre (the last one, if boxes
-    overlap), or "none". The losses of background patches are weighed down so that, over the data,
-    they count as much as those of the patches within boxes.
+    overlap), or "none".
     """
 
     needs = "regions"
@@ -121,22 +120,16 @@ class Regions(Objective):
         image = model.config.image
         if image.resize != "squash":
             raise UserError(
-                f"objective regions needs image.resize=squash, got {image.resize}: its boxes are "
-                "fractions of the whole image"
+                f"an objective on regions needs image.resize=squash, got {image.resize}: its boxes "
+                "are fractions of the whole image"
             )
-        with torch.no_grad():
-            blank = torch.zeros(1, 3, image.height, image.width, device=model.device)
-            _, self.height, self.width, d_vision = model.vision_encoder(blank).shape
+        self.height, self.width = model.config.grid
         self.classes = region_classes(rows.rows)
         if not self.classes:
             raise UserError(
-                f"{rows.path}: objective regions needs at least one label, found none in any row"
+                f"{rows.path}: an objective on regions needs at least one label, found none in any "
+                "row"
             )
-        self.heads = nn.ModuleList(
-            nn.Linear(d_vision, len(names)) for names in self.classes.values()
-        )
-        self.heads.to(model.device)
-        self.background_weight = self._balance(rows.rows)
 
     def targets(self, row: Row) -> Tensor:
         """The class of each patch for each kind of label, (height, width, kinds), int64, 0 for
@@ -154,16 +147,14 @@ class Regions(Objective):
             targets[inside] = torch.tensor(labels)
         return targets
 
-    def _balance(self, rows: Sequence[Row], num_rows: int = 512) -> float:
-        stride = max(1, len(rows) // num_rows)
-        targets = torch.stack([self.targets(row) for row in rows[::stride]])
-        labelled = int((targets > 0).sum())
-        return min(1.0, labelled / max(1, targets.numel() - labelled)) if labelled else 1.0
+    def weights(self, targets: Tensor) -> Tensor:
+        """How much each target counts, of the shape of `targets`."""
+        raise NotImplementedError
 
     def _sample(self, row: Row) -> tuple[str, Tensor, Tensor]:
         pixels = self.model.processor.pixels(row.images[0])
         if len(pixels) != 1:
-            raise UserError(f"objective regions needs one tile for each image, got {len(pixels)}")
+            raise UserError(f"an objective on regions needs one tile an image, got {len(pixels)}")
         return row.id, pixels, self.targets(row)
 
     def num_tokens(self, row: Row) -> int:
@@ -174,18 +165,50 @@ class Regions(Objective):
         targets = torch.stack(targets)
         return Batch(
             inputs={"pixel_values": torch.cat(pixels), "targets": targets},
-            weight=float(self._weights(targets).sum()),
+            weight=float(self.weights(targets).sum()),
             num_tokens=targets[..., 0].numel(),
             num_supervised=targets[..., 0].numel(),
             ids=ids,
         )
 
-    def _weights(self, targets: Tensor) -> Tensor:
+    def _accuracies(self, right: Tensor, targets: Tensor) -> Stats:
+        """Share of labelled patches that are right, for each kind; right (..., kinds)."""
+        return {
+            f"{kind}_accuracy": torch.stack(
+                [(right[..., index] * (targets[..., index] > 0)).sum(), (targets[..., index] > 0).sum()]
+            )
+            for index, kind in enumerate(self.classes)
+        }
+
+
+class Regions(PatchLabels):
+    """What stands in each patch: one linear head for each kind of label on the tower's features.
+
+    The losses of background patches are weighed down so that, over the data, they count as much as
+    those of the patches within boxes.
+    """
+
+    def __init__(self, model: Cobra, rows: Rows, autocast: torch.dtype | None = None) -> None:
+        super().__init__(model, rows, autocast)
+        d_vision = model.vision_encoder.d_model
+        self.heads = nn.ModuleList(
+            nn.Linear(d_vision, len(names)) for names in self.classes.values()
+        )
+        self.heads.to(model.device)
+        self.background_weight = self._balance(rows.rows)
+
+    def _balance(self, rows: Sequence[Row], num_rows: int = 512) -> float:
+        stride = max(1, len(rows) // num_rows)
+        targets = torch.stack([self.targets(row) for row in rows[::stride]])
+        labelled = int((targets > 0).sum())
+        return min(1.0, labelled / max(1, targets.numel() - labelled)) if labelled else 1.0
+
+    def weights(self, targets: Tensor) -> Tensor:
         return torch.where(targets > 0, 1.0, self.background_weight)
 
     def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
         features = self.model.vision_encoder(inputs["pixel_values"])
-        targets, weights = inputs["targets"], self._weights(inputs["targets"])
+        targets, weights = inputs["targets"], self.weights(inputs["targets"])
         loss = features.new_zeros((), dtype=torch.float32)
         right = torch.zeros_like(weights)
         for index, head in enumerate(self.heads):
@@ -195,12 +218,59 @@ class Regions(Objective):
             loss = loss + (losses * weights[..., index].flatten()).sum()
             right[..., index] = logits.argmax(-1) == target
         stats = {"patch_accuracy": torch.stack([(right * weights).sum(), weights.sum()])}
-        for index, kind in enumerate(self.classes):
-            labelled = targets[..., index] > 0
-            stats[f"{kind}_accuracy"] = torch.stack(
-                [right[..., index][labelled].sum(), labelled.sum()]
+        return loss, {**stats, **self._accuracies(right, targets)}
+
+
+class Naming(PatchLabels):
+    """Each image token's label, read off by the embeddings of the label's words.
+
+    Teaches connector and embeddings one language before the language model learns to look things
+    up: an image token of a red 7 comes to resemble the words "red" and "7". Patches without a
+    label do not count.
+    """
+
+    def __init__(self, model: Cobra, rows: Rows, autocast: torch.dtype | None = None) -> None:
+        super().__init__(model, rows, autocast)
+        if model.config.tokens_per_tile != self.height * self.width:
+            raise UserError(
+                "objective naming needs a connector that makes a token of each patch, "
+                f"{model.config.connector.kind} makes {model.config.tokens_per_tile} of "
+                f"{self.height} x {self.width}"
             )
-        return loss, stats
+        for index, names in enumerate(self.classes.values()):
+            spelling = self._spelling(names[1:])
+            self.register_buffer(f"spelling{index}", spelling.to(model.device), persistent=False)
+
+    def _spelling(self, names: Sequence[str]) -> Tensor:
+        """What each name is made of, (2, names, vocab_size): shares of tokens at the start of a
+        text, and behind a space, where most tokenizers use other ones."""
+        tokenizer, size = self.model.tokenizer, self.model.config.lm.vocab_size
+        shares = torch.zeros(2, len(names), size)
+        for form, space in enumerate(("", " ")):
+            for row, name in enumerate(names):
+                ids = torch.tensor(tokenizer.encode(space + name))
+                shares[form, row].index_add_(0, ids, torch.full(ids.shape, 1 / len(ids)))
+        return shares
+
+    def weights(self, targets: Tensor) -> Tensor:
+        return (targets > 0).float()
+
+    def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
+        lm, targets = self.model.lm, inputs["targets"]
+        tokens = lm.norm_f(self.model.encode_images(inputs["pixel_values"]))
+        tokens = tokens.unflatten(1, (self.height, self.width))
+        loss = tokens.new_zeros((), dtype=torch.float32)
+        right = torch.zeros(targets.shape, device=targets.device)
+        for index in range(len(self.classes)):
+            vectors = self.get_buffer(f"spelling{index}") @ lm.embedding.weight
+            named = targets[..., index] > 0
+            target = targets[..., index][named] - 1
+            # Both forms of every name: (2, patches, names).
+            logits = (tokens[named] @ vectors.transpose(-1, -2)).float()
+            for form in logits:
+                loss = loss + F.cross_entropy(form, target, reduction="sum") / len(logits)
+            right[..., index][named] = (logits.mean(0).argmax(-1) == target).float()
+        return loss, self._accuracies(right, targets)
 
 
 def region_classes(rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -215,5 +285,6 @@ def region_classes(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 OBJECTIVES: dict[str, Callable[[Cobra, Rows, torch.dtype | None], Objective]] = {
     "conversation": Conversation,
+    "naming": Naming,
     "regions": Regions,
 }

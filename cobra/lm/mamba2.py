@@ -103,8 +103,16 @@ class Mamba2(Float32Parameters):
     @torch.no_grad()
     def _initialize(self) -> None:
         """Keys, queries and values of unit size that are the tokens' own, the convolution being near the
-        identity: a small model's loss fell somewhat sooner than with torch's defaults."""
+        identity, and equal projections for B and C, so that a token reads what tokens like it have written:
+        a small model learns to look things up much sooner.
+
+        Source: Trockman et al. 2024, "Mimetic Initialization Helps State Space Models Learn to Recall"
+        (arXiv:2410.11135).
+        """
         nn.init.normal_(self.in_proj.weight, std=self.in_proj.in_features**-0.5)
+        groups = self.config.ngroups * self.config.d_state
+        _, _, B, C, _ = self.in_proj.weight.split([self.d_inner, self.d_inner, groups, groups, self.nheads])
+        C.copy_(B)
         nn.init.zeros_(self.conv1d.bias)
         self.conv1d.weight.mul_(0.3)
         self.conv1d.weight[:, 0, -1] += 1.0

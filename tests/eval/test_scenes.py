@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
 from eval import scenes
-from eval.scene_questions import CELLS, KINDS, RELATION_GAP, guess_from_text, order_turns
+from eval.scene_questions import CELLS, KINDS, RELATION_GAP, drill, guess_from_text, order_turns
 from eval.scenes import COLOURS, build, make_scene, split_scans
 
 NUM_SCENES = 600
@@ -204,8 +204,8 @@ def test_build_writes_rows_that_fit_their_pictures(data_dir):
     for index, row in enumerate(train):
         scene = make_scene(3, "train", index)
         assert row["image"] == f"train/{index:06d}.png"
-        if len(scene.digits) <= 2:
-            easy.append((row["image"], [*pairs(row), ("Describe.", scene.caption)]))
+        if len(scene.digits) <= 3:
+            easy.append((row["image"], scene.digits))
         with Image.open(data_dir / "images" / row["image"]) as image:
             np.testing.assert_array_equal(np.asarray(image), scene.image)
         turns = pairs(row)
@@ -214,9 +214,33 @@ def test_build_writes_rows_that_fit_their_pictures(data_dir):
         asked = Counter((q.removeprefix("<image>\n"), a) for q, a in turns)
         assert asked == Counter((q.text, q.answer) for q in scene.questions)
         for region, digit in zip(row["regions"], scene.digits, strict=True):
-            assert region["labels"] == {"digit": str(digit.value), "colour": digit.colour}
+            place = digit.cell((SIDE, SIDE))
+            assert region["labels"] == {"digit": str(digit.value), "colour": digit.colour, "place": place}
             np.testing.assert_allclose(np.array(region["box"]) * SIDE, digit.box, atol=0.01)
-    assert easy and [(row["image"], pairs(row)) for row in align] == easy
+    assert easy and [row["image"] for row in align] == [image for image, _ in easy]
+    for row, (_, digits) in zip(align, easy, strict=True):
+        check_drill(row, digits)
+
+
+def check_drill(row: dict, digits: tuple) -> None:
+    """Every value is asked after, pairs are compared, and the reading comes last."""
+    assert row["conversations"][0]["value"].startswith("<image>\n")
+    turns = [(question.removeprefix("<image>\n"), answer) for question, answer in pairs(row)]
+    assert turns.pop() == ("Read the digits from left to right.", " ".join(str(d.value) for d in digits))
+    present = {str(digit.value): digit for digit in digits}
+    single, compared = {}, {}
+    for question, answer in turns:
+        names = question.removesuffix("?").split()
+        (single if len(names) == 1 else compared)[tuple(names)] = answer
+    assert len(single) + len(compared) == len(turns)
+    looks = {value: f"{digit.colour} {digit.cell((SIDE, SIDE))}" for value, digit in present.items()}
+    assert single == {(str(v),): looks.get(str(v), "no") for v in range(10)}
+    assert len(compared) == len(digits) * (len(digits) - 1)
+    for (one, other), answer in compared.items():
+        across, down = answer.split()
+        assert across == ("left" if present[one].x < present[other].x else "right")
+        below = present[one].y - present[other].y
+        assert down == ("level" if abs(below) < 0.14 * SIDE else "below" if below > 0 else "above")
 
 
 def test_build_asks_one_question_of_each_kind_per_test_scene(data_dir):
@@ -230,15 +254,22 @@ def test_build_asks_one_question_of_each_kind_per_test_scene(data_dir):
     assert all((data_dir / "images" / row["image"]).is_file() for row in rows)
 
 
-def test_build_caption_of_a_known_scene():
-    digit = scenes.Digit
+def test_drill_of_a_known_scene():
     digits = (
-        digit(value=3, colour="red", box=(2, 2, 12, 18), scan=0),
-        digit(value=7, colour="blue", box=(26, 24, 38, 40), scan=1),
+        scenes.Digit(value=3, colour="red", box=(2, 2, 12, 18), scan=0),
+        scenes.Digit(value=7, colour="blue", box=(26, 24, 38, 40), scan=1),
     )
-    image = np.zeros((64, 64, 3), dtype=np.uint8)
-    scene = scenes.Scene(image=image, digits=digits, questions=())
-    assert scene.caption == "red 3 top left, blue 7 center"
+    turns = drill(np.random.default_rng(0), digits, (64, 64))
+    assert len(turns) == 10 + 2 + 1
+    for turn in (
+        ("3?", "red top left"),
+        ("7?", "blue center"),
+        ("1?", "no"),
+        ("3 7?", "left above"),
+        ("7 3?", "right below"),
+    ):
+        assert turn in turns
+    assert turns[-1] == ("Read the digits from left to right.", "3 7")
 
 
 def test_build_continues_a_smaller_set(data_dir, tmp_path):

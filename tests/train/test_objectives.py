@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cobra.config import CobraConfig
 from tests.train.small_run import COLOURS, load, small_config
 from train.dataset import BadRowError, Region, Row
-from train.objectives import Conversation, Regions
+from train.objectives import Conversation, Naming, Regions
 from train.recipes import RunConfig
 from train.run import build_model, build_objective
 from vision_scan.errors import UserError
@@ -125,6 +126,53 @@ def test_extra_state_is_what_is_not_the_models(region_data: Path) -> None:
         objective.load_extra_state({**state, "heads.1.weight": torch.zeros(1)})
 
 
+def test_naming_reads_labels_off_by_the_embeddings_of_their_words(region_data: Path) -> None:
+    objective, loaded = build(small_config(region_data, recipe="tiny-naming"))
+    batch = objective.collate([objective.sample(row) for row in loaded.rows])
+    targets = batch.inputs["targets"][..., 0]
+    assert batch.weight == (targets > 0).sum() > 0  # a patch without a label does not count
+    model, encode = objective.model, objective.model.tokenizer.encode
+    tokens = model.lm.norm_f(model.encode_images(batch.inputs["pixel_values"]))
+    tokens = tokens.unflatten(1, targets.shape[1:])
+    expected = 0.0
+    for space in ("", " "):
+        words = [model.lm.embedding(torch.tensor(encode(space + name))).mean(0) for name in sorted(COLOURS)]
+        log_shares = (tokens @ torch.stack(words).T).log_softmax(-1)
+        expected -= sum(
+            log_shares[tuple(place)][targets[tuple(place)] - 1] for place in (targets > 0).nonzero().tolist()
+        )
+    loss, stats = objective(batch.inputs)
+    torch.testing.assert_close(loss, expected / 2, rtol=1e-5, atol=1e-5)
+    assert stats["colour_accuracy"][1] == batch.weight
+    loss.backward()
+    learned = {name.split(".")[1] for name, p in objective.named_parameters() if p.grad is not None}
+    assert learned == {"connector", "lm"}
+    grads = {name: p.grad for name, p in model.lm.named_parameters()}
+    assert grads["embedding.weight"].abs().sum() > 0
+    assert all(grad is None for name, grad in grads.items() if name.startswith("layers."))
+    assert objective.extra_state() == {}
+
+
+def test_naming_is_learned_in_a_few_steps(region_data: Path) -> None:
+    objective, loaded = build(small_config(region_data, recipe="tiny-naming"))
+    batch = objective.collate([objective.sample(row) for row in loaded.rows])
+    optimizer = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(60):
+        loss, stats = objective(batch.inputs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    right, out_of = stats["colour_accuracy"]
+    assert right == out_of
+
+
+def test_naming_needs_a_token_for_each_patch(region_data: Path, monkeypatch) -> None:
+    monkeypatch.setattr(CobraConfig, "tokens_per_tile", 1)
+    with pytest.raises(UserError, match="makes 1 of 2 x 2"):
+        build(small_config(region_data, recipe="tiny-naming"))
+
+
 def test_objectives_say_what_a_row_needs() -> None:
     assert Conversation.needs == "conversations"
+    assert Naming.needs == "regions"
     assert Regions.needs == "regions"

@@ -20,7 +20,9 @@ def test_recipe_is_complete_and_survives_json(name: str) -> None:
 def test_tower_recipe_trains_the_tower_alone() -> None:
     assert RECIPES["tiny-tower"]().train.objective == "regions"
     assert set(RECIPES["tiny-tower"]().train.freeze) == {"connector", "lm"}
-    assert RECIPES["tiny-align"]().train.freeze == ("vision_encoder",)
+    assert RECIPES["tiny-naming"]().train.objective == "naming"
+    for name in ("tiny-naming", "tiny-align"):
+        assert RECIPES[name]().train.freeze == ("vision_encoder",)
     assert RECIPES["tiny"]().train.freeze == ()
 
 

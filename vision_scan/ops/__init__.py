@@ -6,6 +6,9 @@ from .reference.segments import real_and_runs
 from .register import backend_report
 from .selective_scan import selective_scan, selective_scan_2d, selective_scan_update
 from .ssd import ssd, ssd_2d, ssd_update
+from . import compiled  # last: it takes over what the others have registered
+
+compiled.load()
 
 __all__ = [
     "backend_report",

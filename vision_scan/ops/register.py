@@ -14,6 +14,10 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("vision_scan", "DEF")
 OPERATORS: list[str] = []
+REFERENCES: dict[str, Callable] = {}  # of operators and their backward operators
+MISSING_KERNELS: dict[str, str] = {}  # device -> why it has no compiled kernels at all
+KERNELS: dict[tuple[str, str], Callable[..., bool]] = {}  # (operator, device) -> whether it serves a call
+FALLBACKS: dict[str, int] = {}  # calls that a compiled kernel handed to the reference
 KEEP_INTERMEDIATES = 4_000_000  # elements of the first argument of an operator
 
 _CUT_DISPATCH = torch._C._SetExcludeDispatchKeyGuard
@@ -34,7 +38,7 @@ def register(name: str, inputs: str, num_outputs: int, reference: Callable, fake
     """
     outputs = "Tensor" if num_outputs == 1 else f"({', '.join(['Tensor'] * num_outputs)})"
     LIBRARY.define(f"{name}({inputs}) -> {outputs}")
-    LIBRARY.impl(name, _in_full_precision(reference), "CompositeExplicitAutograd")
+    _implement(name, _in_full_precision(reference))
     torch.library.register_fake(f"vision_scan::{name}", fake, lib=LIBRARY)
     _register_backward(name, inputs, num_outputs, reference)
     OPERATORS.append(name)
@@ -43,7 +47,7 @@ def register(name: str, inputs: str, num_outputs: int, reference: Callable, fake
 
 def _differentiate_directly(name: str, reference: Callable) -> Callable:
     """The operator, or the reference itself where autograd may record it at little cost: there is no
-    compiled kernel, and the tensors are small enough to keep intermediates instead of computing them
+    compiled kernel for them, and they are small enough to keep intermediates instead of computing them
     again."""
     operator = getattr(torch.ops.vision_scan, name).default
 
@@ -55,26 +59,50 @@ def _differentiate_directly(name: str, reference: Callable) -> Callable:
             and not first.is_meta
             and first.numel() <= KEEP_INTERMEDIATES
             and not torch.compiler.is_compiling()
-            and not _has_kernel(name, first.device.type)
+            and not KERNELS.get((name, first.device.type), _never)(*args)
         )
         return reference(*args) if direct else operator(*args)
 
     return call
 
 
-def _has_kernel(name: str, device: str) -> bool:
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"vision_scan::{name}", key)
-
-
 def register_inplace(name: str, inputs: str, reference: Callable, fake: Callable) -> Callable:
     """Registers an operator that updates an argument in place (marked `Tensor(a!)`) and returns one
     tensor. It has no gradient: it serves decoding."""
     LIBRARY.define(f"{name}({inputs}) -> Tensor")
-    LIBRARY.impl(name, _in_full_precision(reference), "CompositeExplicitAutograd")
+    _implement(name, _in_full_precision(reference))
     torch.library.register_fake(f"vision_scan::{name}", fake, lib=LIBRARY)
     OPERATORS.append(name)
     return getattr(torch.ops.vision_scan, name).default
+
+
+def _implement(name: str, reference: Callable) -> None:
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    REFERENCES[name] = reference
+
+
+def take_over(name: str, device: str, kernel: Callable, serves: Callable[..., bool]) -> None:
+    """Registers a compiled kernel of an operator (or of `<name>_backward`) for a device type.
+
+    Args:
+        device: "cpu" or "cuda".
+        kernel: the operator's signature.
+        serves: of the same arguments: whether the kernel can do this call; if not, the reference does.
+    """
+    reference = REFERENCES[name]
+
+    def run(*args):
+        if serves(*args):
+            return kernel(*args)
+        FALLBACKS[name] = FALLBACKS.get(name, 0) + 1
+        return reference(*args)
+
+    LIBRARY.impl(name, run, device.upper())
+    KERNELS[name, device] = serves
+
+
+def _never(*args) -> bool:
+    return False
 
 
 def _in_full_precision(kernel: Callable) -> Callable:
@@ -122,10 +150,9 @@ def _register_backward(name: str, inputs: str, num_outputs: int, reference: Call
 
     backward_name = f"{name}_backward"
     LIBRARY.define(f"{backward_name}(Tensor[] grads, {inputs}, bool[] needs) -> Tensor[]")
-    LIBRARY.impl(
+    _implement(
         backward_name,
         lambda grads, *args: _in_full_precision(lambda *rest: gradients(grads, *rest))(*args),
-        "CompositeExplicitAutograd",
     )
     torch.library.register_fake(f"vision_scan::{backward_name}", fake_gradients, lib=LIBRARY)
     backward_op = getattr(torch.ops.vision_scan, backward_name).default
@@ -155,11 +182,12 @@ def backend_report() -> dict[str, dict[str, str | int]]:
     "fallbacks": int}}; fallbacks counts the calls that a compiled kernel handed to the reference."""
     report = {}
     for name in OPERATORS:
-        compiled = {device: _has_kernel(name, device) for device in ("cpu", "cuda")}
+        compiled = {device: (name, device) in KERNELS for device in ("cpu", "cuda")}
         missing = [device for device, present in compiled.items() if not present]
+        reasons = [MISSING_KERNELS[device] for device in missing if device in MISSING_KERNELS]
         report[name] = {
             **{device: "compiled" if on else "reference" for device, on in compiled.items()},
-            "why": f"no compiled kernel for {' and '.join(missing)}" if missing else "",
-            "fallbacks": 0,
+            "why": "; ".join([f"no compiled kernel for {' and '.join(missing)}", *reasons]) if missing else "",
+            "fallbacks": FALLBACKS.get(name, 0) + FALLBACKS.get(f"{name}_backward", 0),
         }
     return report

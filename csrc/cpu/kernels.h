@@ -1,0 +1,94 @@
+// What the kernels of each instruction set offer, and their arguments.
+//
+// Every kernel works on float32 in rows of tokens. Token t of a row is cell t, or, on a grid, the cell that the
+// row's visiting list names: index[k * seqlen + t], below 0 a pad.
+#pragma once
+
+#include <cstdint>
+
+namespace vision_scan {
+
+// The rows of a call: batch * lists of them, the lists of one image one after another; or one for each segment
+// of a packed row (batch 1, one list).
+struct Tokens {
+  int64_t batch, lists, seqlen, cells;
+  const int64_t* index;       // (lists, seqlen) cells, or null: token t is cell t
+  const int64_t* seq_idx;     // (batch, seqlen), or null: one segment, no padding
+  const int64_t* cu_seqlens;  // (segments + 1), or null
+  int64_t segments;
+
+  int64_t rows() const {
+    return cu_seqlens ? segments : batch * lists;
+  }
+};
+
+struct Ssd {
+  Tokens tokens;
+  int64_t nheads, headdim, ngroups, d_state;
+  int64_t skip_dims;  // of D behind the lists: 0 none, 1 (nheads), 2 (nheads, headdim)
+  bool dt_softplus;
+  float dt_min, dt_max;
+  // (batch, lists, cells, ...) contiguous; A, D, dt_bias (lists, ...); states (rows, nheads, headdim, d_state).
+  const float *x, *dt, *A, *B, *C, *D, *dt_bias, *initial_state;
+  float *y, *final_state;
+};
+
+struct SsdGradients {
+  const float *dy, *dfinal_state;  // dfinal_state may be null
+  float *dx, *ddt, *dB, *dC, *dinitial_state;
+  // dB and dC have a leading axis, one entry for each block of heads of a group: (head_blocks, ...).
+  // Sums over tokens, one for each row: (rows, nheads[, headdim]).
+  float *dA, *dD, *ddt_bias;
+};
+
+// Heads of one group that are worked on together, because they share B and C. A constant, so that sums over
+// blocks of heads do not depend on the number of threads.
+constexpr int64_t kHeadBlock = 4;
+
+struct Conv {
+  Tokens tokens;
+  int64_t channels, width;
+  bool silu, shared_input;  // shared_input: x has no axis of lists
+  // x, y (batch, lists, cells, channels); weight (lists, width, channels), the last row weighs the current
+  // token; bias (lists, channels) or null; states (rows, width - 1, channels), the oldest first.
+  const float *x, *weight, *bias, *initial_state;
+  float *y, *final_state;
+};
+
+struct ConvGradients {
+  const float *dy, *dfinal_state;
+  float *dx, *dinitial_state;  // dx always has the axis of lists
+  // One for each row: (rows, width, channels) and (rows, channels).
+  float *dweight, *dbias;
+};
+
+struct Norm {
+  int64_t rows, channels, group_size;
+  float eps;
+  bool norm_before_gate;
+  const float *x, *z, *weight;  // z may be null
+  float* y;
+};
+
+constexpr int64_t kNormRows = 64;  // rows that one partial sum of the weight's gradient covers
+
+struct NormGradients {
+  const float* dy;
+  float *dx, *dz;
+  float* dweight;  // (ceil(rows / kNormRows), channels)
+};
+
+struct Kernels {
+  const char* name;
+  int width;
+  void (*ssd)(const Ssd&);
+  void (*ssd_backward)(const Ssd&, const SsdGradients&);
+  void (*conv)(const Conv&);
+  void (*conv_backward)(const Conv&, const ConvGradients&);
+  void (*norm)(const Norm&);
+  void (*norm_backward)(const Norm&, const NormGradients&);
+};
+
+extern const Kernels kAvx2Kernels, kAvx512Kernels;
+
+}  // namespace vision_scan

@@ -1,0 +1,104 @@
+// Gated RMS norm, forward and backward: see vision_scan/ops/reference/gated_rmsnorm.py. A unit of work is a
+// block of kNormRows rows.
+#include "parallel.h"
+#include "simd.h"
+
+namespace vision_scan {
+namespace SIMD_NAME {
+
+// Calls f(row block, first row, end) on all threads.
+template <typename F>
+void for_each_row_block(const Norm& a, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / (kNormRows * a.channels));
+  at::parallel_for(0, (a.rows + kNormRows - 1) / kNormRows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block)
+      f(block, block * kNormRows, std::min(a.rows, (block + 1) * kNormRows));
+  });
+}
+
+inline Vec silu(Vec x) {
+  return x * sigmoid(x);
+}
+
+// Runs f(offset of a vector, how many floats of it count) over a group of channels.
+template <typename F>
+void for_each_vector(int64_t size, const F& f) {
+  for (int64_t c = 0; c < size; c += kWidth) f(c, size - c);
+}
+
+inline Vec load_part(const float* p, int64_t count) {
+  if (count >= kWidth) return load(p);
+  Vec v{};
+  std::memcpy(&v, p, sizeof(float) * count);
+  return v;
+}
+
+inline void store_part(float* p, Vec v, int64_t count) {
+  std::memcpy(p, &v, sizeof(float) * std::min<int64_t>(count, kWidth));
+}
+
+// What the norm divides by, as its inverse.
+inline float inverse_root(const Norm& a, const float* x, const float* z) {
+  Vec squares{};
+  for_each_vector(a.group_size, [&](int64_t c, int64_t some) {
+    Vec value = load_part(x + c, some);
+    if (z && !a.norm_before_gate) value = value * silu(load_part(z + c, some));
+    squares += value * value;
+  });
+  return 1.f / std::sqrt(sum(squares) / static_cast<float>(a.group_size) + a.eps);
+}
+
+void norm(const Norm& a) {
+  for_each_row_block(a, [&](int64_t, int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; ++row) {
+      for (int64_t group = 0; group < a.channels; group += a.group_size) {
+        const int64_t at = row * a.channels + group;
+        const float* z = a.z ? a.z + at : nullptr;
+        const Vec scale = splat(inverse_root(a, a.x + at, z));
+        for_each_vector(a.group_size, [&](int64_t c, int64_t some) {
+          Vec value = load_part(a.x + at + c, some) * scale * load_part(a.weight + group + c, some);
+          if (z) value = value * silu(load_part(z + c, some));
+          store_part(a.y + at + c, value, some);
+        });
+      }
+    }
+  });
+}
+
+// With v = x silu(z) (or x), r = 1 / rms(v), y = v r w (silu(z)): dv = r (q - v r^2 mean(q v)), where q = dy w
+// (silu(z)).
+void norm_backward(const Norm& a, const NormGradients& g) {
+  for_each_row_block(a, [&](int64_t block, int64_t first, int64_t end) {
+    float* dweight = g.dweight + block * a.channels;
+    for (int64_t row = first; row < end; ++row) {
+      for (int64_t group = 0; group < a.channels; group += a.group_size) {
+        const int64_t at = row * a.channels + group;
+        const float *x = a.x + at, *z = a.z ? a.z + at : nullptr, *dy = g.dy + at, *weight = a.weight + group;
+        const float r = inverse_root(a, x, z);
+        const bool gate_first = z && !a.norm_before_gate, gate_last = z && a.norm_before_gate;
+        Vec product{};
+        for_each_vector(a.group_size, [&](int64_t c, int64_t some) {
+          const Vec gate = z ? silu(load_part(z + c, some)) : splat(1.f);
+          product += load_part(dy + c, some) * load_part(weight + c, some) * load_part(x + c, some) * gate;
+        });
+        const Vec scale = splat(r), mean = splat(sum(product) / static_cast<float>(a.group_size) * r * r);
+        for_each_vector(a.group_size, [&](int64_t c, int64_t some) {
+          const Vec xs = load_part(x + c, some), d = load_part(dy + c, some), w = load_part(weight + c, some);
+          const Vec zs = z ? load_part(z + c, some) : Vec{};
+          const Vec half = sigmoid(zs), gate = z ? zs * half : splat(1.f);
+          const Vec slope = half * (splat(1.f) + zs * (splat(1.f) - half));
+          const Vec v = gate_first ? xs * gate : xs;
+          const Vec outer = gate_last ? gate : splat(1.f);
+          const Vec dv = scale * (d * w * outer - v * mean);
+          store_part(g.dx + at + c, gate_first ? dv * gate : dv, some);
+          if (z) store_part(g.dz + at + c, (gate_first ? dv * xs : d * w * xs * scale) * slope, some);
+          float* dw = dweight + group + c;
+          store_part(dw, load_part(dw, some) + d * v * scale * outer, some);
+        });
+      }
+    }
+  });
+}
+
+}  // namespace SIMD_NAME
+}  // namespace vision_scan

@@ -1,0 +1,14 @@
+// PyTorch's own thread pool, and the standard headers of all kernels: they must not be compiled for a
+// particular instruction set, or their inline functions could end up in code for every machine.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include <ATen/Parallel.h>
+
+#include "kernels.h"

@@ -1,0 +1,126 @@
+// Vectors of the instruction set that a file is compiled for. The kernels are written once, in the
+// compiler's vector types, and compiled once for each instruction set (see kernels.h).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace vision_scan {
+namespace SIMD_NAME {
+
+#if SIMD_BYTES == 64
+constexpr int kWidth = 16;
+#else
+constexpr int kWidth = 8;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+
+inline Vec load(const float* p) {
+  return *reinterpret_cast<const Vec*>(p);
+}
+
+inline void store(float* p, Vec v) {
+  *reinterpret_cast<Vec*>(p) = v;
+}
+
+inline Vec splat(float x) {
+  return x - Vec{};
+}
+
+inline Vec min(Vec a, Vec b) {
+  return a < b ? a : b;
+}
+
+inline Vec max(Vec a, Vec b) {
+  return a > b ? a : b;
+}
+
+inline float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kWidth; ++i) total += v[i];
+  return total;
+}
+
+// e^x to within 2 units in the last place; 0 below -87.3, so that a decay underflows to nothing.
+inline Vec exp(Vec x) {
+  const Vec clamped = min(max(x, splat(-87.3f)), splat(88.7f));
+  // x = n ln2 + r with |r| <= ln2 / 2; adding 1.5 * 2^23 rounds to the nearest integer.
+  const Vec shifted = clamped * splat(1.44269504f) + splat(12582912.f);
+  const Vec n = shifted - splat(12582912.f);
+  const Vec r = (clamped - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.f);
+  const IntVec bits = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  Vec scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  const Vec value = p * scale;
+  return x < splat(-87.3f) ? Vec{} : value;
+}
+
+inline Vec sigmoid(Vec x) {
+  return splat(1.f) / (splat(1.f) + exp(-x));
+}
+
+// C (rows, cols) += A (rows, depth) B (depth, cols). A has any strides, B and C have contiguous rows, and
+// `cols` is a multiple of kWidth.
+template <int kRows, int kCols>
+inline void multiply_tile(
+    int depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c, int64_t c_row) {
+  Vec acc[kRows][kCols];
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kCols; ++j) acc[i][j] = load(c + i * c_row + j * kWidth);
+  for (int k = 0; k < depth; ++k) {
+    Vec right[kCols];
+    for (int j = 0; j < kCols; ++j) right[j] = load(b + k * b_row + j * kWidth);
+    for (int i = 0; i < kRows; ++i) {
+      const Vec left = splat(a[i * a_row + k * a_col]);
+      for (int j = 0; j < kCols; ++j) acc[i][j] += left * right[j];
+    }
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kCols; ++j) store(c + i * c_row + j * kWidth, acc[i][j]);
+}
+
+template <int kCols>
+inline void multiply_columns(
+    int rows, int depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
+    int64_t c_row) {
+  constexpr int kRows = kCols == 4 ? 4 : 6;
+  int i = 0;
+  for (; i + kRows <= rows; i += kRows)
+    multiply_tile<kRows, kCols>(depth, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row);
+  for (; i < rows; ++i) multiply_tile<1, kCols>(depth, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row);
+}
+
+inline void multiply_add(
+    int rows, int cols, int depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
+    float* c, int64_t c_row) {
+  int j = 0;
+  for (; j + 4 * kWidth <= cols; j += 4 * kWidth)
+    multiply_columns<4>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row);
+  for (; j + 2 * kWidth <= cols; j += 2 * kWidth)
+    multiply_columns<2>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row);
+  for (; j < cols; j += kWidth) multiply_columns<1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row);
+}
+
+// out (cols, rows) = in (rows, cols) transposed.
+inline void transpose(int rows, int cols, const float* in, int64_t in_row, float* out, int64_t out_row) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < cols; ++j) out[j * out_row + i] = in[i * in_row + j];
+}
+
+inline int padded(int n) {
+  return (n + kWidth - 1) / kWidth * kWidth;
+}
+
+}  // namespace SIMD_NAME
+}  // namespace vision_scan

@@ -1,0 +1,232 @@
+"""Hands operators to the kernels of csrc/cpu, where these were built and the machine can run them.
+
+The kernels take contiguous float32 tensors in one layout, (batch, lists, cells, ...); here other dtypes and
+layouts are brought into it and back. float64 is left to the reference. `VISION_SCAN_REFERENCE=1` leaves
+everything to it.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .register import MISSING_KERNELS, take_over
+
+
+def load() -> None:
+    """Registers the kernels, or says in `MISSING_KERNELS` why there are none."""
+    missing = _why_missing()
+    if missing:
+        MISSING_KERNELS["cpu"] = missing
+        return
+    for name, forward, backward in (
+        ("ssd", _ssd, _ssd_backward),
+        ("ssd_2d", _ssd_2d, _ssd_2d_backward),
+        ("causal_conv1d", _conv, _conv_backward),
+        ("causal_conv1d_2d", _conv_2d, _conv_2d_backward),
+        ("gated_rmsnorm", _norm, _norm_backward),
+    ):
+        take_over(name, "cpu", forward, _serves)
+        take_over(f"{name}_backward", "cpu", backward, lambda grads, *args: _serves(*args))
+
+
+def _why_missing() -> str:
+    if os.environ.get("VISION_SCAN_REFERENCE") == "1":
+        return "VISION_SCAN_REFERENCE=1 asks for the reference"
+    try:
+        import vision_scan._C  # noqa: F401 (registers the library vision_scan_cpu)
+    except ImportError:
+        return "the CPU kernels were not built; with a C++ compiler: pip install --no-build-isolation -e ."
+    return "" if torch.ops.vision_scan_cpu.instruction_set() else "this CPU has no AVX2"
+
+
+def _serves(x: Tensor, *others) -> bool:
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0
+
+
+def _plain(t: Tensor | None) -> Tensor | None:
+    """Contiguous float32."""
+    return None if t is None else t.float().contiguous()
+
+
+def _index(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.long().contiguous()
+
+
+def _wanted(
+    inputs: Sequence, gradients: dict[int, Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients that are needed, each with the dtype and layout of its input."""
+    return [
+        torch.empty_like(inputs[i]).copy_(gradients[i].reshape(inputs[i].shape))
+        for i, need in enumerate(needs)
+        if need
+    ]
+
+
+def _ssd_arguments(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens):
+    """Sequences as grids of one list."""
+    tokens = [_plain(t)[:, None] for t in (x, dt, B, C)]
+    parameters = [None if t is None else _plain(t)[None] for t in (A, D, dt_bias)]
+    (x, dt, B, C), (A, D, dt_bias) = tokens, parameters
+    return (
+        x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max,
+        _plain(initial_state), _index(seq_idx), _index(cu_seqlens), None,
+    )  # fmt: skip
+
+
+def _ssd(
+    x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens, chunk_size
+) -> tuple[Tensor, Tensor]:
+    y, state = torch.ops.vision_scan_cpu.ssd(
+        *_ssd_arguments(
+            x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens
+        )
+    )
+    y = y[:, 0]
+    if z is not None:
+        y = y * torch.nn.functional.silu(z.float())
+    return y.to(x.dtype).contiguous(), state
+
+
+def _ssd_backward(grads, *args) -> list[Tensor]:
+    *inputs, needs = args
+    (
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens, _,
+    ) = inputs  # fmt: skip
+    arguments = _ssd_arguments(
+        x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens
+    )
+    dy, dz = grads[0].float(), None
+    if z is not None:
+        ungated, _ = torch.ops.vision_scan_cpu.ssd(*arguments)
+        gate, z = torch.sigmoid(z.float()), z.float()
+        dz = dy * ungated[:, 0] * gate * (1 + z * (1 - gate))
+        dy = dy * z * gate
+    dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial = torch.ops.vision_scan_cpu.ssd_backward(
+        dy.contiguous()[:, None], _plain(grads[1]), *arguments
+    )
+    found = {0: dx, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: dz, 7: ddt_bias, 11: dinitial}
+    return _wanted(inputs, found, needs)
+
+
+def _ssd_2d_arguments(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index):
+    """Grids as rows of cells, each list with a grid of its own."""
+    K = index.shape[0]
+    x = x if x.dim() == 6 else x[:, None].expand(-1, K, *x.shape[1:])
+    x, dt, B, C = (_plain(t).flatten(2, 3) for t in (x, dt, B, C))
+    A, D, dt_bias = (_plain(t) for t in (A, D, dt_bias))
+    return x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, None, None, None, _index(index)
+
+
+def _ssd_2d(
+    x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index, merge, chunk_size
+) -> Tensor:
+    y, _ = torch.ops.vision_scan_cpu.ssd(
+        *_ssd_2d_arguments(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index)
+    )
+    y = y.unflatten(2, x.shape[-4:-2])
+    if merge != "concat":
+        y = y.mean(1) if merge == "mean" else y.sum(1)
+    return y.to(x.dtype)
+
+
+def _ssd_2d_backward(grads, *args) -> list[Tensor]:
+    *inputs, needs = args
+    x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index, merge, _ = inputs
+    dy, K = grads[0].float(), index.shape[0]
+    if merge != "concat":
+        dy = (dy / K if merge == "mean" else dy)[:, None].expand(-1, K, *dy.shape[1:])
+    dx, ddt, dA, dB, dC, dD, ddt_bias, _ = torch.ops.vision_scan_cpu.ssd_backward(
+        dy.contiguous().flatten(2, 3),
+        None,
+        *_ssd_2d_arguments(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index),
+    )
+    dx = dx if x.dim() == 6 else dx.sum(1)
+    return _wanted(inputs, {0: dx, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: ddt_bias}, needs)
+
+
+def _conv_arguments(x, weight, bias, activation, initial_state, seq_idx, cu_seqlens):
+    """Channels last."""
+    return (
+        _plain(x.transpose(1, 2)),
+        _plain(weight.t())[None],
+        None if bias is None else _plain(bias)[None],
+        activation == "silu",
+        None if initial_state is None else _plain(initial_state.transpose(1, 2)),
+        _index(seq_idx),
+        _index(cu_seqlens),
+        None,
+    )
+
+
+def _conv(x, weight, bias, activation, initial_state, seq_idx, cu_seqlens) -> tuple[Tensor, Tensor]:
+    y, state = torch.ops.vision_scan_cpu.conv(
+        *_conv_arguments(x, weight, bias, activation, initial_state, seq_idx, cu_seqlens)
+    )
+    return y[:, 0].to(x.dtype).transpose(1, 2), state.to(x.dtype).transpose(1, 2).contiguous()
+
+
+def _conv_backward(grads, *args) -> list[Tensor]:
+    *inputs, needs = args
+    dx, dweight, dbias, dinitial = torch.ops.vision_scan_cpu.conv_backward(
+        _plain(grads[0].transpose(1, 2))[:, None], _plain(grads[1].transpose(1, 2)), *_conv_arguments(*inputs)
+    )
+    found = {0: dx.transpose(1, 2), 1: dweight[0].t(), 2: dbias}
+    if inputs[4] is not None:
+        found[4] = dinitial.transpose(1, 2)
+    return _wanted(inputs, found, needs)
+
+
+def _conv_2d_arguments(x, weight, bias, activation, index):
+    K = index.shape[0]
+    weight = weight.expand(K, -1, -1) if weight.dim() == 2 else weight
+    bias = bias.expand(K, -1) if bias is not None and bias.dim() == 1 else bias
+    return (
+        _plain(x).flatten(-3, -2),
+        _plain(weight.transpose(1, 2)),
+        _plain(bias),
+        activation == "silu",
+        None,
+        None,
+        None,
+        _index(index),
+    )
+
+
+def _conv_2d(x, weight, bias, activation, index) -> Tensor:
+    y, _ = torch.ops.vision_scan_cpu.conv(*_conv_2d_arguments(x, weight, bias, activation, index))
+    return y.unflatten(2, x.shape[-3:-1]).to(x.dtype)
+
+
+def _conv_2d_backward(grads, *args) -> list[Tensor]:
+    *inputs, needs = args
+    x, weight, bias, _, _ = inputs
+    dx, dweight, dbias, _ = torch.ops.vision_scan_cpu.conv_backward(
+        _plain(grads[0]).flatten(2, 3), None, *_conv_2d_arguments(*inputs)
+    )
+    dweight = dweight.transpose(1, 2)
+    found = {0: dx, 1: dweight.sum(0) if weight.dim() == 2 else dweight}
+    if bias is not None:
+        found[2] = dbias.sum(0) if bias.dim() == 1 else dbias
+    return _wanted(inputs, found, needs)
+
+
+def _norm_arguments(x, weight, z, eps, group_size, norm_before_gate):
+    d = x.shape[-1]
+    z = None if z is None else _plain(z).view(-1, d)
+    return _plain(x).view(-1, d), _plain(weight), z, eps, group_size, norm_before_gate
+
+
+def _norm(x, weight, z, eps, group_size, norm_before_gate) -> Tensor:
+    y = torch.ops.vision_scan_cpu.norm(*_norm_arguments(x, weight, z, eps, group_size, norm_before_gate))
+    return y.view(x.shape).to(x.dtype)
+
+
+def _norm_backward(grads, *args) -> list[Tensor]:
+    *inputs, needs = args
+    dx, dweight, dz = torch.ops.vision_scan_cpu.norm_backward(
+        _plain(grads[0]).view(-1, inputs[0].shape[-1]), *_norm_arguments(*inputs)
+    )
+    return _wanted(inputs, {0: dx, 1: dweight, 2: dz}, needs)
