@@ -5,8 +5,9 @@ The kernels need torch, a C++ compiler and the headers of Python. Without one of
 compile, the install still works, on the reference; `cobra doctor` says so.
 """
 
+import contextlib
 import platform
-import sys
+import warnings
 
 from setuptools import setup
 
@@ -25,18 +26,16 @@ def extension_arguments() -> dict:
             try:
                 super().build_extension(extension)
             except Exception as error:  # the compiler's own message stands above it
-                print(f"warning: the CPU kernels were not built ({error}); the reference serves", file=sys.stderr)
+                warnings.warn(f"the CPU kernels were not built, the reference serves: {error}", stacklevel=1)
 
         def copy_extensions_to_source(self) -> None:
-            try:
+            with contextlib.suppress(FileNotFoundError):  # it was not built
                 super().copy_extensions_to_source()
-            except FileNotFoundError:
-                pass  # was not built
 
     kernels = CppExtension(
         "vision_scan._C",
         ["csrc/cpu/ops.cpp", "csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp"],
-        extra_compile_args=["-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi", "-Wno-ignored-attributes"],
+        extra_compile_args=["-O3", "-g0", "-fopenmp", "-Wno-psabi", "-Wno-ignored-attributes"],
         extra_link_args=["-fopenmp"],
     )
     return {"ext_modules": [kernels], "cmdclass": {"build_ext": Build}}

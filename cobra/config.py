@@ -44,15 +44,22 @@ class CobraConfig:
         return self.connector.num_tokens(*self.grid)
 
 
-def transformer_twin(lm: LMConfig, headdim: int = 64) -> LMConfig:
-    """The transformer of the same width and parameter count as a stack of Mamba-2 layers: each pair of
-    layers becomes attention (a query head per `headdim` channels, a third of them for keys and values)
-    and a gated feed-forward layer that takes up the remaining parameters, to within a per mille."""
-    num_heads = lm.d_model // headdim
-    num_kv_heads = max(count for count in range(1, num_heads // 3 + 2) if num_heads % count == 0)
-    attention = AttentionConfig(num_heads=num_heads, num_kv_heads=num_kv_heads, headdim=headdim)
-    pairs = len(lm.layers) // 2
-    budget = sum(layer.cost(lm.d_model).parameters for layer in lm.layers) // pairs
+def transformer_twin(
+    lm: LMConfig, attention: AttentionConfig | None = None, pairs: int | None = None
+) -> LMConfig:
+    """The transformer of the same width and parameter count as a stack of layers: pairs of attention and a
+    gated feed-forward layer that takes up the remaining parameters, to within two per mille.
+
+    Args:
+        attention: None: a query head per 64 channels, a third as many for keys and values.
+        pairs: None: one for every two layers.
+    """
+    if attention is None:
+        num_heads = lm.d_model // 64
+        num_kv_heads = max(count for count in range(1, num_heads // 3 + 2) if num_heads % count == 0)
+        attention = AttentionConfig(num_heads=num_heads, num_kv_heads=num_kv_heads)
+    pairs = pairs or len(lm.layers) // 2
+    budget = sum(layer.cost(lm.d_model).parameters for layer in lm.layers) / pairs
     d_ff = round((budget - attention.cost(lm.d_model).parameters) / (3 * lm.d_model))
     d_ff -= d_ff % 8 if lm.d_model >= 512 else d_ff % 2
     return replace(lm, layers=(attention, MLPConfig(d_ff=d_ff)) * pairs)
@@ -77,6 +84,10 @@ _TINY = CobraConfig(
         * 4,
     ),
 )
+
+# Of its kind the one that learned soonest: fewer heads for keys and values, or fewer pairs, took longer to
+# learn looking up. A slow rotation, because what is looked up stands hundreds of tokens away.
+TINY_ATTENTION = AttentionConfig(num_heads=8, num_kv_heads=4, headdim=32, rope_theta=500_000.0)
 
 # d_model and number of layers of the released state-spaces checkpoints; vocabulary 50277 padded to 50288.
 _MAMBA2_SIZES = {
@@ -108,7 +119,7 @@ _ML_MAMBA = CobraConfig(
 
 PRESETS: dict[str, CobraConfig] = {
     "tiny": _TINY,
-    "transformer-tiny": replace(_TINY, lm=transformer_twin(_TINY.lm, headdim=32)),
+    "transformer-tiny": replace(_TINY, lm=transformer_twin(_TINY.lm, TINY_ATTENTION, pairs=3)),
     **{f"mamba2-{size}": replace(_TINY, lm=lm) for size, lm in _MAMBA2_LMS.items()},
     **{f"transformer-{size}": replace(_TINY, lm=transformer_twin(lm)) for size, lm in _MAMBA2_LMS.items()},
     # ML-Mamba's connector as its code has it, and as the paper's figures draw it (four directions).

@@ -60,9 +60,11 @@ def test_the_language_model_of_transformer_3b_is_as_large_as_that_of_ml_mamba_3b
 
 @pytest.mark.parametrize("d_model", [64, 96, 192, 320, 1024])
 @pytest.mark.parametrize("headdim", [16, 32])
-def test_twins_of_any_width(d_model, headdim):
+@pytest.mark.parametrize("pairs", [None, 4])
+def test_twins_of_any_width(d_model, headdim, pairs):
     lm = LMConfig(d_model=d_model, vocab_size=300, layers=(Mamba2Config(headdim=16, d_state=64),) * 6)
-    twin = transformer_twin(lm, headdim)
+    attention = AttentionConfig(num_heads=d_model // headdim, num_kv_heads=1, headdim=headdim)
+    twin = transformer_twin(lm, attention, pairs)
     with torch.device("meta"):
         counts = [sum(p.numel() for p in LanguageModel(config).parameters()) for config in (lm, twin)]
     assert abs(counts[0] - counts[1]) / counts[0] < 0.03

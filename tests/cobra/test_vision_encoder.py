@@ -60,7 +60,7 @@ def test_rows_and_columns_are_not_swapped():
     """Without attention, a bright patch lights up its own cell, and its neighbours by the convolutions."""
     encoder = build(depth=0)
     with torch.no_grad():  # group norms look at the whole picture; here only places matter
-        for module in encoder.stem:
+        for module in encoder.stem.modules():
             if isinstance(module, torch.nn.GroupNorm):
                 module.forward = lambda x: x
     dark = torch.zeros(1, 3, 40, 64, dtype=torch.float64)

@@ -1,14 +1,14 @@
 """The operators: schema, fake and autograd here, references in `reference/`, compiled kernels in csrc."""
 
+from . import compiled
 from .causal_conv1d import causal_conv1d, causal_conv1d_2d, causal_conv1d_update
 from .gated_rmsnorm import gated_rmsnorm
 from .reference.segments import real_and_runs
 from .register import backend_report
 from .selective_scan import selective_scan, selective_scan_2d, selective_scan_update
 from .ssd import ssd, ssd_2d, ssd_update
-from . import compiled  # last: it takes over what the others have registered
 
-compiled.load()
+compiled.take_over_all()  # once the others have registered their operators
 
 __all__ = [
     "backend_report",

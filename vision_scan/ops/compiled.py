@@ -14,7 +14,7 @@ from torch import Tensor
 from .register import MISSING_KERNELS, take_over
 
 
-def load() -> None:
+def take_over_all() -> None:
     """Registers the kernels, or says in `MISSING_KERNELS` why there are none."""
     missing = _why_missing()
     if missing:
@@ -54,18 +54,21 @@ def _index(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.long().contiguous()
 
 
-def _wanted(
-    inputs: Sequence, gradients: dict[int, Tensor], needs: Sequence[bool]
-) -> list[Tensor]:
+def _wanted(inputs: Sequence, gradients: dict[int, Tensor], needs: Sequence[bool]) -> list[Tensor]:
     """The gradients that are needed, each with the dtype and layout of its input."""
-    return [
-        torch.empty_like(inputs[i]).copy_(gradients[i].reshape(inputs[i].shape))
-        for i, need in enumerate(needs)
-        if need
-    ]
+    return [_like(inputs[i], gradients[i].reshape(inputs[i].shape)) for i, need in enumerate(needs) if need]
 
 
-def _ssd_arguments(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens):
+def _like(value: Tensor, gradient: Tensor) -> Tensor:
+    target = torch.empty_like(value)
+    if target.stride() == gradient.stride() and target.dtype == gradient.dtype:
+        return gradient
+    return target.copy_(gradient)
+
+
+def _ssd_arguments(
+    x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens
+) -> tuple:
     """Sequences as grids of one list."""
     tokens = [_plain(t)[:, None] for t in (x, dt, B, C)]
     parameters = [None if t is None else _plain(t)[None] for t in (A, D, dt_bias)]
@@ -111,7 +114,7 @@ def _ssd_backward(grads, *args) -> list[Tensor]:
     return _wanted(inputs, found, needs)
 
 
-def _ssd_2d_arguments(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index):
+def _ssd_2d_arguments(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index) -> tuple:
     """Grids as rows of cells, each list with a grid of its own."""
     K = index.shape[0]
     x = x if x.dim() == 6 else x[:, None].expand(-1, K, *x.shape[1:])
@@ -147,7 +150,7 @@ def _ssd_2d_backward(grads, *args) -> list[Tensor]:
     return _wanted(inputs, {0: dx, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: ddt_bias}, needs)
 
 
-def _conv_arguments(x, weight, bias, activation, initial_state, seq_idx, cu_seqlens):
+def _conv_arguments(x, weight, bias, activation, initial_state, seq_idx, cu_seqlens) -> tuple:
     """Channels last."""
     return (
         _plain(x.transpose(1, 2)),
@@ -179,7 +182,7 @@ def _conv_backward(grads, *args) -> list[Tensor]:
     return _wanted(inputs, found, needs)
 
 
-def _conv_2d_arguments(x, weight, bias, activation, index):
+def _conv_2d_arguments(x, weight, bias, activation, index) -> tuple:
     K = index.shape[0]
     weight = weight.expand(K, -1, -1) if weight.dim() == 2 else weight
     bias = bias.expand(K, -1) if bias is not None and bias.dim() == 1 else bias
@@ -202,7 +205,7 @@ def _conv_2d(x, weight, bias, activation, index) -> Tensor:
 
 def _conv_2d_backward(grads, *args) -> list[Tensor]:
     *inputs, needs = args
-    x, weight, bias, _, _ = inputs
+    weight, bias = inputs[1:3]
     dx, dweight, dbias, _ = torch.ops.vision_scan_cpu.conv_backward(
         _plain(grads[0]).flatten(2, 3), None, *_conv_2d_arguments(*inputs)
     )
@@ -213,7 +216,7 @@ def _conv_2d_backward(grads, *args) -> list[Tensor]:
     return _wanted(inputs, found, needs)
 
 
-def _norm_arguments(x, weight, z, eps, group_size, norm_before_gate):
+def _norm_arguments(x, weight, z, eps, group_size, norm_before_gate) -> tuple:
     d = x.shape[-1]
     z = None if z is None else _plain(z).view(-1, d)
     return _plain(x).view(-1, d), _plain(weight), z, eps, group_size, norm_before_gate

@@ -187,7 +187,7 @@ def backend_report() -> dict[str, dict[str, str | int]]:
         reasons = [MISSING_KERNELS[device] for device in missing if device in MISSING_KERNELS]
         report[name] = {
             **{device: "compiled" if on else "reference" for device, on in compiled.items()},
-            "why": "; ".join([f"no compiled kernel for {' and '.join(missing)}", *reasons]) if missing else "",
+            "why": "; ".join([f"no kernel for {' and '.join(missing)}", *reasons]) if missing else "",
             "fallbacks": FALLBACKS.get(name, 0) + FALLBACKS.get(f"{name}_backward", 0),
         }
     return report
