@@ -34,7 +34,7 @@ MODELS = {
     },
 }
 # Rough seconds of a finetuning step on two cores, for the time that is left.
-STEP_S = {"cobra": 0.22, "transformer": 0.18}
+STEP_S = {"cobra": 0.24, "transformer": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Settings:
     @classmethod
     def full(cls) -> "Settings":
         """What the report's claims are made with."""
-        steps = {"tower_steps": 1000, "naming_steps": 60, "align_steps": 600, "finetune_steps": 2000}
+        steps = {"tower_steps": 1000, "naming_steps": 60, "align_steps": 500, "finetune_steps": 1600}
         return cls(scenes=12000, test_scenes=400, **steps)
 
     @classmethod

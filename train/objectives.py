@@ -110,7 +110,8 @@ class PatchLabels(Objective):
     """What the objectives on the labels of patches share.
 
     A patch's target is the label of the box that covers its centre (the last one, if boxes
-    overlap), or "none".
+    overlap), or "none". The losses of patches without a label are weighed down so that, over the
+    data, they count as much as those of the patches within boxes.
     """
 
     needs = "regions"
@@ -130,6 +131,7 @@ class PatchLabels(Objective):
                 f"{rows.path}: an objective on regions needs at least one label, found none in any "
                 "row"
             )
+        self.background_weight = self._balance(rows.rows)
 
     def targets(self, row: Row) -> Tensor:
         """The class of each patch for each kind of label, (height, width, kinds), int64, 0 for
@@ -147,9 +149,15 @@ class PatchLabels(Objective):
             targets[inside] = torch.tensor(labels)
         return targets
 
+    def _balance(self, rows: Sequence[Row], num_rows: int = 512) -> float:
+        stride = max(1, len(rows) // num_rows)
+        targets = torch.stack([self.targets(row) for row in rows[::stride]])
+        labelled = int((targets > 0).sum())
+        return min(1.0, labelled / max(1, targets.numel() - labelled)) if labelled else 1.0
+
     def weights(self, targets: Tensor) -> Tensor:
         """How much each target counts, of the shape of `targets`."""
-        raise NotImplementedError
+        return torch.where(targets > 0, 1.0, self.background_weight)
 
     def _sample(self, row: Row) -> tuple[str, Tensor, Tensor]:
         pixels = self.model.processor.pixels(row.images[0])
@@ -182,11 +190,7 @@ class PatchLabels(Objective):
 
 
 class Regions(PatchLabels):
-    """What stands in each patch: one linear head for each kind of label on the tower's features.
-
-    The losses of background patches are weighed down so that, over the data, they count as much as
-    those of the patches within boxes.
-    """
+    """What stands in each patch: one linear head for each kind of label on the tower's features."""
 
     def __init__(self, model: Cobra, rows: Rows, autocast: torch.dtype | None = None) -> None:
         super().__init__(model, rows, autocast)
@@ -195,16 +199,6 @@ class Regions(PatchLabels):
             nn.Linear(d_vision, len(names)) for names in self.classes.values()
         )
         self.heads.to(model.device)
-        self.background_weight = self._balance(rows.rows)
-
-    def _balance(self, rows: Sequence[Row], num_rows: int = 512) -> float:
-        stride = max(1, len(rows) // num_rows)
-        targets = torch.stack([self.targets(row) for row in rows[::stride]])
-        labelled = int((targets > 0).sum())
-        return min(1.0, labelled / max(1, targets.numel() - labelled)) if labelled else 1.0
-
-    def weights(self, targets: Tensor) -> Tensor:
-        return torch.where(targets > 0, 1.0, self.background_weight)
 
     def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
         features = self.model.vision_encoder(inputs["pixel_values"])
@@ -225,8 +219,8 @@ class Naming(PatchLabels):
     """Each image token's label, read off by the embeddings of the label's words.
 
     Teaches connector and embeddings one language before the language model learns to look things
-    up: an image token of a red 7 comes to resemble the words "red" and "7". Patches without a
-    label do not count.
+    up: an image token of a red 7 comes to resemble the words "red" and "7", one of the background
+    no word at all (its score, against those of the words, is zero).
     """
 
     def __init__(self, model: Cobra, rows: Rows, autocast: torch.dtype | None = None) -> None:
@@ -252,24 +246,21 @@ class Naming(PatchLabels):
                 shares[form, row].index_add_(0, ids, torch.full(ids.shape, 1 / len(ids)))
         return shares
 
-    def weights(self, targets: Tensor) -> Tensor:
-        return (targets > 0).float()
-
     def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
-        lm, targets = self.model.lm, inputs["targets"]
+        lm, targets, weights = self.model.lm, inputs["targets"], self.weights(inputs["targets"])
         tokens = lm.norm_f(self.model.encode_images(inputs["pixel_values"]))
         tokens = tokens.unflatten(1, (self.height, self.width))
         loss = tokens.new_zeros((), dtype=torch.float32)
-        right = torch.zeros(targets.shape, device=targets.device)
+        right = torch.zeros_like(weights)
         for index in range(len(self.classes)):
-            vectors = self.get_buffer(f"spelling{index}") @ lm.embedding.weight
-            named = targets[..., index] > 0
-            target = targets[..., index][named] - 1
-            # Both forms of every name: (2, patches, names).
-            logits = (tokens[named] @ vectors.transpose(-1, -2)).float()
-            for form in logits:
-                loss = loss + F.cross_entropy(form, target, reduction="sum") / len(logits)
-            right[..., index][named] = (logits.mean(0).argmax(-1) == target).float()
+            vectors = self.get_buffer(f"spelling{index}") @ lm.embedding.weight  # 2 forms, names, d
+            scores = torch.einsum("nyxd,fcd->fnyxc", tokens, vectors).float()
+            scores = F.pad(scores, (1, 0))
+            target = targets[..., index]
+            for form in scores:
+                losses = F.cross_entropy(form.flatten(0, -2), target.flatten(), reduction="none")
+                loss = loss + (losses * weights[..., index].flatten()).sum() / len(scores)
+            right[..., index] = scores.mean(0).argmax(-1) == target
         return loss, self._accuracies(right, targets)
 
 

@@ -1,4 +1,4 @@
-"""AdamW over parameter groups, and the learning-rate schedule."""
+"""AdamW, or Muon with it, over parameter groups, and the learning-rate schedule."""
 
 import math
 from typing import Any
@@ -29,6 +29,11 @@ def decays(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
     return parameter.ndim >= 2 and not marked and not named and not isinstance(owner, nn.Embedding)
 
 
+def is_hidden_matrix(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
+    """Whether Muon can serve: matrices from features to features, not those from or to tokens."""
+    return parameter.ndim == 2 and decays(name, parameter, owner) and "lm_head" not in name.split(".")
+
+
 def part_of(name: str) -> str:
     """The part a parameter of an objective belongs to: "model.lm.layers.0.A_log" -> "lm"."""
     first, _, rest = name.partition(".")
@@ -36,10 +41,12 @@ def part_of(name: str) -> str:
 
 
 def parameter_groups(module: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
-    """Groups of the parameters that learn, one for each part, with and without decay.
+    """Groups of the parameters that learn, one for each part, with and without decay, and of matrices
+    that Muon takes.
 
     Returns:
-        AdamW groups with two more keys: `name`, and `lr_scale`, the factor on the learning rate.
+        Optimizer groups with more keys: `name`, `lr_scale`, the factor on the learning rate, and
+        `muon`, whether Muon is to take the group.
     """
     groups: dict[str, dict[str, Any]] = {}
     owners = dict(module.named_modules())
@@ -47,8 +54,10 @@ def parameter_groups(module: nn.Module, settings: OptimSettings) -> list[dict[st
         if not parameter.requires_grad:
             continue
         part = part_of(name)
-        decay = decays(name, parameter, owners[name.rpartition(".")[0]])
-        key = part if decay else f"{part}, no decay"
+        owner = owners[name.rpartition(".")[0]]
+        decay = decays(name, parameter, owner)
+        muon = settings.kind == "muon" and is_hidden_matrix(name, parameter, owner)
+        key = f"{part}, Muon" if muon else part if decay else f"{part}, no decay"
         group = groups.setdefault(
             key,
             {
@@ -56,20 +65,63 @@ def parameter_groups(module: nn.Module, settings: OptimSettings) -> list[dict[st
                 "params": [],
                 "lr_scale": getattr(settings.lr_scale, part, 1.0),
                 "weight_decay": settings.weight_decay if decay else 0.0,
+                "muon": muon,
             },
         )
         group["params"].append(parameter)
     return list(groups.values())
 
 
-def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, in its fused form where the parameters' device has one."""
+def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
+    """The optimizer that `settings.kind` asks for, over `parameter_groups`."""
     groups = parameter_groups(module, settings)
+    if settings.kind == "adamw":
+        return _adamw(groups, settings)
+    matrices = [group for group in groups if group["muon"]]
+    others = [group for group in groups if not group["muon"]]
+    # Updates as large as AdamW's, so that one learning rate serves both: Liu et al. 2025
+    # (arXiv:2502.16982).
+    adjust = {"adjust_lr_fn": "match_rms_adamw"}
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        parts.append(torch.optim.Muon(matrices, lr=settings.lr, momentum=settings.momentum, **adjust))
+    if others:
+        parts.append(_adamw(others, settings))
+    return Together(parts)
+
+
+def _adamw(groups: list[dict[str, Any]], settings: OptimSettings) -> torch.optim.AdamW:
+    """In its fused form where the parameters' device has one."""
     options = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
     try:
         return torch.optim.AdamW(groups, fused=True, **options)
     except RuntimeError:
         return torch.optim.AdamW(groups, **options)
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers, each with groups of its own, that are stepped, saved and loaded as one."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._link()
+
+    def _link(self) -> None:
+        """The parts work on this optimizer's groups and state."""
+        start = 0
+        for part in self.parts:
+            end = start + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[start:end], self.state
+            start = end
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._link()
+
+    def step(self, closure=None) -> None:
+        for part in self.parts:
+            part.step()
 
 
 def lr_factor(step: int, num_steps: int, settings: OptimSettings) -> float:

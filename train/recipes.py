@@ -160,14 +160,19 @@ class LrScale:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
-    """AdamW under a cosine schedule with linear warm-up."""
+    """The optimizer, under a cosine schedule with linear warm-up."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices between features, AdamW for everything else."""
     lr: float = 1e-3
     """The peak learning rate."""
     lr_scale: LrScale = field(default_factory=LrScale)
     weight_decay: float = 0.05
     """Never applied to A_log, D, dt_bias, norms, biases and embeddings."""
+    momentum: float = 0.95
+    """Of Muon."""
     beta1: float = 0.9
+    """AdamW's, as the two below."""
     beta2: float = 0.95
     eps: float = 1e-8
     warmup_ratio: float = 0.03
@@ -183,7 +188,7 @@ class OptimSettings:
                 getattr(self, name) >= 0,
                 f"optim.{name}: got {getattr(self, name)}, allowed: 0 or more",
             )
-        for name in ("beta1", "beta2", "warmup_ratio", "min_lr_ratio"):
+        for name in ("momentum", "beta1", "beta2", "warmup_ratio", "min_lr_ratio"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"optim.{name}: got {value}, allowed: 0 to 1")
 
@@ -262,7 +267,7 @@ def tiny_naming() -> RunConfig:
             batch_size=32,
             dtype="float32",
         ),
-        optim=OptimSettings(lr=2e-3, warmup_ratio=0.3, min_lr_ratio=1.0),
+        optim=OptimSettings(kind="muon", lr=2e-3, warmup_ratio=0.3, min_lr_ratio=1.0),
     )
 
 
@@ -272,8 +277,8 @@ def tiny_align() -> RunConfig:
     pretrained it."""
     return RunConfig(
         recipe="tiny-align",
-        train=TrainSettings(freeze=("vision_encoder",), steps=600, batch_size=16, dtype="float32"),
-        optim=OptimSettings(lr=2e-3),
+        train=TrainSettings(freeze=("vision_encoder",), steps=500, batch_size=16, dtype="float32"),
+        optim=OptimSettings(kind="muon", lr=2e-3),
     )
 
 
@@ -282,8 +287,8 @@ def tiny() -> RunConfig:
     return RunConfig(
         recipe="tiny",
         data=DataSettings(length_group=4),
-        train=TrainSettings(steps=2000, batch_size=16, dtype="float32"),
-        optim=OptimSettings(lr=1.5e-3, lr_scale=LrScale(vision_encoder=0.3), warmup_ratio=0.01),
+        train=TrainSettings(steps=1600, batch_size=16, dtype="float32"),
+        optim=OptimSettings(kind="muon", lr=1.5e-3, lr_scale=LrScale(vision_encoder=0.3), warmup_ratio=0.01),
     )
 
 

@@ -78,6 +78,27 @@ struct NormGradients {
   float* dweight;  // (ceil(rows / kNormRows), channels)
 };
 
+constexpr int64_t kSelectiveBlock = 64;  // channels of a unit of work, for the same reason as kHeadBlock
+
+struct Selective {
+  Tokens tokens;
+  int64_t channels, ngroups, d_state;
+  bool dt_softplus;
+  bool shared_input;   // u has no axis of lists
+  bool merged_output;  // y has no axis of lists: the lists are added up; y starts as zeros
+  // u, dt, y (batch, lists, cells, channels); B, C (batch, lists, cells, ngroups, d_state); A (lists, channels,
+  // d_state); D, dt_bias (lists, channels) or null; states (rows, channels, d_state).
+  const float *u, *dt, *A, *B, *C, *D, *dt_bias, *initial_state;
+  float *y, *final_state;
+};
+
+struct SelectiveGradients {
+  const float *dy, *dfinal_state;  // dy has the shape of y; dfinal_state may be null
+  // du has the shape of u, zeros if it is shared. dB and dC have a leading axis, one entry for each block of
+  // channels of a group. dA, dD and ddt_bias have a row for each row: (rows, channels[, d_state]).
+  float *du, *ddt, *dB, *dC, *dinitial_state, *dA, *dD, *ddt_bias;
+};
+
 struct Kernels {
   const char* name;
   int width;
@@ -85,6 +106,8 @@ struct Kernels {
   void (*ssd_backward)(const Ssd&, const SsdGradients&);
   void (*conv)(const Conv&);
   void (*conv_backward)(const Conv&, const ConvGradients&);
+  void (*selective)(const Selective&);
+  void (*selective_backward)(const Selective&, const SelectiveGradients&);
   void (*norm)(const Norm&);
   void (*norm_backward)(const Norm&, const NormGradients&);
 };

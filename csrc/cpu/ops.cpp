@@ -66,6 +66,11 @@ Tokens make_tokens(int64_t batch, int64_t lists, int64_t cells, const OptionalTe
   return {batch, lists, seqlen, cells, integers(index), integers(seq_idx), integers(cu_seqlens), segments};
 }
 
+// Sums over the rows of each list, which share its parameters: (rows, ...) to (lists, ...).
+Tensor over_rows(const Tensor& sums, const Tokens& tokens) {
+  return sums.unflatten(0, {tokens.rows() / tokens.lists, tokens.lists}).sum(0);
+}
+
 Ssd make_ssd(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
              const OptionalTensor& D, const OptionalTensor& dt_bias, bool dt_softplus, double dt_min, double dt_max,
              const OptionalTensor& initial_state, const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens,
@@ -151,17 +156,13 @@ std::vector<Tensor> ssd_backward(const Tensor& dy, const OptionalTensor& dfinal_
   g.dD = dD.data_ptr<float>();
   g.ddt_bias = ddt_bias.data_ptr<float>();
   kernels()->ssd_backward(a, g);
-  // Rows of one list share parameters.
-  const auto over_rows = [&](const Tensor& t) {
-    return t.unflatten(0, {rows / a.tokens.lists, a.tokens.lists}).sum(0);
-  };
   return {dx,
           ddt,
-          over_rows(dA),
+          over_rows(dA, a.tokens),
           blocks == 1 ? dB[0] : dB.sum(0),
           blocks == 1 ? dC[0] : dC.sum(0),
-          D ? over_rows(dD) : at::empty({0}, x.options()),
-          dt_bias ? over_rows(ddt_bias) : at::empty({0}, x.options()),
+          D ? over_rows(dD, a.tokens) : at::empty({0}, x.options()),
+          dt_bias ? over_rows(ddt_bias, a.tokens) : at::empty({0}, x.options()),
           dinitial};
 }
 
@@ -226,11 +227,112 @@ std::vector<Tensor> conv_backward(const Tensor& dy, const OptionalTensor& dfinal
   g.dweight = dweight.data_ptr<float>();
   g.dbias = dbias.data_ptr<float>();
   kernels()->conv_backward(a, g);
-  const auto over_rows = [&](const Tensor& rows) {
-    return rows.unflatten(0, {t.rows() / t.lists, t.lists}).sum(0);
+  return {a.shared_input ? dx.sum(1) : dx, over_rows(dweight, t),
+          bias ? over_rows(dbias, t) : at::empty({0}, x.options()), dinitial};
+}
+
+Selective make_selective(const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                         const OptionalTensor& D, const OptionalTensor& dt_bias, bool dt_softplus, bool merge,
+                         const OptionalTensor& initial_state, const OptionalTensor& seq_idx,
+                         const OptionalTensor& cu_seqlens, const OptionalTensor& index) {
+  TORCH_CHECK_VALUE(u.dim() == 3 || u.dim() == 4, "u must have 3 or 4 axes, got ", u.dim());
+  TORCH_CHECK_VALUE(A.dim() == 3, "A must have 3 axes, got ", A.dim());
+  TORCH_CHECK_VALUE(B.dim() == 5, "B must have 5 axes, got ", B.dim());
+  const int64_t batch = u.size(0), lists = A.size(0), cells = u.size(-2), channels = A.size(1), d_state = A.size(2);
+  const int64_t ngroups = B.size(3);
+  TORCH_CHECK_VALUE(ngroups > 0 && channels % ngroups == 0, "channels ", channels, " must be a multiple of ngroups ",
+                    ngroups);
+  Selective a{};
+  a.tokens = make_tokens(batch, lists, cells, seq_idx, cu_seqlens, index);
+  a.channels = channels;
+  a.ngroups = ngroups;
+  a.d_state = d_state;
+  a.dt_softplus = dt_softplus;
+  a.shared_input = u.dim() == 3;
+  a.merged_output = merge;
+  if (a.shared_input)
+    check("u", u, {batch, cells, channels});
+  else
+    check("u", u, {batch, lists, cells, channels});
+  check("dt", dt, {batch, lists, cells, channels});
+  check("A", A, {lists, channels, d_state});
+  check("B", B, {batch, lists, cells, ngroups, d_state});
+  check("C", C, {batch, lists, cells, ngroups, d_state});
+  if (D) check("D", *D, {lists, channels});
+  if (dt_bias) check("dt_bias", *dt_bias, {lists, channels});
+  if (initial_state) check("initial_state", *initial_state, {a.tokens.rows(), channels, d_state});
+  a.u = u.const_data_ptr<float>();
+  a.dt = dt.const_data_ptr<float>();
+  a.A = A.const_data_ptr<float>();
+  a.B = B.const_data_ptr<float>();
+  a.C = C.const_data_ptr<float>();
+  a.D = data(D);
+  a.dt_bias = data(dt_bias);
+  a.initial_state = data(initial_state);
+  return a;
+}
+
+std::vector<int64_t> selective_output(const Selective& a) {
+  if (a.merged_output) return {a.tokens.batch, a.tokens.cells, a.channels};
+  return {a.tokens.batch, a.tokens.lists, a.tokens.cells, a.channels};
+}
+
+std::tuple<Tensor, Tensor> selective(const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B,
+                                     const Tensor& C, const OptionalTensor& D, const OptionalTensor& dt_bias,
+                                     bool dt_softplus, bool merge, const OptionalTensor& initial_state,
+                                     const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens,
+                                     const OptionalTensor& index) {
+  Selective a = make_selective(u, dt, A, B, C, D, dt_bias, dt_softplus, merge, initial_state, seq_idx, cu_seqlens,
+                               index);
+  Tensor y = at::zeros(selective_output(a), u.options());
+  Tensor final_state = at::empty({a.tokens.rows(), a.channels, a.d_state}, u.options());
+  a.y = y.data_ptr<float>();
+  a.final_state = final_state.data_ptr<float>();
+  kernels()->selective(a);
+  return {y, final_state};
+}
+
+// Gradients of u, dt, A, B, C, D, dt_bias and initial_state, in the shapes of these; empty where none is given.
+std::vector<Tensor> selective_backward(const Tensor& dy, const OptionalTensor& dfinal_state, const Tensor& u,
+                                       const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                                       const OptionalTensor& D, const OptionalTensor& dt_bias, bool dt_softplus,
+                                       bool merge, const OptionalTensor& initial_state, const OptionalTensor& seq_idx,
+                                       const OptionalTensor& cu_seqlens, const OptionalTensor& index) {
+  const Selective a = make_selective(u, dt, A, B, C, D, dt_bias, dt_softplus, merge, initial_state, seq_idx,
+                                     cu_seqlens, index);
+  check("dy", dy, selective_output(a));
+  const int64_t rows = a.tokens.rows();
+  if (dfinal_state) check("dfinal_state", *dfinal_state, {rows, a.channels, a.d_state});
+  const int64_t blocks = (a.channels / a.ngroups + kSelectiveBlock - 1) / kSelectiveBlock;
+  Tensor du = at::zeros_like(u), ddt = at::zeros_like(dt);
+  Tensor dB = at::zeros({blocks, B.size(0), B.size(1), B.size(2), B.size(3), B.size(4)}, B.options());
+  Tensor dC = at::zeros_like(dB);
+  Tensor dA = at::empty({rows, a.channels, a.d_state}, u.options());
+  Tensor dD = at::empty({rows, a.channels}, u.options()), ddt_bias = at::empty_like(dD);
+  Tensor dinitial = initial_state ? at::empty_like(*initial_state) : at::empty({0}, u.options());
+  SelectiveGradients g{};
+  g.dy = dy.const_data_ptr<float>();
+  g.dfinal_state = data(dfinal_state);
+  g.du = du.data_ptr<float>();
+  g.ddt = ddt.data_ptr<float>();
+  g.dB = dB.data_ptr<float>();
+  g.dC = dC.data_ptr<float>();
+  g.dinitial_state = initial_state ? dinitial.data_ptr<float>() : nullptr;
+  g.dA = dA.data_ptr<float>();
+  g.dD = dD.data_ptr<float>();
+  g.ddt_bias = ddt_bias.data_ptr<float>();
+  kernels()->selective_backward(a, g);
+  const auto optional = [&](const OptionalTensor& given, const Tensor& sums) {
+    return given ? over_rows(sums, a.tokens) : at::empty({0}, u.options());
   };
-  return {a.shared_input ? dx.sum(1) : dx, over_rows(dweight),
-          bias ? over_rows(dbias) : at::empty({0}, x.options()), dinitial};
+  return {du,
+          ddt,
+          over_rows(dA, a.tokens),
+          blocks == 1 ? dB[0] : dB.sum(0),
+          blocks == 1 ? dC[0] : dC.sum(0),
+          optional(D, dD),
+          optional(dt_bias, ddt_bias),
+          dinitial};
 }
 
 Norm make_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& z, double eps, int64_t group_size,
@@ -280,6 +382,9 @@ std::string instruction_set() {
 #define CONV_INPUTS                                                                              \
   "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? seq_idx, " \
   "Tensor? cu_seqlens, Tensor? index"
+#define SELECTIVE_INPUTS                                                                                  \
+  "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, "     \
+  "bool merge, Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, Tensor? index"
 #define NORM_INPUTS "Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate"
 
 TORCH_LIBRARY(vision_scan_cpu, m) {
@@ -287,6 +392,8 @@ TORCH_LIBRARY(vision_scan_cpu, m) {
   m.def("ssd_backward(Tensor dy, Tensor? dfinal_state, " SSD_INPUTS ") -> Tensor[]", &ssd_backward);
   m.def("conv(" CONV_INPUTS ") -> (Tensor, Tensor)", &conv);
   m.def("conv_backward(Tensor dy, Tensor? dfinal_state, " CONV_INPUTS ") -> Tensor[]", &conv_backward);
+  m.def("selective(" SELECTIVE_INPUTS ") -> (Tensor, Tensor)", &selective);
+  m.def("selective_backward(Tensor dy, Tensor? dfinal_state, " SELECTIVE_INPUTS ") -> Tensor[]", &selective_backward);
   m.def("norm(" NORM_INPUTS ") -> Tensor", &norm);
   m.def("norm_backward(Tensor dy, " NORM_INPUTS ") -> Tensor[]", &norm_backward);
   m.def("instruction_set() -> str", &instruction_set);

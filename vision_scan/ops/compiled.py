@@ -21,6 +21,8 @@ def take_over_all() -> None:
         MISSING_KERNELS["cpu"] = missing
         return
     for name, forward, backward in (
+        ("selective_scan", _selective, _selective_backward),
+        ("selective_scan_2d", _selective_2d, _selective_2d_backward),
         ("ssd", _ssd, _ssd_backward),
         ("ssd_2d", _ssd_2d, _ssd_2d_backward),
         ("causal_conv1d", _conv, _conv_backward),
@@ -66,6 +68,13 @@ def _like(value: Tensor, gradient: Tensor) -> Tensor:
     return target.copy_(gradient)
 
 
+def _through_gate(dy: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of y and z, given that of y SiLU(z)."""
+    z = z.float()
+    gate = torch.sigmoid(z)
+    return dy * z * gate, dy * y * gate * (1 + z * (1 - gate))
+
+
 def _ssd_arguments(
     x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens
 ) -> tuple:
@@ -104,9 +113,7 @@ def _ssd_backward(grads, *args) -> list[Tensor]:
     dy, dz = grads[0].float(), None
     if z is not None:
         ungated, _ = torch.ops.vision_scan_cpu.ssd(*arguments)
-        gate, z = torch.sigmoid(z.float()), z.float()
-        dz = dy * ungated[:, 0] * gate * (1 + z * (1 - gate))
-        dy = dy * z * gate
+        dy, dz = _through_gate(dy, ungated[:, 0], z)
     dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial = torch.ops.vision_scan_cpu.ssd_backward(
         dy.contiguous()[:, None], _plain(grads[1]), *arguments
     )
@@ -148,6 +155,77 @@ def _ssd_2d_backward(grads, *args) -> list[Tensor]:
     )
     dx = dx if x.dim() == 6 else dx.sum(1)
     return _wanted(inputs, {0: dx, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: ddt_bias}, needs)
+
+
+def _selective_arguments(
+    u, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, seq_idx, cu_seqlens
+) -> tuple:
+    """Sequences as grids of one list, channels last."""
+    u, dt = (_plain(t.transpose(1, 2))[:, None] for t in (u, dt))
+    B, C = (t[:, None] if t.dim() == 3 else t for t in (B, C))  # one group
+    B, C = (_plain(t.movedim(3, 1))[:, None] for t in (B, C))
+    A, D, dt_bias = (None if t is None else _plain(t)[None] for t in (A, D, dt_bias))
+    return (
+        u, dt, A, B, C, D, dt_bias, dt_softplus, False,
+        _plain(initial_state), _index(seq_idx), _index(cu_seqlens), None,
+    )  # fmt: skip
+
+
+def _selective(
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, cu_seqlens
+) -> tuple[Tensor, Tensor]:
+    y, state = torch.ops.vision_scan_cpu.selective(
+        *_selective_arguments(u, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, seq_idx, cu_seqlens)
+    )
+    y = y[:, 0].transpose(1, 2)
+    if z is not None:
+        y = y * torch.nn.functional.silu(z.float())
+    return y.to(u.dtype).contiguous(), state
+
+
+def _selective_backward(grads, *args) -> list[Tensor]:
+    *inputs, needs = args
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, cu_seqlens = inputs
+    arguments = _selective_arguments(
+        u, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, seq_idx, cu_seqlens
+    )
+    dy, dz = grads[0].float(), None
+    if z is not None:
+        ungated, _ = torch.ops.vision_scan_cpu.selective(*arguments)
+        dy, dz = _through_gate(dy, ungated[:, 0].transpose(1, 2), z)
+    du, ddt, dA, dB, dC, dD, ddt_bias, dinitial = torch.ops.vision_scan_cpu.selective_backward(
+        dy.transpose(1, 2).contiguous()[:, None], _plain(grads[1]), *arguments
+    )
+    du, ddt = (t[:, 0].transpose(1, 2) for t in (du, ddt))
+    dB, dC = (t[:, 0].movedim(1, 3) for t in (dB, dC))
+    found = {0: du, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: dz, 7: ddt_bias, 9: dinitial}
+    return _wanted(inputs, found, needs)
+
+
+def _selective_2d_arguments(u, dt, A, B, C, D, dt_bias, dt_softplus, index, merge) -> tuple:
+    u, dt, B, C = (
+        _plain(t).flatten(first, first + 1) for t, first in ((u, u.dim() - 3), (dt, 2), (B, 2), (C, 2))
+    )
+    A, D, dt_bias = (_plain(t) for t in (A, D, dt_bias))
+    return u, dt, A, B, C, D, dt_bias, dt_softplus, merge != "concat", None, None, None, _index(index)
+
+
+def _selective_2d(u, dt, A, B, C, D, dt_bias, dt_softplus, index, merge) -> Tensor:
+    y, _ = torch.ops.vision_scan_cpu.selective(
+        *_selective_2d_arguments(u, dt, A, B, C, D, dt_bias, dt_softplus, index, merge)
+    )
+    y = y / index.shape[0] if merge == "mean" else y
+    return y.unflatten(-2, u.shape[-3:-1]).to(u.dtype)
+
+
+def _selective_2d_backward(grads, *args) -> list[Tensor]:
+    *inputs, needs = args
+    index, merge = inputs[-2:]
+    dy = _plain(grads[0]).flatten(-3, -2)
+    du, ddt, dA, dB, dC, dD, ddt_bias, _ = torch.ops.vision_scan_cpu.selective_backward(
+        dy / index.shape[0] if merge == "mean" else dy, None, *_selective_2d_arguments(*inputs)
+    )
+    return _wanted(inputs, {0: du, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: ddt_bias}, needs)
 
 
 def _conv_arguments(x, weight, bias, activation, initial_state, seq_idx, cu_seqlens) -> tuple:

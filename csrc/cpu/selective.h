@@ -1,0 +1,331 @@
+// Mamba-1's selective scan, forward and backward: see vision_scan/ops/reference/selective_scan.py.
+//
+// A unit of work is an image (or a packed segment) and a block of channels of one group; it goes through the lists
+// of the image one after the other, so that their results are added up in place. The lanes of a vector are
+// channels; N is d_state where it is known at compile time, else 0.
+#include "rows.h"
+#include "simd.h"
+
+namespace vision_scan {
+namespace SIMD_NAME {
+
+constexpr int kSteps = 32;  // tokens whose states the backward pass holds at a time
+
+struct SelectiveUnit {
+  int64_t image, group, first, count, block;
+};
+
+inline int64_t selective_blocks(const Selective& a) {
+  return (a.channels / a.ngroups + kSelectiveBlock - 1) / kSelectiveBlock;
+}
+
+template <typename F>
+void for_each_selective_unit(const Selective& a, const F& f) {
+  const int64_t per_group = a.channels / a.ngroups, blocks = selective_blocks(a);
+  const int64_t images = a.tokens.cu_seqlens ? a.tokens.segments : a.tokens.batch;
+  at::parallel_for(0, images * a.ngroups * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t block = unit % blocks, group = unit / blocks % a.ngroups, first = block * kSelectiveBlock;
+      f(SelectiveUnit{unit / blocks / a.ngroups, group, group * per_group + first,
+                      std::min(kSelectiveBlock, per_group - first), block});
+    }
+  });
+}
+
+// One list of an image, and the addresses of its tokens.
+struct SelectiveList {
+  const Selective& a;
+  const int64_t number;
+  const Row row;
+
+  SelectiveList(const Selective& a, int64_t image, int64_t list)
+      : a(a), number(a.tokens.cu_seqlens ? image : image * a.tokens.lists + list), row(a.tokens, number) {}
+
+  int64_t input(int64_t place) const {
+    return a.shared_input ? (row.batch * a.tokens.cells + row.cells[place]) * a.channels : own(place);
+  }
+
+  int64_t output(int64_t place) const {
+    return a.merged_output ? (row.batch * a.tokens.cells + row.cells[place]) * a.channels : own(place);
+  }
+
+  int64_t own(int64_t place) const {
+    return row.offset(a.tokens, place, a.channels);
+  }
+
+  int64_t group_offset(int64_t place, int64_t group) const {
+    return row.offset(a.tokens, place, a.ngroups * a.d_state) + group * a.d_state;
+  }
+
+  // Of a parameter (lists, channels).
+  int64_t parameter(int64_t channel) const {
+    return row.list * a.channels + channel;
+  }
+
+  int64_t state(int64_t channel) const {
+    return (number * a.channels + channel) * a.d_state;
+  }
+};
+
+// log(1 + e^x)
+inline Vec softplus(Vec x) {
+  const Vec small = exp(-max(x, -x));
+  // log(1 + e) = 2 atanh(e / (2 + e)), whose series converges fast, as the argument is at most a third.
+  const Vec s = small / (splat(2.f) + small), q = s * s;
+  Vec series = splat(1.f / 17.f);
+  for (const float odd : {15.f, 13.f, 11.f, 9.f, 7.f, 5.f, 3.f, 1.f}) series = series * q + splat(1.f / odd);
+  return max(x, Vec{}) + splat(2.f) * s * series;
+}
+
+// A vector of channels of one list: its parameters and its state, (d_state) vectors.
+template <int N>
+struct SelectiveLanes {
+  const SelectiveList& list;
+  const Selective& a;
+  const int64_t channel, count, group;
+  const int n;
+  Vec bias, skip;
+  std::vector<Vec> A;
+
+  SelectiveLanes(const SelectiveList& list, int64_t channel, int64_t count, int64_t group)
+      : list(list), a(list.a), channel(channel), count(std::min<int64_t>(count, kWidth)), group(group),
+        n(N ? N : static_cast<int>(a.d_state)), bias{}, skip{}, A(n) {
+    if (a.dt_bias) bias = load_lanes(a.dt_bias + list.parameter(channel));
+    if (a.D) skip = load_lanes(a.D + list.parameter(channel));
+    gather(a.A + list.parameter(channel) * a.d_state, A.data());
+  }
+
+  Vec load_lanes(const float* p) const {
+    if (count == kWidth) return load(p);
+    Vec v{};
+    std::memcpy(&v, p, sizeof(float) * count);
+    return v;
+  }
+
+  void store_lanes(float* p, Vec v) const {
+    std::memcpy(p, &v, sizeof(float) * count);
+  }
+
+  // (channels, d_state) in memory to (d_state) vectors of channels, and back.
+  void gather(const float* from, Vec* to) const {
+    for (int i = 0; i < n; ++i) {
+      to[i] = Vec{};
+      for (int64_t lane = 0; lane < count; ++lane) to[i][lane] = from[lane * a.d_state + i];
+    }
+  }
+
+  void scatter(const Vec* from, float* to) const {
+    for (int i = 0; i < n; ++i)
+      for (int64_t lane = 0; lane < count; ++lane) to[lane * a.d_state + i] = from[i][lane];
+  }
+
+  Vec raw_step(int64_t place) const {
+    return load_lanes(a.dt + list.own(place) + channel) + bias;
+  }
+
+  Vec step(Vec raw) const {
+    return a.dt_softplus ? softplus(raw) : raw;
+  }
+
+  Vec input(int64_t place) const {
+    return load_lanes(a.u + list.input(place) + channel);
+  }
+
+  const float* B(int64_t place) const {
+    return a.B + list.group_offset(place, group);
+  }
+
+  const float* C(int64_t place) const {
+    return a.C + list.group_offset(place, group);
+  }
+};
+
+template <int N>
+void scan_lanes(const SelectiveList& list, const SelectiveUnit& unit, int64_t channel) {
+  const Selective& a = list.a;
+  const SelectiveLanes<N> lanes(list, channel, unit.first + unit.count - channel, unit.group);
+  const int n = N ? N : lanes.n;
+  std::vector<Vec> memory(N ? 0 : n);
+  Vec fixed[N ? N : 1];
+  Vec* h = N ? fixed : memory.data();
+  for (int i = 0; i < n; ++i) h[i] = Vec{};
+  if (a.initial_state) lanes.gather(a.initial_state + list.state(channel), h);
+  for (const Segment& segment : list.row.segments) {
+    if (segment.begin > 0)
+      for (int i = 0; i < n; ++i) h[i] = Vec{};
+    for (int64_t place = segment.begin; place < segment.end; ++place) {
+      const Vec u = lanes.input(place), step = lanes.step(lanes.raw_step(place)), inflow = step * u;
+      const float *B = lanes.B(place), *C = lanes.C(place);
+      Vec y = lanes.skip * u;
+      for (int i = 0; i < n; ++i) {
+        h[i] = exp(step * lanes.A[i]) * h[i] + inflow * splat(B[i]);
+        y += h[i] * splat(C[i]);
+      }
+      float* out = a.y + list.output(place) + channel;
+      lanes.store_lanes(out, a.merged_output ? lanes.load_lanes(out) + y : y);
+    }
+  }
+  lanes.scatter(h, a.final_state + list.state(channel));
+}
+
+// Calls f.template run<N>() with the d_state that is compiled for, or 0.
+template <typename F>
+void with_d_state(int64_t d_state, const F& f) {
+  switch (d_state) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 4: return f(std::integral_constant<int, 4>());
+    case 8: return f(std::integral_constant<int, 8>());
+    case 16: return f(std::integral_constant<int, 16>());
+    default: return f(std::integral_constant<int, 0>());
+  }
+}
+
+void selective(const Selective& a) {
+  with_d_state(a.d_state, [&](auto n) {
+    for_each_selective_unit(a, [&](const SelectiveUnit& unit) {
+      for (int64_t k = 0; k < a.tokens.lists; ++k) {
+        const SelectiveList list(a, unit.image, k);
+        for (int64_t channel = unit.first; channel < unit.first + unit.count; channel += kWidth)
+          scan_lanes<decltype(n)::value>(list, unit, channel);
+      }
+    });
+  });
+}
+
+// Backward through one list: forward over the row to keep the state at the entry of every chunk, then back through
+// the chunks, each run forward once more with all its states kept.
+template <int N>
+class SelectiveBackward {
+ public:
+  SelectiveBackward(const SelectiveList& list, const SelectiveGradients& g, const SelectiveUnit& unit)
+      : list(list), a(list.a), g(g), unit(unit), n(N ? N : static_cast<int>(a.d_state)),
+        vectors(static_cast<int>((unit.count + kWidth - 1) / kWidth)), states((kSteps + 1) * n), decays(kSteps * n),
+        dB(kSteps * n), dC(kSteps * n), dh(vectors * n), dA(vectors * n), dD(vectors), ddt_bias(vectors) {
+    for (int v = 0; v < vectors; ++v)
+      lanes.emplace_back(list, unit.first + v * kWidth, unit.count - v * kWidth, unit.group);
+  }
+
+  void run() {
+    for (int v = 0; v < vectors; ++v)
+      if (g.dfinal_state) lanes[v].gather(g.dfinal_state + list.state(lanes[v].channel), &dh[v * n]);
+    const auto& segments = list.row.segments;
+    for (auto segment = segments.rbegin(); segment != segments.rend(); ++segment) {
+      const bool is_first = segment->begin == 0;
+      keep_entries(*segment, is_first);
+      const int64_t chunks = (segment->end - segment->begin + kSteps - 1) / kSteps;
+      for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+        const int64_t begin = segment->begin + chunk * kSteps;
+        back(begin, static_cast<int>(std::min<int64_t>(kSteps, segment->end - begin)), chunk);
+      }
+      if (!is_first) std::fill(dh.begin(), dh.end(), Vec{});
+    }
+    finish();
+  }
+
+ private:
+  void advance(const SelectiveLanes<N>& lane, int64_t place, const Vec* from, Vec* to, Vec* decay) const {
+    const Vec step = lane.step(lane.raw_step(place)), inflow = step * lane.input(place);
+    const float* B = lane.B(place);
+    for (int i = 0; i < (N ? N : n); ++i) {
+      decay[i] = exp(step * lane.A[i]);
+      to[i] = decay[i] * from[i] + inflow * splat(B[i]);
+    }
+  }
+
+  void keep_entries(const Segment& segment, bool is_first) {
+    const int64_t chunks = (segment.end - segment.begin + kSteps - 1) / kSteps;
+    entries.assign(chunks * vectors * n, Vec{});
+    if (chunks == 0) return;
+    std::vector<Vec> h(n), scratch(n);
+    for (int v = 0; v < vectors; ++v) {
+      std::fill(h.begin(), h.end(), Vec{});
+      if (is_first && a.initial_state) lanes[v].gather(a.initial_state + list.state(lanes[v].channel), h.data());
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        std::copy(h.begin(), h.end(), &entries[(chunk * vectors + v) * n]);
+        if (chunk + 1 == chunks) break;
+        for (int step = 0; step < kSteps; ++step)
+          advance(lanes[v], segment.begin + chunk * kSteps + step, h.data(), h.data(), scratch.data());
+      }
+    }
+  }
+
+  void back(int64_t begin, int len, int64_t chunk) {
+    std::fill(dB.begin(), dB.end(), Vec{});
+    std::fill(dC.begin(), dC.end(), Vec{});
+    for (int v = 0; v < vectors; ++v) {
+      std::copy_n(&entries[(chunk * vectors + v) * n], n, states.begin());
+      for (int t = 0; t < len; ++t)
+        advance(lanes[v], begin + t, &states[t * n], &states[(t + 1) * n], &decays[t * n]);
+      for (int t = len - 1; t >= 0; --t) back_token(v, begin + t, t);
+    }
+    const int64_t size = a.tokens.batch * a.tokens.lists * a.tokens.cells * a.ngroups * a.d_state;
+    for (int t = 0; t < len; ++t) {
+      const int64_t at = unit.block * size + list.group_offset(begin + t, unit.group);
+      for (int i = 0; i < n; ++i) {
+        g.dB[at + i] = sum(dB[t * n + i]);
+        g.dC[at + i] = sum(dC[t * n + i]);
+      }
+    }
+  }
+
+  void back_token(int v, int64_t place, int t) {
+    const SelectiveLanes<N>& lane = lanes[v];
+    const Vec dy = lane.load_lanes(g.dy + list.output(place) + lane.channel);
+    const Vec u = lane.input(place), raw = lane.raw_step(place), step = lane.step(raw), inflow = step * u;
+    const float *B = lane.B(place), *C = lane.C(place);
+    Vec dinflow{}, dstep{};
+    for (int i = 0; i < (N ? N : n); ++i) {
+      const Vec decay = decays[t * n + i], before = states[t * n + i];
+      Vec& d = dh[v * n + i];
+      d += dy * splat(C[i]);
+      dC[t * n + i] += dy * states[(t + 1) * n + i];
+      dB[t * n + i] += d * inflow;
+      dinflow += d * splat(B[i]);
+      const Vec dlog = d * decay * before;
+      dstep += dlog * lane.A[i];
+      dA[v * n + i] += dlog * step;
+      d = d * decay;
+    }
+    dD[v] += dy * u;
+    dstep += dinflow * u;
+    if (a.dt_softplus) dstep = dstep * sigmoid(raw);
+    ddt_bias[v] += dstep;
+    lane.store_lanes(g.ddt + list.own(place) + lane.channel, dstep);
+    float* du = g.du + list.input(place) + lane.channel;
+    const Vec own = dinflow * step + lane.skip * dy;
+    lane.store_lanes(du, a.shared_input ? lane.load_lanes(du) + own : own);
+  }
+
+  void finish() {
+    for (int v = 0; v < vectors; ++v) {
+      const SelectiveLanes<N>& lane = lanes[v];
+      const int64_t at = list.number * a.channels + lane.channel;
+      if (g.dinitial_state) lane.scatter(&dh[v * n], g.dinitial_state + at * a.d_state);
+      lane.scatter(&dA[v * n], g.dA + at * a.d_state);
+      lane.store_lanes(g.dD + at, dD[v]);
+      lane.store_lanes(g.ddt_bias + at, ddt_bias[v]);
+    }
+  }
+
+  const SelectiveList& list;
+  const Selective& a;
+  const SelectiveGradients& g;
+  const SelectiveUnit& unit;
+  const int n, vectors;
+  std::vector<SelectiveLanes<N>> lanes;
+  std::vector<Vec> states, decays, dB, dC, dh, dA, dD, ddt_bias, entries;
+};
+
+void selective_backward(const Selective& a, const SelectiveGradients& g) {
+  with_d_state(a.d_state, [&](auto n) {
+    for_each_selective_unit(a, [&](const SelectiveUnit& unit) {
+      for (int64_t k = 0; k < a.tokens.lists; ++k) {
+        const SelectiveList list(a, unit.image, k);
+        SelectiveBackward<decltype(n)::value>(list, g, unit).run();
+      }
+    });
+  });
+}
+
+}  // namespace SIMD_NAME
+}  // namespace vision_scan

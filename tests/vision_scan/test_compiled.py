@@ -1,0 +1,178 @@
+"""The CPU kernels of csrc/cpu. The tests of every operator run through them too, where they serve."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vision_scan
+from vision_scan.ops import compiled, register
+from vision_scan.ops.reference.ssd import ssd_recurrent
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ("selective_scan", "selective_scan_2d", "ssd", "ssd_2d", "causal_conv1d", "causal_conv1d_2d", "gated_rmsnorm")
+built = pytest.mark.skipif(bool(register.MISSING_KERNELS), reason=str(register.MISSING_KERNELS))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="built on Linux")
+def test_kernels_are_there():
+    """Else everything below, and every speed, would be that of the reference without a word."""
+    asked_for = os.environ.get("VISION_SCAN_REFERENCE") != "1"
+    capable = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    report = vision_scan.backend_report()
+    assert {report[name]["cpu"] for name in KERNELS} == {"compiled" if asked_for and capable else "reference"}
+
+
+def ssd_sample(nheads: int, ngroups: int, headdim: int, d_state: int, seqlen: int, batch: int = 2) -> dict:
+    generator = torch.Generator().manual_seed(nheads * seqlen)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator)
+
+    return {
+        "x": draw(batch, seqlen, nheads, headdim),
+        "dt": draw(batch, seqlen, nheads),
+        "A": -draw(nheads).abs(),
+        "B": draw(batch, seqlen, ngroups, d_state),
+        "C": draw(batch, seqlen, ngroups, d_state),
+        "D": draw(nheads, headdim),
+        "z": draw(batch, seqlen, nheads, headdim),
+        "dt_bias": draw(nheads),
+        "initial_state": draw(batch, nheads, headdim, d_state),
+    }
+
+
+def run_ssd(sample: dict, cotangents: list[torch.Tensor], **options) -> list[torch.Tensor]:
+    """Outputs, then gradients."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in sample.items()}
+    outputs = vision_scan.ssd(**leaves, dt_softplus=True, return_final_state=True, **options)
+    return [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), cotangents)]
+
+
+@built
+@pytest.mark.parametrize(
+    ("nheads", "ngroups", "headdim", "d_state", "seqlen"),
+    [
+        (10, 1, 33, 17, 200),  # three blocks of heads, nothing a whole vector, four chunks
+        (4, 2, 64, 128, 64),  # everything whole, one chunk
+        (6, 3, 8, 4, 1),
+        (5, 1, 16, 256, 131),
+    ],
+)
+def test_ssd_of_any_size_is_the_recurrence(nheads, ngroups, headdim, d_state, seqlen):
+    sample = ssd_sample(nheads, ngroups, headdim, d_state, seqlen)
+    before = dict(register.FALLBACKS)
+    with torch.no_grad():
+        cotangents = [torch.randn_like(t) for t in (sample["x"], sample["initial_state"])]
+    found = run_ssd(sample, cotangents)
+    assert before == register.FALLBACKS  # no call went to the reference
+    leaves = {name: tensor.double().requires_grad_() for name, tensor in sample.items()}
+    order = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+    outputs = ssd_recurrent(
+        *(leaves[name] for name in order), True, 0.0, float("inf"), leaves["initial_state"], None
+    )
+    grads = torch.autograd.grad(outputs, list(leaves.values()), [c.double() for c in cotangents])
+    for name, actual, expected in zip(["y", "state", *sample], found, [*outputs, *grads], strict=True):
+        error = (actual - expected).norm() / expected.norm()
+        assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+@built
+def test_bits_do_not_depend_on_the_number_of_threads():
+    sample = ssd_sample(10, 1, 33, 17, 200)
+    cotangents = [torch.randn_like(t) for t in (sample["x"], sample["initial_state"])]
+    x, z, weight = torch.randn(3, 500, 96), torch.randn(3, 500, 96), torch.randn(96)
+    taps, bias = torch.randn(96, 4), torch.randn(96)
+
+    def everything() -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, z, weight, taps, bias)]
+        y = vision_scan.gated_rmsnorm(leaves[0], leaves[2], leaves[1], group_size=48)
+        y = vision_scan.causal_conv1d(y.transpose(1, 2), leaves[3], leaves[4], "silu")
+        return [*run_ssd(sample, cotangents), y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = everything()
+        torch.set_num_threads(2)
+        together = everything()
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(alone, together, strict=True):
+        assert torch.equal(one, two)
+
+
+@built
+@torch.no_grad()
+def test_what_a_kernel_does_not_serve_goes_to_the_reference_and_is_counted():
+    x, weight = torch.randn(2, 3, 8, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
+    before = vision_scan.backend_report()["gated_rmsnorm"]["fallbacks"]
+    y = vision_scan.gated_rmsnorm(x, weight)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (8,), weight, 1e-5))
+    assert vision_scan.backend_report()["gated_rmsnorm"]["fallbacks"] == before + 1
+    vision_scan.gated_rmsnorm(x.float(), weight.float())
+    assert vision_scan.backend_report()["gated_rmsnorm"]["fallbacks"] == before + 1
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    x, z, weight = (torch.randn(4, 64).to(dtype) for _ in range(3))
+    found = vision_scan.gated_rmsnorm(x, weight[0], z)
+    expected = vision_scan.gated_rmsnorm(x.float(), weight[0].float(), z.float()).to(dtype)
+    assert torch.equal(found, expected)
+
+
+@built
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"x": torch.randn(1, 2, 4, 4)}, "x must have 5 axes, got 4"),
+        ({"A": torch.randn(1, 3)}, r"A must have shape \[1, 2\], got \[1, 3\]"),
+        ({"dt": torch.randn(1, 1, 5, 2).double()}, "dt must be Float, got Double"),
+        ({"C": torch.randn(1, 1, 3, 1, 5).transpose(2, 4)}, "C must be contiguous"),
+        ({"index": torch.tensor([[0, 1, 2, 3, 5]])}, "index must be below 5"),
+        ({"cu_seqlens": torch.tensor([0, 3, 2, 5])}, "cu_seqlens must rise from 0 to seqlen 5"),
+    ],
+)
+def test_no_pointer_is_touched_before_everything_is_checked(change, told):
+    arguments = {
+        "x": torch.randn(1, 1, 5, 2, 4),
+        "dt": torch.randn(1, 1, 5, 2),
+        "A": torch.randn(1, 2),
+        "B": torch.randn(1, 1, 5, 1, 3),
+        "C": torch.randn(1, 1, 5, 1, 3),
+        **dict.fromkeys(("D", "dt_bias", "initial_state", "seq_idx", "cu_seqlens", "index")),
+    }
+    options = {"dt_softplus": True, "dt_min": 0.0, "dt_max": 1.0}
+    torch.ops.vision_scan_cpu.ssd(**arguments, **options)
+    with pytest.raises(ValueError, match=told):
+        torch.ops.vision_scan_cpu.ssd(**{**arguments, **change}, **options)
+
+
+@built
+def test_avx2_is_as_right_as_avx512():
+    """A machine without AVX-512 runs other code: its tests run here in a process that may not use it."""
+    script = "import torch, sys, vision_scan; sys.exit(torch.ops.vision_scan_cpu.instruction_set() != 'avx2')"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, check=True)
+    tests = ["test_compiled.py", "test_reference.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not avx2"]
+    command += [f"tests/vision_scan/{name}" for name in tests]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_reference_can_be_asked_for(monkeypatch):
+    script = "import vision_scan; print(vision_scan.backend_report()['ssd'])"
+    environment = {**os.environ, "VISION_SCAN_REFERENCE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "'cpu': 'reference'" in done.stdout and "VISION_SCAN_REFERENCE=1" in done.stdout
+    monkeypatch.setenv("VISION_SCAN_REFERENCE", "1")
+    assert "asks for the reference" in compiled._why_missing()
