@@ -160,7 +160,7 @@ def describe_plan(loop: Loop, rows: Rows) -> Iterator[str]:
         taken = config.init.path is not None and part in config.init.parts
         origin = f", from {config.init.path}" if taken else ""
         yield f"  {part:<16}{count:>14,} parameters, {fate}{origin}"
-    yield f"optimizer: AdamW, learning rate {optim.lr:g} falling to {optim.min_lr_ratio:.0%} of it"
+    yield f"optimizer: {optim.kind}, learning rate {optim.lr:g} falling to {optim.min_lr_ratio:.0%} of it"
     yield from describe_groups(engine.optimizer)
     yield f"data: {rows.path}, {len(rows.rows):,} rows, images checked: {config.data.check}"
     if rows.bad:

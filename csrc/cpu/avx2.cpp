@@ -13,12 +13,14 @@
 #include "conv.h"
 #include "norm.h"
 #include "selective.h"
+#include "update.h"
 
 namespace vision_scan {
 const Kernels kAvx2Kernels = {
     "avx2", avx2::kWidth,
     avx2::ssd, avx2::ssd_backward,
     avx2::conv, avx2::conv_backward,
+    avx2::ssd_update, avx2::conv_update,
     avx2::selective, avx2::selective_backward,
     avx2::norm, avx2::norm_backward,
 };

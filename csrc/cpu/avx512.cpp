@@ -13,12 +13,14 @@
 #include "conv.h"
 #include "norm.h"
 #include "selective.h"
+#include "update.h"
 
 namespace vision_scan {
 const Kernels kAvx512Kernels = {
     "avx512", avx512::kWidth,
     avx512::ssd, avx512::ssd_backward,
     avx512::conv, avx512::conv_backward,
+    avx512::ssd_update, avx512::conv_update,
     avx512::selective, avx512::selective_backward,
     avx512::norm, avx512::norm_backward,
 };

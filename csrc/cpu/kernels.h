@@ -99,6 +99,31 @@ struct SelectiveGradients {
   float *du, *ddt, *dB, *dC, *dinitial_state, *dA, *dD, *ddt_bias;
 };
 
+// A few tokens for some of the slots of a state that is kept.
+struct Update {
+  int64_t rows, seqlen;
+  const int64_t* slots;    // (rows), below 0: the row is skipped; or null: row i has slot i
+  const int64_t* seq_idx;  // (rows, seqlen), or null
+};
+
+struct SsdUpdate {
+  Update update;
+  int64_t nheads, headdim, ngroups, d_state, skip_dims;
+  bool dt_softplus;
+  float dt_min, dt_max;
+  // x, z (rows, seqlen, nheads, headdim), dt (rows, seqlen, nheads), B, C (rows, seqlen, ngroups, d_state).
+  const float *x, *dt, *A, *B, *C, *D, *z, *dt_bias;
+  float *state, *y;  // state (slots, nheads, headdim, d_state); y starts as zeros
+};
+
+struct ConvUpdate {
+  Update update;
+  int64_t channels, width;
+  bool silu;
+  const float *x, *weight, *bias;  // x (rows, channels, seqlen), weight (channels, width)
+  float *state, *y;                // state (slots, channels, width - 1); y starts as zeros
+};
+
 struct Kernels {
   const char* name;
   int width;
@@ -106,6 +131,8 @@ struct Kernels {
   void (*ssd_backward)(const Ssd&, const SsdGradients&);
   void (*conv)(const Conv&);
   void (*conv_backward)(const Conv&, const ConvGradients&);
+  void (*ssd_update)(const SsdUpdate&);
+  void (*conv_update)(const ConvUpdate&);
   void (*selective)(const Selective&);
   void (*selective_backward)(const Selective&, const SelectiveGradients&);
   void (*norm)(const Norm&);

@@ -369,6 +369,80 @@ std::vector<Tensor> norm_backward(const Tensor& dy, const Tensor& x, const Tenso
   return {dx, dweight.sum(0), dz};
 }
 
+Update make_update(int64_t num_slots, int64_t rows, int64_t seqlen, const OptionalTensor& slots,
+                   const OptionalTensor& seq_idx) {
+  if (seq_idx) check("seq_idx", *seq_idx, {rows, seqlen}, at::kLong);
+  if (slots) {
+    check("slots", *slots, {rows}, at::kLong);
+    TORCH_CHECK_VALUE(rows == 0 || slots->max().item<int64_t>() < num_slots, "slots must be below ", num_slots,
+                      ", got ", slots->max());
+  } else {
+    TORCH_CHECK_VALUE(rows == num_slots, "without slots there is a row for each of ", num_slots, " states, got ", rows);
+  }
+  return {rows, seqlen, integers(slots), integers(seq_idx)};
+}
+
+Tensor ssd_update(Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                  const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias, bool dt_softplus,
+                  double dt_min, double dt_max, const OptionalTensor& seq_idx, const OptionalTensor& slots) {
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must have 4 axes, got ", x.dim());
+  TORCH_CHECK_VALUE(B.dim() == 4, "B must have 4 axes, got ", B.dim());
+  TORCH_CHECK_VALUE(state.dim() == 4, "state must have 4 axes, got ", state.dim());
+  const int64_t rows = x.size(0), seqlen = x.size(1), nheads = x.size(2), headdim = x.size(3);
+  const int64_t ngroups = B.size(2), d_state = B.size(3);
+  TORCH_CHECK_VALUE(ngroups > 0 && nheads % ngroups == 0, "nheads ", nheads, " must be a multiple of ngroups ", ngroups);
+  check("state", state, {state.size(0), nheads, headdim, d_state});
+  check("x", x, {rows, seqlen, nheads, headdim});
+  check("dt", dt, {rows, seqlen, nheads});
+  check("A", A, {nheads});
+  check("B", B, {rows, seqlen, ngroups, d_state});
+  check("C", C, {rows, seqlen, ngroups, d_state});
+  if (D && D->dim() == 1) check("D", *D, {nheads});
+  if (D && D->dim() != 1) check("D", *D, {nheads, headdim});
+  if (z) check("z", *z, {rows, seqlen, nheads, headdim});
+  if (dt_bias) check("dt_bias", *dt_bias, {nheads});
+  SsdUpdate a{};
+  a.update = make_update(state.size(0), rows, seqlen, slots, seq_idx);
+  a.nheads = nheads;
+  a.headdim = headdim;
+  a.ngroups = ngroups;
+  a.d_state = d_state;
+  a.skip_dims = D ? D->dim() : 0;
+  a.dt_softplus = dt_softplus;
+  a.dt_min = static_cast<float>(dt_min);
+  a.dt_max = static_cast<float>(dt_max);
+  a.x = x.const_data_ptr<float>();
+  a.dt = dt.const_data_ptr<float>();
+  a.A = A.const_data_ptr<float>();
+  a.B = B.const_data_ptr<float>();
+  a.C = C.const_data_ptr<float>();
+  a.D = data(D);
+  a.z = data(z);
+  a.dt_bias = data(dt_bias);
+  Tensor y = at::zeros_like(x);
+  a.state = state.data_ptr<float>();
+  a.y = y.data_ptr<float>();
+  kernels()->ssd_update(a);
+  return y;
+}
+
+Tensor conv_update(Tensor& state, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool silu,
+                   const OptionalTensor& seq_idx, const OptionalTensor& slots) {
+  TORCH_CHECK_VALUE(x.dim() == 3, "x must have 3 axes, got ", x.dim());
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must have 2 axes, got ", weight.dim());
+  TORCH_CHECK_VALUE(state.dim() == 3, "state must have 3 axes, got ", state.dim());
+  const int64_t rows = x.size(0), channels = x.size(1), seqlen = x.size(2), width = weight.size(1);
+  check("state", state, {state.size(0), channels, width - 1});
+  check("x", x, {rows, channels, seqlen});
+  check("weight", weight, {channels, width});
+  if (bias) check("bias", *bias, {channels});
+  Tensor y = at::zeros_like(x);
+  kernels()->conv_update({make_update(state.size(0), rows, seqlen, slots, seq_idx), channels, width, silu,
+                          x.const_data_ptr<float>(), weight.const_data_ptr<float>(), data(bias),
+                          state.data_ptr<float>(), y.data_ptr<float>()});
+  return y;
+}
+
 // "avx512", "avx2", or "" if this machine has neither.
 std::string instruction_set() {
   return kernels() ? kernels()->name : "";
@@ -392,6 +466,14 @@ TORCH_LIBRARY(vision_scan_cpu, m) {
   m.def("ssd_backward(Tensor dy, Tensor? dfinal_state, " SSD_INPUTS ") -> Tensor[]", &ssd_backward);
   m.def("conv(" CONV_INPUTS ") -> (Tensor, Tensor)", &conv);
   m.def("conv_backward(Tensor dy, Tensor? dfinal_state, " CONV_INPUTS ") -> Tensor[]", &conv_backward);
+  m.def(
+      "ssd_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max, Tensor? seq_idx, Tensor? slots) -> Tensor",
+      &ssd_update);
+  m.def(
+      "conv_update(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? seq_idx, "
+      "Tensor? slots) -> Tensor",
+      &conv_update);
   m.def("selective(" SELECTIVE_INPUTS ") -> (Tensor, Tensor)", &selective);
   m.def("selective_backward(Tensor dy, Tensor? dfinal_state, " SELECTIVE_INPUTS ") -> Tensor[]", &selective_backward);
   m.def("norm(" NORM_INPUTS ") -> Tensor", &norm);

@@ -85,14 +85,14 @@ struct SelectiveLanes {
   const int64_t channel, count, group;
   const int n;
   Vec bias, skip;
-  std::vector<Vec> A;
+  VecArray A;
 
   SelectiveLanes(const SelectiveList& list, int64_t channel, int64_t count, int64_t group)
       : list(list), a(list.a), channel(channel), count(std::min<int64_t>(count, kWidth)), group(group),
         n(N ? N : static_cast<int>(a.d_state)), bias{}, skip{}, A(n) {
     if (a.dt_bias) bias = load_lanes(a.dt_bias + list.parameter(channel));
     if (a.D) skip = load_lanes(a.D + list.parameter(channel));
-    gather(a.A + list.parameter(channel) * a.d_state, A.data());
+    gather(a.A + list.parameter(channel) * a.d_state, A.at(0));
   }
 
   Vec load_lanes(const float* p) const {
@@ -145,9 +145,9 @@ void scan_lanes(const SelectiveList& list, const SelectiveUnit& unit, int64_t ch
   const Selective& a = list.a;
   const SelectiveLanes<N> lanes(list, channel, unit.first + unit.count - channel, unit.group);
   const int n = N ? N : lanes.n;
-  std::vector<Vec> memory(N ? 0 : n);
+  VecArray memory(N ? 0 : n);
   Vec fixed[N ? N : 1];
-  Vec* h = N ? fixed : memory.data();
+  Vec* h = N ? fixed : memory.at(0);
   for (int i = 0; i < n; ++i) h[i] = Vec{};
   if (a.initial_state) lanes.gather(a.initial_state + list.state(channel), h);
   for (const Segment& segment : list.row.segments) {
@@ -207,7 +207,7 @@ class SelectiveBackward {
 
   void run() {
     for (int v = 0; v < vectors; ++v)
-      if (g.dfinal_state) lanes[v].gather(g.dfinal_state + list.state(lanes[v].channel), &dh[v * n]);
+      if (g.dfinal_state) lanes[v].gather(g.dfinal_state + list.state(lanes[v].channel), dh.at(v * n));
     const auto& segments = list.row.segments;
     for (auto segment = segments.rbegin(); segment != segments.rend(); ++segment) {
       const bool is_first = segment->begin == 0;
@@ -217,7 +217,7 @@ class SelectiveBackward {
         const int64_t begin = segment->begin + chunk * kSteps;
         back(begin, static_cast<int>(std::min<int64_t>(kSteps, segment->end - begin)), chunk);
       }
-      if (!is_first) std::fill(dh.begin(), dh.end(), Vec{});
+      if (!is_first) dh.clear();
     }
     finish();
   }
@@ -234,28 +234,28 @@ class SelectiveBackward {
 
   void keep_entries(const Segment& segment, bool is_first) {
     const int64_t chunks = (segment.end - segment.begin + kSteps - 1) / kSteps;
-    entries.assign(chunks * vectors * n, Vec{});
+    entries.assign(chunks * vectors * n);
     if (chunks == 0) return;
-    std::vector<Vec> h(n), scratch(n);
+    VecArray h(n), scratch(n);
     for (int v = 0; v < vectors; ++v) {
-      std::fill(h.begin(), h.end(), Vec{});
-      if (is_first && a.initial_state) lanes[v].gather(a.initial_state + list.state(lanes[v].channel), h.data());
+      h.clear();
+      if (is_first && a.initial_state) lanes[v].gather(a.initial_state + list.state(lanes[v].channel), h.at(0));
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        std::copy(h.begin(), h.end(), &entries[(chunk * vectors + v) * n]);
+        std::memcpy(entries.at((chunk * vectors + v) * n), h.at(0), sizeof(Vec) * n);
         if (chunk + 1 == chunks) break;
         for (int step = 0; step < kSteps; ++step)
-          advance(lanes[v], segment.begin + chunk * kSteps + step, h.data(), h.data(), scratch.data());
+          advance(lanes[v], segment.begin + chunk * kSteps + step, h.at(0), h.at(0), scratch.at(0));
       }
     }
   }
 
   void back(int64_t begin, int len, int64_t chunk) {
-    std::fill(dB.begin(), dB.end(), Vec{});
-    std::fill(dC.begin(), dC.end(), Vec{});
+    dB.clear();
+    dC.clear();
     for (int v = 0; v < vectors; ++v) {
-      std::copy_n(&entries[(chunk * vectors + v) * n], n, states.begin());
+      std::memcpy(states.at(0), entries.at((chunk * vectors + v) * n), sizeof(Vec) * n);
       for (int t = 0; t < len; ++t)
-        advance(lanes[v], begin + t, &states[t * n], &states[(t + 1) * n], &decays[t * n]);
+        advance(lanes[v], begin + t, states.at(t * n), states.at((t + 1) * n), decays.at(t * n));
       for (int t = len - 1; t >= 0; --t) back_token(v, begin + t, t);
     }
     const int64_t size = a.tokens.batch * a.tokens.lists * a.tokens.cells * a.ngroups * a.d_state;
@@ -300,8 +300,8 @@ class SelectiveBackward {
     for (int v = 0; v < vectors; ++v) {
       const SelectiveLanes<N>& lane = lanes[v];
       const int64_t at = list.number * a.channels + lane.channel;
-      if (g.dinitial_state) lane.scatter(&dh[v * n], g.dinitial_state + at * a.d_state);
-      lane.scatter(&dA[v * n], g.dA + at * a.d_state);
+      if (g.dinitial_state) lane.scatter(dh.at(v * n), g.dinitial_state + at * a.d_state);
+      lane.scatter(dA.at(v * n), g.dA + at * a.d_state);
       lane.store_lanes(g.dD + at, dD[v]);
       lane.store_lanes(g.ddt_bias + at, ddt_bias[v]);
     }
@@ -313,7 +313,7 @@ class SelectiveBackward {
   const SelectiveUnit& unit;
   const int n, vectors;
   std::vector<SelectiveLanes<N>> lanes;
-  std::vector<Vec> states, decays, dB, dC, dh, dA, dD, ddt_bias, entries;
+  VecArray states, decays, dB, dC, dh, dA, dD, ddt_bias, entries;
 };
 
 void selective_backward(const Selective& a, const SelectiveGradients& g) {

@@ -2,10 +2,7 @@
 // compiler's vector types, and compiled once for each instruction set (see kernels.h).
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
+#include "parallel.h"
 
 namespace vision_scan {
 namespace SIMD_NAME {
@@ -117,6 +114,40 @@ inline void transpose(int rows, int cols, const float* in, int64_t in_row, float
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < cols; ++j) out[j * out_row + i] = in[i * in_row + j];
 }
+
+// Vectors on the heap. Not std::vector<Vec>: a template argument loses the attributes of its type, and with them
+// the permission to stand at any address.
+class VecArray {
+ public:
+  explicit VecArray(int64_t count = 0) : floats_(count * kWidth) {}
+
+  Vec* at(int64_t i) {
+    return reinterpret_cast<Vec*>(floats_.data()) + i;
+  }
+
+  const Vec* at(int64_t i) const {
+    return reinterpret_cast<const Vec*>(floats_.data()) + i;
+  }
+
+  Vec& operator[](int64_t i) {
+    return *at(i);
+  }
+
+  const Vec& operator[](int64_t i) const {
+    return *at(i);
+  }
+
+  void clear() {
+    std::fill(floats_.begin(), floats_.end(), 0.f);
+  }
+
+  void assign(int64_t count) {
+    floats_.assign(count * kWidth, 0.f);
+  }
+
+ private:
+  std::vector<float> floats_;
+};
 
 inline int padded(int n) {
   return (n + kWidth - 1) / kWidth * kWidth;

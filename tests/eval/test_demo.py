@@ -20,6 +20,7 @@ SMALLEST = Settings(
     scenes=12,
     test_scenes=2,
     tower_steps=1,
+    naming_steps=3,
     align_steps=1,
     finetune_steps=2,
     longest_context=300,
@@ -64,12 +65,13 @@ def test_every_command_is_one_that_the_programs_accept(tmp_path):
 
 
 def _stage(name: str) -> str:
-    return name if name == "tower" else "align" if name.endswith("-align") else "finetune"
+    _, _, stage = name.partition("-")
+    return name if name == "tower" else stage or "finetune"
 
 
 def test_both_models_take_the_same_data_steps_and_settings(tmp_path):
     by_name = {step.name: step.arguments for step in steps(tmp_path, Settings.full())}
-    for stage in ("", "-align"):
+    for stage in ("", "-align", "-naming"):
         ours, twin = (by_name[f"{key}{stage}"] for key in ("cobra", "transformer"))
         renamed = [
             word.replace("transformer-tiny", "tiny").replace(f"{tmp_path}/transformer", f"{tmp_path}/cobra")

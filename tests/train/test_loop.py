@@ -28,7 +28,7 @@ def test_conversation_loss_drops(tmp_path: Path) -> None:
 
 def test_regions_loss_drops_and_accuracy_rises(tmp_path: Path) -> None:
     data = write_region_data(tmp_path / "data", num_rows=24)
-    changes = ("train.steps=30", "train.batch_size=8", "optim.lr=1e-2", "train.engine=plain")
+    changes = ("train.steps=60", "train.batch_size=8", "optim.lr=1e-2", "train.engine=plain")
     assert run(small_config(data, *changes, recipe="tiny-tower"), tmp_path / "run")
     records = read_metrics(tmp_path / "run")
     assert records[0]["loss"] > 1.0
@@ -52,7 +52,7 @@ def test_stages_hand_on_their_parts_and_the_tokenizer(data: Path, tmp_path: Path
     plain = ("train.engine=plain", "train.steps=2")
     trained = (*plain, "tokenizer.kind=train", "tokenizer.vocab_size=270")
     assert run(small_config(data, *trained), one)
-    changes = (*plain, f"init.path={one}", "train.freeze=vision_encoder", "train.seed=5")
+    changes = (*plain, f"init.path={one}", "init.parts=vision_encoder", "train.seed=5")
     assert run(small_config(data, *changes, recipe="tiny-align"), two)
     before, after = cobra.load(one), cobra.load(two)
     assert after.tokenizer.vocab_size == before.tokenizer.vocab_size > 261

@@ -1,5 +1,6 @@
 """Parameter groups and the schedule."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 import cobra
-from train.optim import build_optimizer, decays, lr_factor, parameter_groups, set_lr
+from train.optim import Together, build_optimizer, decays, lr_factor, parameter_groups, set_lr
 from train.recipes import LrScale, OptimSettings
 
 
@@ -70,6 +71,73 @@ def test_frozen_parameters_are_in_no_group_and_parts_have_their_own_rate() -> No
     )
     rates = {group["name"].split(",")[0]: group["lr"] for group in optimizer.param_groups}
     assert rates == pytest.approx({"vision_encoder": 0.025, "lm": 0.05, "heads": 0.05})
+
+
+@pytest.mark.parametrize("preset", ["tiny", "transformer-tiny"])
+def test_muon_takes_the_matrices_between_features(preset: str) -> None:
+    holder = Holder(preset)
+    names = {id(parameter): name for name, parameter in holder.named_parameters()}
+    groups = parameter_groups(holder, OptimSettings(kind="muon", weight_decay=0.1))
+    taken = {names[id(p)] for group in groups if group["muon"] for p in group["params"]}
+    assert {"model.lm.embedding.weight", "model.lm.lm_head.weight"}.isdisjoint(taken)
+    for name, parameter in holder.named_parameters():
+        projects = name.endswith(("proj.weight", "qkv.weight")) or ".mlp." in name or "heads." in name
+        if projects and parameter.ndim == 2:
+            assert name in taken
+        assert parameter.ndim == 2 or name not in taken
+    assert all(group["weight_decay"] == 0.1 for group in groups if group["muon"])
+    everything = {names[id(p)] for group in groups for p in group["params"]}
+    assert everything == set(names.values())
+
+
+def small_problem() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)), torch.randn(16, 6)
+
+
+def take_steps(module: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, count: int) -> None:
+    for _ in range(count):
+        optimizer.zero_grad()
+        module(x).square().mean().backward()
+        optimizer.step()
+
+
+def test_muon_and_adamw_step_as_each_would_alone() -> None:
+    settings = OptimSettings(kind="muon", lr=1e-2, weight_decay=0.1)
+    module, x = small_problem()
+    optimizer = build_optimizer(module, settings)
+    assert isinstance(optimizer, Together)
+    take_steps(module, optimizer, x, 5)
+
+    alone, _ = small_problem()
+    matrices = [p for p in alone.parameters() if p.ndim == 2]
+    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    biases = [p for p in alone.parameters() if p.ndim == 1]
+    adamw = torch.optim.AdamW(biases, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    for _ in range(5):
+        alone.zero_grad()
+        alone(x).square().mean().backward()
+        muon.step()
+        adamw.step()
+    for one, other in zip(module.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_muon_and_adamw_are_saved_and_loaded_as_one() -> None:
+    settings = OptimSettings(kind="muon", lr=1e-2)
+    module, x = small_problem()
+    optimizer = build_optimizer(module, settings)
+    take_steps(module, optimizer, x, 3)
+    resumed, _ = small_problem()
+    resumed.load_state_dict(module.state_dict())
+    other = build_optimizer(resumed, settings)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    set_lr(optimizer, 3, 10, settings)
+    set_lr(other, 3, 10, settings)
+    take_steps(module, optimizer, x, 3)
+    take_steps(resumed, other, x, 3)
+    for one, two in zip(module.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_schedule_rises_falls_and_ends_at_its_floor() -> None:

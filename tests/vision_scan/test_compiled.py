@@ -13,7 +13,10 @@ from vision_scan.ops import compiled, register
 from vision_scan.ops.reference.ssd import ssd_recurrent
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ("selective_scan", "selective_scan_2d", "ssd", "ssd_2d", "causal_conv1d", "causal_conv1d_2d", "gated_rmsnorm")
+KERNELS = (
+    *("selective_scan", "selective_scan_2d", "ssd", "ssd_2d", "ssd_update"),
+    *("causal_conv1d", "causal_conv1d_2d", "causal_conv1d_update", "gated_rmsnorm"),
+)
 built = pytest.mark.skipif(bool(register.MISSING_KERNELS), reason=str(register.MISSING_KERNELS))
 
 

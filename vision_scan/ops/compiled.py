@@ -31,6 +31,8 @@ def take_over_all() -> None:
     ):
         take_over(name, "cpu", forward, _serves)
         take_over(f"{name}_backward", "cpu", backward, lambda grads, *args: _serves(*args))
+    take_over("ssd_update", "cpu", _ssd_update, _serves_update)
+    take_over("causal_conv1d_update", "cpu", _conv_update, _serves_update)
 
 
 def _why_missing() -> str:
@@ -45,6 +47,11 @@ def _why_missing() -> str:
 
 def _serves(x: Tensor, *others) -> bool:
     return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0
+
+
+def _serves_update(state: Tensor, x: Tensor, *others) -> bool:
+    """The state is worked on where it lies."""
+    return state.dtype == torch.float32 and state.is_contiguous() and _serves(x)
 
 
 def _plain(t: Tensor | None) -> Tensor | None:
@@ -155,6 +162,24 @@ def _ssd_2d_backward(grads, *args) -> list[Tensor]:
     )
     dx = dx if x.dim() == 6 else dx.sum(1)
     return _wanted(inputs, {0: dx, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: ddt_bias}, needs)
+
+
+def _ssd_update(
+    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, state_indices
+) -> Tensor:
+    tensors = [_plain(t) for t in (x, dt, A, B, C, D, z, dt_bias)]
+    y = torch.ops.vision_scan_cpu.ssd_update(
+        state, *tensors, dt_softplus, dt_min, dt_max, _index(seq_idx), _index(state_indices)
+    )
+    return y.to(x.dtype)
+
+
+def _conv_update(state, x, weight, bias, activation, seq_idx, state_indices) -> Tensor:
+    y = torch.ops.vision_scan_cpu.conv_update(
+        state, _plain(x), _plain(weight), _plain(bias), activation == "silu", _index(seq_idx),
+        _index(state_indices),
+    )  # fmt: skip
+    return y.to(x.dtype)
 
 
 def _selective_arguments(
