@@ -5,7 +5,6 @@ The kernels need torch, a C++ compiler and the headers of Python. Without one of
 compile, the install still works, on the reference; `cobra doctor` says so.
 """
 
-import contextlib
 import platform
 import warnings
 
@@ -22,15 +21,12 @@ def extension_arguments() -> dict:
         return {}
 
     class Build(BuildExtension):
-        def build_extension(self, extension) -> None:
+        def build_extensions(self) -> None:
             try:
-                super().build_extension(extension)
+                super().build_extensions()
             except Exception as error:  # the compiler's own message stands above it
                 warnings.warn(f"the CPU kernels were not built, the reference serves: {error}", stacklevel=1)
-
-        def copy_extensions_to_source(self) -> None:
-            with contextlib.suppress(FileNotFoundError):  # it was not built
-                super().copy_extensions_to_source()
+                self.extensions = []  # so that nothing is looked for afterwards
 
     kernels = CppExtension(
         "vision_scan._C",

@@ -70,9 +70,14 @@ def _devices() -> Iterator[str]:
 
 
 def _operators() -> Iterator[str]:
-    yield f"{'operator':<24} {'cpu':<10} {'cuda':<10} note"
+    yield f"{'operator':<24} {'cpu':<10} {'cuda':<10}"
+    reasons = {}
     for name, entry in vision_scan.backend_report().items():
-        yield f"{name:<24} {entry['cpu']:<10} {entry['cuda']:<10} {entry['why']}"
+        yield f"{name:<24} {entry['cpu']:<10} {entry['cuda']:<10}"
+        reasons.setdefault(entry["why"], []).append(name)
+    for why, names in reasons.items():
+        if why:
+            yield f"{'all' if len(reasons) == 1 else ', '.join(names)}: {why}"
 
 
 def _extras() -> Iterator[str]:
