@@ -78,7 +78,7 @@ struct NormGradients {
   float* dweight;  // (ceil(rows / kNormRows), channels)
 };
 
-constexpr int64_t kSelectiveBlock = 64;  // channels of a unit of work, for the same reason as kHeadBlock
+constexpr int64_t kSelectiveBlock = 32;  // channels of a unit of work, for the same reason as kHeadBlock
 
 struct Selective {
   Tokens tokens;

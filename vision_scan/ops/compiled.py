@@ -7,6 +7,7 @@ everything to it.
 
 import os
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -54,7 +55,11 @@ def _serves_update(state: Tensor, x: Tensor, *others) -> bool:
     return state.dtype == torch.float32 and state.is_contiguous() and _serves(x)
 
 
-def _plain(t: Tensor | None) -> Tensor | None:
+@overload
+def _plain(t: Tensor) -> Tensor: ...
+@overload
+def _plain(t: None) -> None: ...
+def _plain(t):
     """Contiguous float32."""
     return None if t is None else t.float().contiguous()
 
