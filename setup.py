@@ -30,7 +30,7 @@ def extension_arguments() -> dict:
 
     kernels = CppExtension(
         "vision_scan._C",
-        ["csrc/cpu/ops.cpp", "csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp"],
+        [f"csrc/cpu/{name}.cpp" for name in ("ops", "scan_ops", "avx2", "avx512")],
         extra_compile_args=["-O3", "-g0", "-fopenmp", "-Wno-psabi", "-Wno-ignored-attributes"],
         extra_link_args=["-fopenmp"],
     )

@@ -55,21 +55,6 @@ void for_each_channel_block(const Conv& a, const F& f) {
   });
 }
 
-// Loads and stores of `count` <= kWidth floats.
-inline Vec load_some(const float* p, int64_t count) {
-  if (count >= kWidth) return load(p);
-  Vec v{};
-  std::memcpy(&v, p, sizeof(float) * count);
-  return v;
-}
-
-inline void store_some(float* p, Vec v, int64_t count) {
-  if (count >= kWidth)
-    store(p, v);
-  else
-    std::memcpy(p, &v, sizeof(float) * count);
-}
-
 void conv(const Conv& a) {
   for_each_channel_block(a, [&](int64_t number, int64_t first, int64_t count) {
     const Row row(a.tokens, number);

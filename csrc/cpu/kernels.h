@@ -126,15 +126,14 @@ struct ConvUpdate {
 
 struct Kernels {
   const char* name;
-  int width;
   void (*ssd)(const Ssd&);
   void (*ssd_backward)(const Ssd&, const SsdGradients&);
-  void (*conv)(const Conv&);
-  void (*conv_backward)(const Conv&, const ConvGradients&);
   void (*ssd_update)(const SsdUpdate&);
-  void (*conv_update)(const ConvUpdate&);
   void (*selective)(const Selective&);
   void (*selective_backward)(const Selective&, const SelectiveGradients&);
+  void (*conv)(const Conv&);
+  void (*conv_backward)(const Conv&, const ConvGradients&);
+  void (*conv_update)(const ConvUpdate&);
   void (*norm)(const Norm&);
   void (*norm_backward)(const Norm&, const NormGradients&);
 };

@@ -26,23 +26,12 @@ void for_each_vector(int64_t size, const F& f) {
   for (int64_t c = 0; c < size; c += kWidth) f(c, size - c);
 }
 
-inline Vec load_part(const float* p, int64_t count) {
-  if (count >= kWidth) return load(p);
-  Vec v{};
-  std::memcpy(&v, p, sizeof(float) * count);
-  return v;
-}
-
-inline void store_part(float* p, Vec v, int64_t count) {
-  std::memcpy(p, &v, sizeof(float) * std::min<int64_t>(count, kWidth));
-}
-
 // What the norm divides by, as its inverse.
 inline float inverse_root(const Norm& a, const float* x, const float* z) {
   Vec squares{};
   for_each_vector(a.group_size, [&](int64_t c, int64_t some) {
-    Vec value = load_part(x + c, some);
-    if (z && !a.norm_before_gate) value = value * silu(load_part(z + c, some));
+    Vec value = load_some(x + c, some);
+    if (z && !a.norm_before_gate) value = value * silu(load_some(z + c, some));
     squares += value * value;
   });
   return 1.f / std::sqrt(sum(squares) / static_cast<float>(a.group_size) + a.eps);
@@ -56,9 +45,9 @@ void norm(const Norm& a) {
         const float* z = a.z ? a.z + at : nullptr;
         const Vec scale = splat(inverse_root(a, a.x + at, z));
         for_each_vector(a.group_size, [&](int64_t c, int64_t some) {
-          Vec value = load_part(a.x + at + c, some) * scale * load_part(a.weight + group + c, some);
-          if (z) value = value * silu(load_part(z + c, some));
-          store_part(a.y + at + c, value, some);
+          Vec value = load_some(a.x + at + c, some) * scale * load_some(a.weight + group + c, some);
+          if (z) value = value * silu(load_some(z + c, some));
+          store_some(a.y + at + c, value, some);
         });
       }
     }
@@ -78,22 +67,22 @@ void norm_backward(const Norm& a, const NormGradients& g) {
         const bool gate_first = z && !a.norm_before_gate, gate_last = z && a.norm_before_gate;
         Vec product{};
         for_each_vector(a.group_size, [&](int64_t c, int64_t some) {
-          const Vec gate = z ? silu(load_part(z + c, some)) : splat(1.f);
-          product += load_part(dy + c, some) * load_part(weight + c, some) * load_part(x + c, some) * gate;
+          const Vec gate = z ? silu(load_some(z + c, some)) : splat(1.f);
+          product += load_some(dy + c, some) * load_some(weight + c, some) * load_some(x + c, some) * gate;
         });
         const Vec scale = splat(r), mean = splat(sum(product) / static_cast<float>(a.group_size) * r * r);
         for_each_vector(a.group_size, [&](int64_t c, int64_t some) {
-          const Vec xs = load_part(x + c, some), d = load_part(dy + c, some), w = load_part(weight + c, some);
-          const Vec zs = z ? load_part(z + c, some) : Vec{};
+          const Vec xs = load_some(x + c, some), d = load_some(dy + c, some), w = load_some(weight + c, some);
+          const Vec zs = z ? load_some(z + c, some) : Vec{};
           const Vec half = sigmoid(zs), gate = z ? zs * half : splat(1.f);
           const Vec slope = half * (splat(1.f) + zs * (splat(1.f) - half));
           const Vec v = gate_first ? xs * gate : xs;
           const Vec outer = gate_last ? gate : splat(1.f);
           const Vec dv = scale * (d * w * outer - v * mean);
-          store_part(g.dx + at + c, gate_first ? dv * gate : dv, some);
-          if (z) store_part(g.dz + at + c, (gate_first ? dv * xs : d * w * xs * scale) * slope, some);
+          store_some(g.dx + at + c, gate_first ? dv * gate : dv, some);
+          if (z) store_some(g.dz + at + c, (gate_first ? dv * xs : d * w * xs * scale) * slope, some);
           float* dw = dweight + group + c;
-          store_part(dw, load_part(dw, some) + d * v * scale * outer, some);
+          store_some(dw, load_some(dw, some) + d * v * scale * outer, some);
         });
       }
     }

@@ -96,14 +96,11 @@ struct SelectiveLanes {
   }
 
   Vec load_lanes(const float* p) const {
-    if (count == kWidth) return load(p);
-    Vec v{};
-    std::memcpy(&v, p, sizeof(float) * count);
-    return v;
+    return load_some(p, count);
   }
 
   void store_lanes(float* p, Vec v) const {
-    std::memcpy(p, &v, sizeof(float) * count);
+    store_some(p, v, count);
   }
 
   // (channels, d_state) in memory to (d_state) vectors of channels, and back.

@@ -24,6 +24,21 @@ inline void store(float* p, Vec v) {
   *reinterpret_cast<Vec*>(p) = v;
 }
 
+// The first `count` floats, or a whole vector if there are as many; the other lanes are zero.
+inline Vec load_some(const float* p, int64_t count) {
+  if (count >= kWidth) return load(p);
+  Vec v{};
+  std::memcpy(&v, p, sizeof(float) * count);
+  return v;
+}
+
+inline void store_some(float* p, Vec v, int64_t count) {
+  if (count >= kWidth)
+    store(p, v);
+  else
+    std::memcpy(p, &v, sizeof(float) * count);
+}
+
 inline Vec splat(float x) {
   return x - Vec{};
 }
