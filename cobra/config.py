@@ -85,8 +85,8 @@ _TINY = CobraConfig(
     ),
 )
 
-# Of its kind the one that learned soonest: fewer heads for keys and values, or fewer pairs, took longer to
-# learn looking up. A slow rotation, because what is looked up stands hundreds of tokens away.
+# In short runs, one of each, fewer heads for keys and values or fewer pairs took longer to learn looking up.
+# A slow rotation, because what is looked up stands hundreds of tokens away.
 TINY_ATTENTION = AttentionConfig(num_heads=8, num_kv_heads=4, headdim=32, rope_theta=500_000.0)
 
 # d_model and number of layers of the released state-spaces checkpoints; vocabulary 50277 padded to 50288.

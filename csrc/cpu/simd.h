@@ -43,10 +43,6 @@ inline Vec splat(float x) {
   return x - Vec{};
 }
 
-inline Vec min(Vec a, Vec b) {
-  return a < b ? a : b;
-}
-
 inline Vec max(Vec a, Vec b) {
   return a > b ? a : b;
 }
@@ -57,9 +53,12 @@ inline float sum(Vec v) {
   return total;
 }
 
-// e^x to within 2 units in the last place; 0 below -87.3, so that a decay underflows to nothing.
+// e^x to within 2 units in the last place; 0 below -87.3, so that a decay underflows to nothing. NaN stays NaN:
+// the comparisons below are false for it.
 inline Vec exp(Vec x) {
-  const Vec clamped = min(max(x, splat(-87.3f)), splat(88.7f));
+  const Vec low = splat(-87.3f), high = splat(88.7f);
+  const Vec above = low > x ? low : x;
+  const Vec clamped = high < above ? high : above;
   // x = n ln2 + r with |r| <= ln2 / 2; adding 1.5 * 2^23 rounds to the nearest integer.
   const Vec shifted = clamped * splat(1.44269504f) + splat(12582912.f);
   const Vec n = shifted - splat(12582912.f);
@@ -74,8 +73,8 @@ inline Vec exp(Vec x) {
   const IntVec bits = (__builtin_convertvector(n, IntVec) + 127) << 23;
   Vec scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  const Vec value = p * scale;
-  return x < splat(-87.3f) ? Vec{} : value;
+  const Vec value = x > high ? splat(std::numeric_limits<float>::infinity()) : p * scale;
+  return x < low ? Vec{} : value;
 }
 
 inline Vec sigmoid(Vec x) {

@@ -84,6 +84,28 @@ def test_ssd_of_any_size_is_the_recurrence(nheads, ngroups, headdim, d_state, se
 
 
 @built
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"])
+def test_a_nan_is_never_swallowed(name):
+    """Training stops at a loss that is not finite; a kernel must not hide one behind a decay of zero."""
+    sample = ssd_sample(4, 1, 16, 16, 5)
+    sample[name].view(-1)[0] = float("nan")
+    y, _ = vision_scan.ssd(**sample, dt_softplus=True, return_final_state=True)
+    assert y.isnan().any()
+    scan = {"x": "u", "D": None}.get(name, name)
+    inputs = {
+        **{key: torch.randn(2, 8, 5) for key in ("u", "dt", "z")},
+        **{key: torch.randn(2, 3, 5) for key in ("B", "C")},
+        "A": -torch.rand(8, 3),
+        "dt_bias": torch.randn(8),
+        "initial_state": torch.randn(2, 8, 3),
+    }
+    if scan:
+        inputs[scan].view(-1)[0] = float("nan")
+        assert vision_scan.selective_scan(**inputs, dt_softplus=True).isnan().any()
+
+
+@built
 def test_bits_do_not_depend_on_the_number_of_threads():
     sample = ssd_sample(10, 1, 33, 17, 200)
     cotangents = [torch.randn_like(t) for t in (sample["x"], sample["initial_state"])]
