@@ -39,7 +39,7 @@ inline const int64_t* integers(const OptionalTensor& tensor) {
 }
 
 inline Tokens make_tokens(int64_t batch, int64_t lists, int64_t cells, const OptionalTensor& seq_idx,
-                   const OptionalTensor& cu_seqlens, const OptionalTensor& index) {
+                          const OptionalTensor& cu_seqlens, const OptionalTensor& index) {
   int64_t seqlen = cells;
   if (index) {
     TORCH_CHECK_VALUE(index->dim() == 2, "index must have 2 axes, got ", index->dim());
@@ -70,7 +70,7 @@ inline Tensor over_rows(const Tensor& sums, const Tokens& tokens) {
 }
 
 inline Update make_update(int64_t num_slots, int64_t rows, int64_t seqlen, const OptionalTensor& slots,
-                   const OptionalTensor& seq_idx) {
+                          const OptionalTensor& seq_idx) {
   if (seq_idx) check("seq_idx", *seq_idx, {rows, seqlen}, at::kLong);
   if (slots) {
     check("slots", *slots, {rows}, at::kLong);
