@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
 
+from .decode import stored
 from .mixer import LayerCost, LayerState, Segments
+from .precision import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,8 @@ class Attention(nn.Module):
     dtype, keys already rotated, and `position` (batch, slots) int64."""
 
     Config = AttentionConfig
+    step_states = ("k", "v", "position")
+    most_step_tokens = 1
 
     def __init__(self, config: AttentionConfig, d_model: int) -> None:
         super().__init__()
@@ -84,6 +88,20 @@ class Attention(nn.Module):
     def _slots(self, needed: int) -> int:
         return self.config.window if self.config.window is not None else needed
 
+    def add_to(self, decoder, norm: RMSNorm) -> None:
+        config = self.config
+        projections = [stored(proj) for proj in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)]
+        sizes = [config.num_heads, config.num_kv_heads, config.headdim]
+        decoder.add_attention(norm.weight, norm.eps, *projections, sizes, config.rope_theta or 0.0)
+
+    def reserve(self, state: LayerState, lengths: Tensor) -> LayerState:
+        """The state with a slot for the next token of each row; a cache that is full is doubled."""
+        longest = int(lengths.max()) + 1
+        k, v, position = state["k"], state["v"], state["position"]
+        if self._slots(longest) <= k.shape[2]:
+            return state
+        return self._place(state, k[:, :, :0], v[:, :, :0], position[:, :0], None, 2 * longest)
+
     def forward(self, x: Tensor, state: LayerState | None, segments: Segments) -> tuple[Tensor, LayerState]:
         seqlen = x.shape[1]
         positions, runs = segments.positions_and_runs(seqlen, x.device)
@@ -101,11 +119,9 @@ class Attention(nn.Module):
 
     def _decode(self, q, k, v, positions, state, segments) -> tuple[Tensor, LayerState]:
         """One token a row, written into the cache in place; a row of padding writes nothing."""
-        longest = int(segments.starts.max()) + 1
-        if self._slots(longest) > state["k"].shape[2]:
-            state = self._place(state, k[:, :, :0], v[:, :, :0], positions[:, :0], None, 2 * longest)
+        state = self.reserve(state, segments.starts)
         slots = state["k"].shape[2]
-        filled = min(longest, slots)
+        filled = min(int(segments.starts.max()) + 1, slots)
         if segments.uniform_start is not None:
             slot = segments.uniform_start % slots
             state["k"][:, :, slot], state["v"][:, :, slot] = k[:, :, 0], v[:, :, 0]
@@ -160,11 +176,11 @@ class Attention(nn.Module):
         index = target[:, None, :, None].expand_as(k)
         size = (*k.shape[:2], slots + 1, k.shape[3])
         return {
-            "k": k.new_zeros(size).scatter(2, index, k)[:, :, :slots],
-            "v": v.new_zeros(size).scatter(2, index, v)[:, :, :slots],
-            "position": positions.new_full((k.shape[0], slots + 1), -1).scatter(1, target, positions)[
-                :, :slots
-            ],
+            "k": k.new_zeros(size).scatter(2, index, k)[:, :, :slots].contiguous(),
+            "v": v.new_zeros(size).scatter(2, index, v)[:, :, :slots].contiguous(),
+            "position": positions.new_full((k.shape[0], slots + 1), -1)
+            .scatter(1, target, positions)[:, :slots]
+            .contiguous(),
         }
 
 

@@ -15,6 +15,7 @@ import vision_scan
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
 
+from .decode import stored
 from .mixer import LayerCost, LayerState, Segments
 from .precision import Float32Parameters, RMSNorm
 
@@ -82,6 +83,8 @@ class Mamba2(Float32Parameters):
 
     Config = Mamba2Config
     float32_parameters = ("dt_bias", "A_log", "D")
+    step_states = ("conv", "ssm")
+    most_step_tokens = UPDATE_TOKENS
 
     def __init__(self, config: Mamba2Config, d_model: int) -> None:
         super().__init__()
@@ -138,6 +141,15 @@ class Mamba2(Float32Parameters):
             self.d_inner // config.ngroups, config.norm_before_gate,
         )  # fmt: skip
         return self.out_proj(y), state
+
+    def add_to(self, decoder, norm: RMSNorm) -> None:
+        config = self.config
+        decoder.add_mamba2(
+            norm.weight, norm.eps, stored(self.in_proj), stored(self.out_proj),
+            [self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight],
+            [self.nheads, config.headdim, config.ngroups, config.d_state, config.d_conv],
+            [config.norm_eps, *config.dt_limit, float(config.norm_before_gate)],
+        )  # fmt: skip
 
     def _scan(self, xBC, dt, state, segments) -> tuple[Tensor, LayerState]:
         state = state or {"conv": None, "ssm": None}

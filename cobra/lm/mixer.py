@@ -9,6 +9,13 @@ A mixer is a module `Mixer(config, d_model)` with
 `state` is a dict of tensors with batch first, or None for rows that have read nothing. It is never
 changed, unless `segments.overwrite` says that it may be. The stack knows nothing else of a layer, so a new
 kind is one file and one line in `LAYERS`.
+
+A kind that csrc/cpu/decode.h knows is decoded there, if it also has
+
+    add_to(decoder, norm)      adds itself and the norm in front of it to a decoder (decode.py)
+    step_states                names of the tensors of its state, in the order in which the decoder takes them
+    most_step_tokens           the most tokens of a row in one step
+    reserve(state, lengths)    optional: the state with room for one token more
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from cobra.typed_config import require_positive
 
+from .decode import stored
 from .mixer import LayerCost, LayerState, Segments
+from .precision import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class MLP(nn.Module):
     """See the contract in mixer.py. It has no state."""
 
     Config = MLPConfig
+    step_states = ()
+    most_step_tokens = 16
 
     def __init__(self, config: MLPConfig, d_model: int) -> None:
         super().__init__()
@@ -41,6 +45,10 @@ class MLP(nn.Module):
 
     def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
         return {}
+
+    def add_to(self, decoder, norm: RMSNorm) -> None:
+        projections = [stored(proj) for proj in (self.gate_proj, self.up_proj, self.down_proj)]
+        decoder.add_mlp(norm.weight, norm.eps, *projections, self.gate_proj.out_features)
 
     def forward(self, x: Tensor, state: LayerState | None, segments: Segments) -> tuple[Tensor, LayerState]:
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)), {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vision_scan.errors import UserError
 
 from .attention import Attention
+from .decode import decoder_for
 from .mamba2 import Mamba2
 from .mixer import Segments
 from .mlp import MLP
@@ -121,6 +122,10 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: on inputs that do not fit together.
         """
+        if state is not None and overwrite_state and seq_idx is None:
+            decoded = self._decode(input_ids, inputs_embeds, state, attention_mask, logits_to_keep)
+            if decoded is not None:
+                return decoded
         hidden, state = self.read(
             input_ids,
             inputs_embeds=inputs_embeds,
@@ -130,6 +135,27 @@ class LanguageModel(nn.Module):
             overwrite_state=overwrite_state,
         )
         return self.logits(hidden[:, -logits_to_keep:]), state
+
+    def _decode(self, input_ids, inputs_embeds, state, attention_mask, keep) -> tuple[Tensor, State] | None:
+        """`forward` in one compiled call, or None if that does not serve these inputs."""
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            return None
+        batch, seqlen = given.shape[:2]
+        mask = None
+        if attention_mask is not None:
+            if attention_mask.shape != (batch, 1) or seqlen > 1:
+                return None
+            mask = attention_mask[:, 0].bool().contiguous()
+        decoder = decoder_for(self, state, batch, seqlen)
+        if decoder is None:
+            return None
+        hidden = self.embedding(given).float() if inputs_embeds is None else inputs_embeds.float().clone()
+        try:
+            return decoder.step(hidden.contiguous(), state, mask, min(keep, seqlen) or seqlen)
+        except ValueError:
+            self._check_state(state, batch)  # says it better
+            raise
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d_model) -> (..., vocab_size), float32 or wider."""

@@ -1,9 +1,8 @@
 // All kernels for the instruction set of the file that includes this, and the table of them.
 #include "conv.h"
-#include "norm.h"
+#include "decode.h"
 #include "selective.h"
 #include "ssd_backward.h"
-#include "update.h"
 
 #define SIMD_STRING_OF(name) #name
 #define SIMD_STRING(name) SIMD_STRING_OF(name)
@@ -22,6 +21,7 @@ const Kernels SIMD_KERNELS = {
     SIMD_NAME::conv_update,
     SIMD_NAME::norm,
     SIMD_NAME::norm_backward,
+    SIMD_NAME::decode,
 };
 
 }  // namespace vision_scan

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "steps.h"
+
 namespace vision_scan {
 
 // The rows of a call: batch * lists of them, the lists of one image one after another; or one for each segment
@@ -136,6 +138,7 @@ struct Kernels {
   void (*conv_update)(const ConvUpdate&);
   void (*norm)(const Norm&);
   void (*norm_backward)(const Norm&, const NormGradients&);
+  void (*decode)(const Decode&);
 };
 
 extern const Kernels kAvx2Kernels, kAvx512Kernels;

@@ -37,19 +37,24 @@ inline float inverse_root(const Norm& a, const float* x, const float* z) {
   return 1.f / std::sqrt(sum(squares) / static_cast<float>(a.group_size) + a.eps);
 }
 
+// One row: x, z (or null) and y point to its channel 0.
+inline void normalize_row(const Norm& a, const float* x, const float* z, float* y) {
+  for (int64_t group = 0; group < a.channels; group += a.group_size) {
+    const float* gate = z ? z + group : nullptr;
+    const Vec scale = splat(inverse_root(a, x + group, gate));
+    for_each_vector(a.group_size, [&](int64_t c, int64_t some) {
+      Vec value = load_some(x + group + c, some) * scale * load_some(a.weight + group + c, some);
+      if (gate) value = value * silu(load_some(gate + c, some));
+      store_some(y + group + c, value, some);
+    });
+  }
+}
+
 void norm(const Norm& a) {
   for_each_row_block(a, [&](int64_t, int64_t first, int64_t end) {
     for (int64_t row = first; row < end; ++row) {
-      for (int64_t group = 0; group < a.channels; group += a.group_size) {
-        const int64_t at = row * a.channels + group;
-        const float* z = a.z ? a.z + at : nullptr;
-        const Vec scale = splat(inverse_root(a, a.x + at, z));
-        for_each_vector(a.group_size, [&](int64_t c, int64_t some) {
-          Vec value = load_some(a.x + at + c, some) * scale * load_some(a.weight + group + c, some);
-          if (z) value = value * silu(load_some(z + c, some));
-          store_some(a.y + at + c, value, some);
-        });
-      }
+      const int64_t at = row * a.channels;
+      normalize_row(a, a.x + at, a.z ? a.z + at : nullptr, a.y + at);
     }
   });
 }

@@ -16,8 +16,9 @@ using OptionalTensor = std::optional<Tensor>;
 inline const Kernels* kernels() {
   static const Kernels* found = [] {
     const std::string capability = at::get_cpu_capability();  // honours ATEN_CPU_CAPABILITY
-    if (capability.find("AVX512") == 0) return &kAvx512Kernels;
-    if (capability.find("AVX2") == 0) return &kAvx2Kernels;
+    const bool wide = capability.find("AVX512") == 0;
+    if (wide && __builtin_cpu_supports("avx512vnni")) return &kAvx512Kernels;
+    if (wide || capability.find("AVX2") == 0) return &kAvx2Kernels;
     return static_cast<const Kernels*>(nullptr);
   }();
   return found;

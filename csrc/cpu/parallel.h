@@ -11,5 +11,6 @@
 #include <vector>
 
 #include <ATen/Parallel.h>
+#include <immintrin.h>
 
 #include "kernels.h"
