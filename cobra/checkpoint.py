@@ -50,7 +50,12 @@ def save(model: "Cobra", path: str | Path) -> None:
     _write_directory(Path(path), writers)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto") -> "Cobra":
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    weights: str | None = None,
+) -> "Cobra":
     """Reads a model directory.
 
     Args:
@@ -58,6 +63,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
         device: where to put the model.
         dtype: "auto" (bfloat16 where the device has it natively, else float32), another name or a
             torch dtype. What has to stay float32 in a Mamba-2 model stays so.
+        weights: "int8" or "int4": the language model's projections are quantised (see quantize.py); None:
+            they are kept as they are stored.
     Returns:
         the model, in evaluation mode.
     Raises:
@@ -65,6 +72,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
             configuration; it names them.
     """
     from cobra.model import Cobra
+    from cobra.quantize import quantize
 
     path, device = Path(path), _device(device)
     dtype = resolve_dtype(dtype, device)
@@ -73,6 +81,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
     with torch.device("meta"):  # neither memory nor time for weights that are replaced anyway
         model = Cobra(config, tokenizer)
     assign_tensors(model, read_tensors(path), str(path / WEIGHTS))
+    if weights is not None:
+        quantize(model, weights)
     return model.to(device=device, dtype=dtype).eval()
 
 

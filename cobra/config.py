@@ -1,12 +1,14 @@
 """What a model is made of, and the presets."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from vision_scan.errors import choose
 
 from .connector import ConnectorConfig, FusedMLPConfig, MSCConfig
 from .image import ImageConfig
 from .lm.attention import AttentionConfig
+from .lm.mamba1 import Mamba1Config
 from .lm.mamba2 import Mamba2Config
 from .lm.mlp import MLPConfig
 from .lm.stack import LMConfig
@@ -21,6 +23,7 @@ class CobraConfig:
     Attributes:
         image: size of a tile and how images are fitted into it.
         template: how a conversation is written, a name of `prompt.TEMPLATES`.
+        weights: how the language model's projections are stored, see quantize.py.
     """
 
     image: ImageConfig
@@ -28,6 +31,7 @@ class CobraConfig:
     connector: ConnectorConfig
     lm: LMConfig
     template: str = "compact"
+    weights: Literal["plain", "int8", "int4"] = "plain"
 
     def __post_init__(self) -> None:
         choose("template", self.template, TEMPLATES)
@@ -89,7 +93,19 @@ _TINY = CobraConfig(
 # A slow rotation, because what is looked up stands hundreds of tokens away.
 TINY_ATTENTION = AttentionConfig(num_heads=8, num_kv_heads=4, headdim=32, rope_theta=500_000.0)
 
-# d_model and number of layers of the released state-spaces checkpoints; vocabulary 50277 padded to 50288.
+# d_model and number of layers of the released state-spaces checkpoints, whose vocabulary of 50277 is padded
+# to 50280 and 50288.
+_MAMBA1_SIZES = {
+    "130m": (768, 24),
+    "370m": (1024, 48),
+    "790m": (1536, 48),
+    "1.4b": (2048, 48),
+    "2.8b": (2560, 64),
+}
+_MAMBA1_LMS = {
+    size: LMConfig(d_model=d_model, vocab_size=50280, layers=(Mamba1Config(),) * depth)
+    for size, (d_model, depth) in _MAMBA1_SIZES.items()
+}
 _MAMBA2_SIZES = {
     "130m": (768, 24),
     "370m": (1024, 48),
@@ -120,6 +136,7 @@ _ML_MAMBA = CobraConfig(
 PRESETS: dict[str, CobraConfig] = {
     "tiny": _TINY,
     "transformer-tiny": replace(_TINY, lm=transformer_twin(_TINY.lm, TINY_ATTENTION, pairs=3)),
+    **{f"mamba-{size}": replace(_TINY, lm=lm) for size, lm in _MAMBA1_LMS.items()},
     **{f"mamba2-{size}": replace(_TINY, lm=lm) for size, lm in _MAMBA2_LMS.items()},
     **{f"transformer-{size}": replace(_TINY, lm=transformer_twin(lm)) for size, lm in _MAMBA2_LMS.items()},
     # ML-Mamba's connector as its code has it, and as the paper's figures draw it (four directions).

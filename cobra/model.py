@@ -11,6 +11,7 @@ from .config import PRESETS, CobraConfig
 from .connector import CONNECTORS
 from .lm import LanguageModel
 from .processor import Processor
+from .quantize import QuantizedLinear, replace_projections
 from .tokenizer import Tokenizer
 from .vision_encoder import VISION_ENCODERS
 
@@ -40,6 +41,8 @@ class Cobra(nn.Module):
         self.vision_encoder = encoder(config.vision_encoder, config.image)
         self.connector = connector(config.connector, self.vision_encoder.d_model, config.lm.d_model)
         self.lm = LanguageModel(config.lm)
+        if config.weights != "plain":
+            replace_projections(self, config.weights, QuantizedLinear.like)
 
     @property
     def dtype(self) -> torch.dtype:

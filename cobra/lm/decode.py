@@ -17,7 +17,6 @@ from .state import State
 if TYPE_CHECKING:
     from .stack import LanguageModel
 
-MOST_TOKENS = 16  # of a row
 MOST_ROWS = 64  # tokens of all rows; a product with more rows is no longer bound by memory
 
 
@@ -53,7 +52,8 @@ class Decoder:
     @property
     def stale(self) -> bool:
         """Whether the model has changed in a way that this does not follow."""
-        return any(map(len, self._hooks)) or any(table[name] is not value for table, name, value in self._held)
+        replaced = (table[name] is not value for table, name, value in self._held)
+        return any(map(len, self._hooks)) or any(replaced)
 
     def step(self, hidden: Tensor, state: State, mask: Tensor | None, keep: int) -> tuple[Tensor, State]:
         """Reads tokens into a state that is overwritten.
@@ -89,7 +89,6 @@ def decoder_for(lm: "LanguageModel", state: State, batch: int, seqlen: int) -> D
     """The compiled form of `lm`, if it serves a call with these tokens on this state."""
     if (
         torch.is_grad_enabled()
-        or not 1 <= seqlen <= MOST_TOKENS
         or not 1 <= batch * seqlen <= MOST_ROWS
         or lm.device.type != "cpu"
         or lm.dtype not in (torch.float32, torch.bfloat16)

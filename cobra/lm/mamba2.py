@@ -16,10 +16,8 @@ from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
 
 from .decode import stored
-from .mixer import LayerCost, LayerState, Segments
+from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
 from .precision import Float32Parameters, RMSNorm
-
-UPDATE_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)

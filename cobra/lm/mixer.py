@@ -26,6 +26,7 @@ from torch import Tensor
 from vision_scan import real_and_runs
 
 LayerState = dict[str, Tensor]
+UPDATE_TOKENS = 16  # the most that an update operator takes at a time
 
 
 @dataclass(frozen=True)

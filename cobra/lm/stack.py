@@ -11,6 +11,7 @@ from vision_scan.errors import UserError
 
 from .attention import Attention
 from .decode import decoder_for
+from .mamba1 import Mamba1
 from .mamba2 import Mamba2
 from .mixer import Segments
 from .mlp import MLP
@@ -19,6 +20,7 @@ from .state import State
 
 LAYERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
+    "mamba1": Mamba1,
     "mamba2": Mamba2,
     "mlp": MLP,
 }
@@ -79,11 +81,11 @@ class LanguageModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
+        return getattr(self.embedding, "dtype", None) or self.embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        return getattr(self.embedding, "device", None) or self.embedding.weight.device
 
     def allocate_state(self, batch: int, capacity: int = 0) -> State:
         """The state of rows that have read nothing.

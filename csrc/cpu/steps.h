@@ -156,11 +156,14 @@ class Member {
     barrier_->meet(end_ - begin_);
   }
 
-  // Scratch memory of its own; what was taken under another number stays valid.
+  // Scratch memory of its own, from the start of a cache line; what was taken under another number stays valid.
   float* scratch(int number, int64_t floats) {
+    constexpr int64_t kLine = 64;
     std::vector<float>& buffer = scratch_[number];
-    if (static_cast<int64_t>(buffer.size()) < floats) buffer.resize(floats);
-    return buffer.data();
+    const int64_t size = floats + kLine / static_cast<int64_t>(sizeof(float));
+    if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+    return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
   }
 
  private:

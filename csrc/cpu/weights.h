@@ -38,42 +38,90 @@ inline Vec load_some(const uint16_t* p, int64_t count) {
   return load(values);
 }
 
-// One row of weights times kInputs rows of x, in kSums sums each. Row by row, because memory is fastest when it is
-// read in one stream.
-template <typename Stored, int kInputs, int kSums, bool kAdd>
-inline void multiply_row(const Stored* weights, int64_t in, const float* x, float* y, int64_t y_stride) {
-  Vec sums[kInputs][kSums];
-  for (int m = 0; m < kInputs; ++m)
-    for (int u = 0; u < kSums; ++u) sums[m][u] = Vec{};
+// Memory is fastest when it is read in one stream; a product that works on several rows of weights at once, or on
+// one for long, has to ask for what comes next itself, a line at a time.
+inline void prefetch(const char* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+}
+
+template <bool kAdd>
+inline void put(float* out, float value) {
+  *out = kAdd ? *out + value : value;
+}
+
+// One row of weights times one row of x.
+template <typename Stored, bool kAdd>
+inline void multiply_row(const Stored* weights, int64_t in, const float* x, float* y) {
+  constexpr int kSums = 4;
+  Vec sums[kSums];
+  for (int u = 0; u < kSums; ++u) sums[u] = Vec{};
   int64_t k = 0;
   for (; k + kSums * kWidth <= in; k += kSums * kWidth)
-    for (int u = 0; u < kSums; ++u) {
-      const Vec row = load(weights + k + u * kWidth);
-      for (int m = 0; m < kInputs; ++m) sums[m][u] += row * load(x + m * in + k + u * kWidth);
+    for (int u = 0; u < kSums; ++u) sums[u] += load(weights + k + u * kWidth) * load(x + k + u * kWidth);
+  for (; k < in; k += kWidth) sums[0] += load_some(weights + k, in - k) * load_some(x + k, in - k);
+  put<kAdd>(y, sum((sums[0] + sums[1]) + (sums[2] + sums[3])));
+}
+
+// kRows rows of weights times kInputs rows of x, y (kInputs, y_stride). `ahead` is what to have ready next, of which
+// each 2 kWidth columns ask for `ahead_bytes`.
+template <typename Stored, int kRows, int kInputs, bool kAdd>
+inline void multiply_rows(const Stored* weights, int64_t in, const float* x, float* y, int64_t y_stride,
+                          const char* ahead, int64_t ahead_bytes) {
+  Vec sums[kRows][kInputs];
+  for (int i = 0; i < kRows; ++i)
+    for (int m = 0; m < kInputs; ++m) sums[i][m] = Vec{};
+  const auto add = [&](auto&& load_at) {
+    Vec inputs[kInputs];
+    for (int m = 0; m < kInputs; ++m) inputs[m] = load_at(x + m * in);
+    for (int i = 0; i < kRows; ++i) {
+      const Vec row = load_at(weights + i * in);
+      for (int m = 0; m < kInputs; ++m) sums[i][m] += row * inputs[m];
     }
-  for (; k < in; k += kWidth) {
-    const Vec row = load_some(weights + k, in - k);
-    for (int m = 0; m < kInputs; ++m) sums[m][0] += row * load_some(x + m * in + k, in - k);
+  };
+  int64_t k = 0;
+  for (; k + 2 * kWidth <= in; k += 2 * kWidth, ahead += ahead_bytes) {
+    prefetch(ahead, ahead_bytes);
+    add([k](const auto* p) { return load(p + k); });
+    add([k](const auto* p) { return load(p + k + kWidth); });
   }
-  for (int m = 0; m < kInputs; ++m) {
-    for (int u = 1; u < kSums; ++u) sums[m][0] += sums[m][u];
-    const float total = sum(sums[m][0]);
-    float& out = y[m * y_stride];
-    out = kAdd ? out + total : total;
+  for (; k < in; k += kWidth) add([k, in](const auto* p) { return load_some(p + k, in - k); });
+  for (int i = 0; i < kRows; ++i)
+    for (int m = 0; m < kInputs; ++m) put<kAdd>(y + m * y_stride + i, sum(sums[i][m]));
+}
+
+// The same for all rows of x; while these pass, the weights stay in the nearest cache.
+template <typename Stored, int kRows, bool kAdd>
+inline void multiply_inputs(const Stored* weights, int64_t in, const float* x, int64_t rows, float* y,
+                            int64_t y_stride) {
+  const char* ahead = reinterpret_cast<const char*>(weights + kRows * in);
+  const int64_t passes = rows / 4 + rows % 4 / 2 + rows % 2;
+  const int64_t bytes = kRows * 2 * kWidth * static_cast<int64_t>(sizeof(Stored)) / passes;
+  const auto next = [&](int inputs) {
+    x += inputs * in;
+    y += inputs * y_stride;
+    rows -= inputs;
+    ahead += in / (2 * kWidth) * bytes;
+  };
+  for (; rows >= 4; next(4)) multiply_rows<Stored, kRows, 4, kAdd>(weights, in, x, y, y_stride, ahead, bytes);
+  if (rows >= 2) {
+    multiply_rows<Stored, kRows, 2, kAdd>(weights, in, x, y, y_stride, ahead, bytes);
+    next(2);
   }
+  if (rows) multiply_rows<Stored, kRows, 1, kAdd>(weights, in, x, y, y_stride, ahead, bytes);
 }
 
 template <typename Stored, bool kAdd>
 void multiply_plain(const Weights& w, Range range, const float* x, int64_t rows, float* y, int64_t y_stride) {
-  for (int64_t r = range.begin; r < range.end; ++r) {
-    const Stored* weights = static_cast<const Stored*>(w.data) + r * w.in;
-    const auto at = [&](int64_t m) { return y + m * y_stride + r; };
-    int64_t m = 0;
-    for (; m + 8 <= rows; m += 8) multiply_row<Stored, 8, 1, kAdd>(weights, w.in, x + m * w.in, at(m), y_stride);
-    for (; m + 4 <= rows; m += 4) multiply_row<Stored, 4, 2, kAdd>(weights, w.in, x + m * w.in, at(m), y_stride);
-    for (; m + 2 <= rows; m += 2) multiply_row<Stored, 2, 4, kAdd>(weights, w.in, x + m * w.in, at(m), y_stride);
-    for (; m < rows; ++m) multiply_row<Stored, 1, 4, kAdd>(weights, w.in, x + m * w.in, at(m), y_stride);
-  }
+  const Stored* weights = static_cast<const Stored*>(w.data);
+  int64_t r = range.begin;
+  if (rows > 1)
+    for (; r + 3 <= range.end; r += 3)
+      multiply_inputs<Stored, 3, kAdd>(weights + r * w.in, w.in, x, rows, y + r, y_stride);
+  for (; r < range.end; ++r)
+    if (rows > 1)
+      multiply_inputs<Stored, 1, kAdd>(weights + r * w.in, w.in, x, rows, y + r, y_stride);
+    else
+      multiply_row<Stored, kAdd>(weights + r * w.in, w.in, x, y + r);
 }
 
 // Inputs rounded to 8 bits, with a scale for each group, as the weights that they are multiplied with.
@@ -81,13 +129,14 @@ struct Rounded {
   int64_t padded_in, groups;
   int8_t* values;  // (rows, padded_in)
   float* scales;   // (rows, groups)
-  int32_t* sums;   // (rows, groups) of the values
+  float* offsets;  // (rows, groups): what the 8 that is added to every int4 code adds to a product
 
   Rounded(const Weights& w, const float* x, int64_t rows, Member& me)
       : padded_in((w.in + w.group - 1) / w.group * w.group), groups(padded_in / w.group) {
-    scales = me.scratch(3, rows * (2 * groups + padded_in / 4));
-    sums = reinterpret_cast<int32_t*>(scales + rows * groups);
-    values = reinterpret_cast<int8_t*>(sums + rows * groups);
+    scales = me.scratch(3, rows * (padded_in / 4 + 2 * groups));
+    values = reinterpret_cast<int8_t*>(scales);
+    scales += rows * padded_in / 4;
+    offsets = scales + rows * groups;
     for (int64_t m = 0; m < rows; ++m)
       for (int64_t g = 0; g < groups; ++g)
         round(x + m * w.in + g * w.group, std::min(w.group, w.in - g * w.group), w.group, m * groups + g);
@@ -111,8 +160,9 @@ struct Rounded {
       total += rounded;
       *reinterpret_cast<ByteVec*>(values + at * group + k) = __builtin_convertvector(rounded, ByteVec);
     }
-    sums[at] = 0;
-    for (int i = 0; i < kWidth; ++i) sums[at] += total[i];
+    int32_t all = 0;
+    for (int i = 0; i < kWidth; ++i) all += total[i];
+    offsets[at] = -8.f * static_cast<float>(all) * scales[at];
   }
 };
 
@@ -137,15 +187,15 @@ inline void multiply_block(const Weights& w, int64_t block, const Rounded& x, in
   constexpr int64_t kStep = 32;  // columns in an inner loop
   constexpr int64_t kBytes = kFormat == Format::int8 ? kPackedRows * kStep : kPackedRows * kStep / 2;
   const uint8_t* weights = static_cast<const uint8_t*>(w.data) + block * (x.padded_in / kStep) * kBytes;
+  const char* ahead = reinterpret_cast<const char*>(weights) + (x.padded_in / kStep) * kBytes;
   const uint16_t* scale = w.scale + block * x.groups * kPackedRows;
   __m256 totals[kInputs];
   for (int m = 0; m < kInputs; ++m) totals[m] = _mm256_setzero_ps();
   for (int64_t g = 0; g < x.groups; ++g) {
     __m256i sums[kInputs];
-    // int4 codes are stored plus 8: what that adds is taken off first.
-    for (int m = 0; m < kInputs; ++m)
-      sums[m] = _mm256_set1_epi32(kFormat == Format::int4 ? -8 * x.sums[(first + m) * x.groups + g] : 0);
-    for (int64_t k = g * w.group; k < (g + 1) * w.group; k += kStep, weights += kBytes) {
+    for (int m = 0; m < kInputs; ++m) sums[m] = _mm256_setzero_si256();
+    for (int64_t k = g * w.group; k < (g + 1) * w.group; k += kStep, weights += kBytes, ahead += kBytes) {
+      if (first == 0) prefetch(ahead, kBytes);
       const int8_t* values = x.values + first * x.padded_in + k;
       if constexpr (kFormat == Format::int8) {
         for (int s = 0; s < 8; ++s) {
@@ -182,8 +232,10 @@ inline void multiply_block(const Weights& w, int64_t block, const Rounded& x, in
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scale + g * kPackedRows));
     const __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
     for (int m = 0; m < kInputs; ++m) {
-      const __m256 both = _mm256_mul_ps(scales, _mm256_set1_ps(x.scales[(first + m) * x.groups + g]));
-      totals[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m]), both, totals[m]);
+      const int64_t at = (first + m) * x.groups + g;
+      const __m256 offset = kFormat == Format::int4 ? _mm256_set1_ps(x.offsets[at]) : _mm256_setzero_ps();
+      const __m256 product = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m]), _mm256_set1_ps(x.scales[at]), offset);
+      totals[m] = _mm256_fmadd_ps(product, scales, totals[m]);
     }
   }
   const int64_t r = block * kPackedRows, count = std::min(kPackedRows, w.out - r);

@@ -6,6 +6,7 @@ from cobra.config import PRESETS
 from cobra.cost import LMCost, count_parts
 from cobra.lm import LAYERS, LanguageModel, LMConfig
 from cobra.lm.attention import AttentionConfig
+from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
 
@@ -23,6 +24,7 @@ GQA = AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8)
 WINDOW = AttentionConfig(num_heads=4, num_kv_heads=1, headdim=8, window=6)
 MLP = MLPConfig(d_ff=24)
 STACKS = {
+    "mamba1": (Mamba1Config(d_state=5), Mamba1Config(d_state=3, expand=3, d_conv=2, dt_rank=5)),
     "mamba2": (MAMBA2,) * 3,
     "attention": (GQA, MLP) * 2,
     "window": (WINDOW, MLP),

@@ -11,7 +11,7 @@ import cobra
 import vision_scan
 from cobra.config import PRESETS
 from cobra.connector import MSCConfig, MSCConnector
-from cobra.lm import LanguageModel, LMConfig
+from cobra.lm import LanguageModel, LMConfig, stack
 from cobra.lm.attention import AttentionConfig
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
@@ -174,6 +174,7 @@ def read_under(lm, mode: str):
 
 @pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
 def test_the_scan_gets_A_D_and_dt_bias_in_float32(lm, monkeypatch, mode):
+    monkeypatch.setattr(stack, "decoder_for", lambda *call: None)  # layer by layer
     scan, update = Spy(monkeypatch, "ssd"), Spy(monkeypatch, "ssd_update")
     logits, state = read_under(lm, mode)
     assert len(scan.calls) == 4 and len(update.calls) == 2

@@ -1,0 +1,143 @@
+"""The Mamba mixer.
+
+Source: Gu & Dao 2023, "Mamba" (arXiv:2312.00752), section 3.4; parameter names as in the released
+state-spaces checkpoints.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import vision_scan
+from cobra.typed_config import require_positive
+from vision_scan.errors import UserError
+
+from .decode import stored
+from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
+from .precision import Float32Parameters, RMSNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba1Config:
+    """Mamba with d_inner = expand * d_model channels of d_state states each. dt comes through dt_rank channels
+    (None: a sixteenth of d_model, rounded up); at the start it is log-uniform in [dt_min, dt_max]."""
+
+    kind: Literal["mamba1"] = "mamba1"
+    d_state: int = 16
+    expand: int = 2
+    d_conv: int = 4
+    dt_rank: int | None = None
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "d_state", "expand", "d_conv")
+        if self.dt_rank is not None:
+            require_positive(self, "dt_rank")
+        if not 0 < self.dt_min <= self.dt_max:
+            raise UserError("mamba1: dt_min and dt_max must be above 0, dt_min at most dt_max")
+
+    def rank(self, d_model: int) -> int:
+        return self.dt_rank or -(-d_model // 16)
+
+    def cost(self, d_model: int) -> LayerCost:
+        d_inner, rank = self.expand * d_model, self.rank(d_model)
+        projections = d_inner * (3 * d_model + 2 * rank + 2 * self.d_state)
+        state = d_inner * self.d_state
+        return LayerCost(
+            parameters=projections + d_inner * (self.d_conv + self.d_state + 3),
+            # Decay (a product, an exponential), inflow and readout of the state are 7 operations per element.
+            flops_per_token=2 * projections + 2 * d_inner * self.d_conv + 7 * state,
+            state_elements=state,
+            tail_elements=d_inner * (self.d_conv - 1),
+        )
+
+
+class StepProjection(Float32Parameters, nn.Linear):
+    """dt's projection; its bias, which is dt_bias, stays float32."""
+
+    float32_parameters = ("bias",)
+
+
+class Mamba1(Float32Parameters):
+    """See the contract in mixer.py. State: `conv` (batch, d_inner, d_conv - 1) in the model's dtype and
+    `ssm` (batch, d_inner, d_state) in float32."""
+
+    Config = Mamba1Config
+    float32_parameters = ("A_log", "D")
+    step_states = ("conv", "ssm")
+    most_step_tokens = UPDATE_TOKENS
+
+    def __init__(self, config: Mamba1Config, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.d_inner = d_inner = config.expand * d_model
+        self.dt_rank = rank = config.rank(d_model)
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner)
+        self.x_proj = nn.Linear(d_inner, rank + 2 * config.d_state, bias=False)
+        self.dt_proj = StepProjection(rank, d_inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, config.d_state + 1).log().repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+        with torch.no_grad():
+            self.dt_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
+            dt = torch.empty(d_inner).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp()
+            dt = dt.clamp(min=1e-4)
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
+
+    def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
+        wide = torch.promote_types(dtype, torch.float32)
+        return {
+            "conv": torch.zeros(batch, self.d_inner, self.config.d_conv - 1, device=device, dtype=dtype),
+            "ssm": torch.zeros(batch, self.d_inner, self.config.d_state, device=device, dtype=wide),
+        }
+
+    def add_to(self, decoder, norm: RMSNorm) -> None:
+        projections = [stored(proj) for proj in (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)]
+        parameters = [self.conv1d.weight, self.conv1d.bias, self.dt_proj.bias, self.A_log, self.D]
+        sizes = [self.d_inner, self.config.d_state, self.dt_rank, self.config.d_conv]
+        decoder.add_mamba1(norm.weight, norm.eps, *projections, parameters, sizes)
+
+    def forward(self, x: Tensor, state: LayerState | None, segments: Segments) -> tuple[Tensor, LayerState]:
+        u, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)
+        update = state is not None and segments.overwrite and x.shape[1] <= UPDATE_TOKENS
+        mix = self._update if update else self._scan
+        y, state = mix(u, z, state, segments)
+        return self.out_proj(y.transpose(1, 2)), state
+
+    def _scan(self, u, z, state, segments) -> tuple[Tensor, LayerState]:
+        state = state or {"conv": None, "ssm": None}
+        u, conv = vision_scan.causal_conv1d(
+            u, self.conv1d.weight[:, 0], self.conv1d.bias, "silu",
+            state["conv"], return_final_state=True, seq_idx=segments.seq_idx,
+        )  # fmt: skip
+        y, ssm = vision_scan.selective_scan(
+            u, *self._scan_inputs(u), z=z, initial_state=state["ssm"], return_final_state=True,
+            seq_idx=segments.seq_idx, **self._scan_parameters(),
+        )  # fmt: skip
+        return y, {"conv": conv, "ssm": ssm}
+
+    def _update(self, u, z, state, segments) -> tuple[Tensor, LayerState]:
+        u = vision_scan.causal_conv1d_update(
+            state["conv"], u, self.conv1d.weight[:, 0], self.conv1d.bias, "silu", segments.seq_idx
+        )
+        y = vision_scan.selective_scan_update(
+            state["ssm"], u, *self._scan_inputs(u), z=z, seq_idx=segments.seq_idx, **self._scan_parameters()
+        )
+        return y, state
+
+    def _scan_inputs(self, u: Tensor) -> tuple[Tensor, ...]:
+        """dt before its bias, A, B and C for u (batch, d_inner, seqlen)."""
+        low, B, C = self.x_proj(u.transpose(1, 2)).split(
+            [self.dt_rank, self.config.d_state, self.config.d_state], dim=-1
+        )
+        dt = nn.functional.linear(low, self.dt_proj.weight)
+        dt, B, C = (t.transpose(1, 2) for t in (dt, B, C))
+        return dt, -torch.exp(self.A_log), B, C
+
+    def _scan_parameters(self) -> dict:
+        return {"D": self.D, "dt_bias": self.dt_proj.bias, "dt_softplus": True}
