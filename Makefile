@@ -2,6 +2,7 @@
 #   make demo    data, training, evaluation, comparison, report: runs/demo/report.html
 #   make quick   the same path with fewer steps, in minutes: runs/quick/report.html
 #   make test    the tests
+#   make bench   our models beside transformers and llama.cpp, in an hour or more: runs/bench/peers.md
 #   make setup   only .venv (the other targets call it; a second call does nothing)
 #   make clean   removes build products and caches; keeps .venv and runs/
 
@@ -10,7 +11,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.cobra-ready
 
-.PHONY: demo quick test setup clean
+.PHONY: demo quick test bench setup clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -21,6 +22,11 @@ quick: $(STAMP)
 
 test: $(STAMP)
 	@$(PY) -m pytest -q tests
+
+# llama.cpp is compiled for this machine, which takes a few minutes.
+bench: $(STAMP)
+	@$(PY) -c 'import gguf, llama_cpp' 2>/dev/null || $(PY) -m pip install --progress-bar on "llama-cpp-python>=0.3.16" gguf -c constraints.txt
+	@$(PY) -m eval efficiency --peers transformers,llama.cpp --output runs/bench/peers.json
 
 setup: $(STAMP)
 

@@ -31,7 +31,7 @@ def extension_arguments() -> dict:
     kernels = CppExtension(
         "vision_scan._C",
         [f"csrc/cpu/{name}.cpp" for name in ("ops", "scan_ops", "decode_ops", "avx2", "avx512")],
-        extra_compile_args=["-O3", "-g0", "-fopenmp", "-Wno-psabi", "-Wno-ignored-attributes"],
+        extra_compile_args=["-O3", "-g0", "-fopenmp", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"],
         extra_link_args=["-fopenmp"],
     )
     return {"ext_modules": [kernels], "cmdclass": {"build_ext": Build}}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cobra.lm.precision import has_native_bf16
 from cobra.tokenizer import Tokenizer
 from cobra.typed_config import from_dict, to_dict
 from vision_scan.errors import UserError
@@ -171,17 +172,6 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch
     if dtype not in _DTYPES:
         raise UserError(f"dtype={dtype!r}: allowed are auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
-
-
-def has_native_bf16(device: str | torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 matrices in hardware."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
-    if kind == "cpu":
-        # Private names of torch, so their absence means "no". AMX comes with AVX-512 bf16.
-        return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return False
 
 
 def _device(device: str | torch.device) -> torch.device:

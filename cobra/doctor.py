@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import vision_scan
-from cobra.checkpoint import has_native_bf16
+from cobra.lm.precision import has_native_bf16
 
 DISTRIBUTION = "cobra-vlm"
 CORE = ("torch", "numpy", "pillow", "safetensors", "tokenizers")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from cobra.lm.precision import Projection, project
 from vision_scan.errors import UserError, choose
 
 if TYPE_CHECKING:
@@ -47,13 +48,13 @@ def quantize(model: "Cobra", weights: WeightFormat) -> "Cobra":
 
 
 def replace_projections(
-    model: "Cobra", weights: WeightFormat, make: Callable[[nn.Linear, WeightFormat], "QuantizedLinear"]
+    model: "Cobra", weights: WeightFormat, make: Callable[[Projection, WeightFormat], "QuantizedLinear"]
 ) -> None:
     """Puts quantised modules in the places of the plain ones; `make` turns one into the other."""
     lm = model.lm
     for module in list(lm.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear:  # those with a bias of their own kind are left
+            if isinstance(child, Projection):
                 setattr(module, name, make(child, weights))
     if lm.config.tie_word_embeddings:
         lm.embedding = QuantizedEmbedding(lm.lm_head)
@@ -87,13 +88,13 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scales", torch.zeros(blocks, groups, ROWS, dtype=torch.bfloat16, device=device))
 
     @staticmethod
-    def like(linear: nn.Linear, weights: WeightFormat) -> "QuantizedLinear":
+    def like(linear: Projection, weights: WeightFormat) -> "QuantizedLinear":
         """One of the same size, with zeros."""
         weight = linear.weight
         return QuantizedLinear(linear.in_features, linear.out_features, weights, weight.dtype, weight.device)
 
     @staticmethod
-    def of(linear: nn.Linear, weights: WeightFormat) -> "QuantizedLinear":
+    def of(linear: Projection, weights: WeightFormat) -> "QuantizedLinear":
         """The nearest to a plain projection."""
         weight = linear.weight.detach()
         result = QuantizedLinear.like(linear, weights)
@@ -126,7 +127,7 @@ class QuantizedLinear(nn.Module):
         return values.flatten(1)[:, : self.in_features].to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype))
+        return project(x, self.weight)
 
     def _apply(self, fn, recurse=True):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype

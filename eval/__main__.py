@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   python -m eval scenes --output scenes --scenes 5000
   python -m eval tasks --model runs/demo/cobra --task digit_scenes --data scenes --output results
   python -m eval efficiency --model tiny --model transformer-tiny --output efficiency.json
+  python -m eval efficiency --peers transformers,llama.cpp --only decode --output peers.json
 
 exit status: 0 done; 2 a mistake in the command or its files; 1 anything else"""
 
@@ -88,11 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_device(tasks)
 
-    efficiency = _command(commands, "efficiency", _efficiency, "time decoding against context length")
+    efficiency = _command(
+        commands, "efficiency", _efficiency, "time decoding against context length, or beside rivals"
+    )
     efficiency.add_argument(
         "--model",
         action="append",
-        required=True,
         metavar="[NAME=]DIR|PRESET",
         help="once per model; a preset has random weights",
     )
@@ -101,14 +103,16 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FILE",
-        help="a .json; a page with the plots goes beside it",
+        help="a .json; a page with the plots goes beside it, with --peers a .md and a .png",
     )
     efficiency.add_argument(
         "--shortest-context", type=int, default=256, metavar="N", help="then doubling (default 256)"
     )
-    efficiency.add_argument("--longest-context", type=int, default=16384, metavar="N", help="(default 16384)")
     efficiency.add_argument(
-        "--rounds", type=int, default=9, metavar="N", help="repeats of decoding (default 9)"
+        "--longest-context", type=int, metavar="N", help="(default 16384, with --peers a million)"
+    )
+    efficiency.add_argument(
+        "--rounds", type=int, metavar="N", help="repeats of decoding (default 9), with --peers of all (7)"
     )
     efficiency.add_argument(
         "--prefill-rounds",
@@ -116,6 +120,20 @@ def build_parser() -> argparse.ArgumentParser:
         default=3,
         metavar="N",
         help="repeats of the first token (default 3)",
+    )
+    efficiency.add_argument(
+        "--peers",
+        metavar="NAMES",
+        help="measure beside these instead of --model, on the CPU: transformers,llama.cpp",
+    )
+    efficiency.add_argument(
+        "--preset", default="mamba2-130m", metavar="NAME", help="with --peers: our model (mamba2-130m)"
+    )
+    efficiency.add_argument(
+        "--only", metavar="NAMES", help="with --peers: decode,prefill,training,scan_2d,context (default all)"
+    )
+    efficiency.add_argument(
+        "--threads", type=int, metavar="N", help="with --peers: of every contestant (default torch's)"
     )
     _add_device(efficiency)
 
@@ -211,6 +229,10 @@ def _describe(summary: dict) -> str:
 
 
 def _efficiency(options: argparse.Namespace) -> int:
+    if options.peers is not None:
+        return _peers(options)
+    if not options.model:
+        raise UserError("--model missing: give it once per model, or give --peers")
     import cobra
     from cobra.config import PRESETS
     from eval import page
@@ -219,8 +241,8 @@ def _efficiency(options: argparse.Namespace) -> int:
     from eval.progress import progress
 
     protocol = Protocol(
-        contexts=doubling(options.shortest_context, options.longest_context),
-        rounds=options.rounds,
+        contexts=doubling(options.shortest_context, options.longest_context or 16384),
+        rounds=9 if options.rounds is None else options.rounds,
         prefill_rounds=options.prefill_rounds,
     )
     models = {}
@@ -251,6 +273,41 @@ def _efficiency(options: argparse.Namespace) -> int:
         names = ", ".join(wrong)
         print(f"failed: decoding does not give the logits of one forward: {names}", file=sys.stderr)
     return FAILED if wrong else DONE
+
+
+def _peers(options: argparse.Namespace) -> int:
+    import torch
+
+    from eval import peers
+    from eval.files import write_json, write_text
+    from eval.peers import plot, tables
+    from eval.progress import progress
+
+    if options.model or options.device != "cpu":
+        raise UserError("--peers measures --preset on the CPU: leave out --model and --device")
+    given = {
+        "rounds": options.rounds,
+        "threads": torch.get_num_threads() if options.threads is None else options.threads,
+        "long_context": options.longest_context,
+    }
+    names = options.peers.split(",")
+    contests = options.only.split(",") if options.only else list(peers.CONTESTS)
+    peers.check_names(names, contests)
+    settings = peers.Settings(
+        preset=options.preset, **{name: value for name, value in given.items() if value is not None}
+    )
+    result = peers.measure(settings, names, contests, progress)
+    write_json(options.output, result)
+    write_text(options.output.with_suffix(".md"), tables.to_markdown(result))
+    plot.draw(result, options.output.with_suffix(".png"))
+    for contest in result["contests"].values():
+        for ratio in contest["ratios"]:
+            print(tables.ratio_line(ratio))
+    for suffix in (".json", ".md", ".png"):
+        print(options.output.with_suffix(suffix))
+    for line in tables.failed_checks(result):
+        print(f"failed: {line}", file=sys.stderr)
+    return DONE if result["passed"] else FAILED
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -11,7 +11,17 @@ import torch
 
 import vision_scan
 
-PACKAGES = ("torch", "transformers", "deepspeed", "timm", "numpy", "scikit-learn", "scikit-image")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "llama-cpp-python",
+    "gguf",
+    "deepspeed",
+    "timm",
+    "numpy",
+    "scikit-learn",
+    "scikit-image",
+)
 
 
 def describe_environment(device: str = "cpu") -> dict:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cobra.checkpoint import has_native_bf16
+from cobra.lm.precision import has_native_bf16
 from train.collate import Batch
 from train.objectives import Objective, Stats
 from vision_scan.errors import UserError

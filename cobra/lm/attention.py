@@ -19,7 +19,7 @@ from vision_scan.errors import UserError
 
 from .decode import stored
 from .mixer import LayerCost, LayerState, Segments
-from .precision import RMSNorm
+from .precision import Projection, RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +71,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         queries, keys = config.num_heads * config.headdim, config.num_kv_heads * config.headdim
-        self.q_proj = nn.Linear(d_model, queries, bias=False)
-        self.k_proj = nn.Linear(d_model, keys, bias=False)
-        self.v_proj = nn.Linear(d_model, keys, bias=False)
-        self.o_proj = nn.Linear(queries, d_model, bias=False)
+        self.q_proj = Projection(d_model, queries)
+        self.k_proj = Projection(d_model, keys)
+        self.v_proj = Projection(d_model, keys)
+        self.o_proj = Projection(queries, d_model)
 
     def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
         slots = self._slots(max(capacity, 1))

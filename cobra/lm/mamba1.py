@@ -17,13 +17,16 @@ from vision_scan.errors import UserError
 
 from .decode import stored
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
-from .precision import Float32Parameters, RMSNorm
+from .precision import Float32Parameters, Projection, RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba1Config:
-    """Mamba with d_inner = expand * d_model channels of d_state states each. dt comes through dt_rank channels
-    (None: a sixteenth of d_model, rounded up); at the start it is log-uniform in [dt_min, dt_max]."""
+    """Mamba with d_inner = expand * d_model channels of d_state states each.
+
+    dt comes through dt_rank channels (None: a sixteenth of d_model, rounded up); at the start it is
+    log-uniform in [dt_min, dt_max].
+    """
 
     kind: Literal["mamba1"] = "mamba1"
     d_state: int = 16
@@ -76,13 +79,13 @@ class Mamba1(Float32Parameters):
         self.config = config
         self.d_inner = d_inner = config.expand * d_model
         self.dt_rank = rank = config.rank(d_model)
-        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        self.in_proj = Projection(d_model, 2 * d_inner)
         self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner)
-        self.x_proj = nn.Linear(d_inner, rank + 2 * config.d_state, bias=False)
+        self.x_proj = Projection(d_inner, rank + 2 * config.d_state)
         self.dt_proj = StepProjection(rank, d_inner)
         self.A_log = nn.Parameter(torch.arange(1.0, config.d_state + 1).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
-        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+        self.out_proj = Projection(d_inner, d_model)
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
             dt = torch.empty(d_inner).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp()

@@ -17,7 +17,7 @@ from vision_scan.errors import UserError
 
 from .decode import stored
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
-from .precision import Float32Parameters, RMSNorm
+from .precision import Float32Parameters, Projection, RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class Mamba2(Float32Parameters):
         self.d_inner = config.expand * d_model
         self.nheads = config.nheads(d_model)
         channels = config.conv_channels(d_model)
-        self.in_proj = nn.Linear(d_model, self.d_inner + channels + self.nheads, bias=False)
+        self.in_proj = Projection(d_model, self.d_inner + channels + self.nheads)
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
         dt = torch.exp(torch.empty(self.nheads).uniform_(math.log(config.dt_min), math.log(config.dt_max)))
         dt = dt.clamp(min=1e-4)
@@ -98,7 +98,7 @@ class Mamba2(Float32Parameters):
         self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*config.A_init_range).log())
         self.D = nn.Parameter(torch.ones(self.nheads))
         self.norm = RMSNorm(self.d_inner, config.norm_eps)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.out_proj = Projection(self.d_inner, d_model)
         self._initialize()
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from cobra.typed_config import require_positive
 
 from .decode import stored
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
-from .precision import RMSNorm
+from .precision import Projection, RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: MLPConfig, d_model: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, d_model, bias=False)
+        self.gate_proj = Projection(d_model, config.d_ff)
+        self.up_proj = Projection(d_model, config.d_ff)
+        self.down_proj = Projection(config.d_ff, d_model)
 
     def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
         return {}

@@ -15,7 +15,7 @@ from .mamba1 import Mamba1
 from .mamba2 import Mamba2
 from .mixer import Segments
 from .mlp import MLP
-from .precision import RMSNorm
+from .precision import Projection, RMSNorm
 from .state import State
 
 LAYERS: dict[str, type[nn.Module]] = {
@@ -67,7 +67,7 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         self.layers = nn.ModuleList(Block(layer, config) for layer in config.layers)
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Projection(config.d_model, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embedding.weight
         self._scale_residual_projections()

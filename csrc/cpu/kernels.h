@@ -47,6 +47,8 @@ struct SsdGradients {
 // blocks of heads do not depend on the number of threads.
 constexpr int64_t kHeadBlock = 4;
 
+constexpr int64_t kMostTaps = 16;  // width of a convolution at most
+
 struct Conv {
   Tokens tokens;
   int64_t channels, width;

@@ -18,6 +18,7 @@ Conv make_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
   a.tokens = make_tokens(batch, lists, cells, seq_idx, cu_seqlens, index);
   a.channels = channels;
   a.width = weight.size(1);
+  TORCH_CHECK_VALUE(a.width <= kMostTaps, "weight must have at most ", kMostTaps, " taps, got ", a.width);
   a.silu = silu;
   a.shared_input = x.dim() == 3;
   if (a.shared_input)

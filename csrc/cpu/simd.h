@@ -106,19 +106,27 @@ template <int kCols>
 inline void multiply_columns(
     int rows, int depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
     int64_t c_row) {
-  constexpr int kRows = kCols == 4 ? 4 : 6;
-  int i = 0;
-  for (; i + kRows <= rows; i += kRows)
-    multiply_tile<kRows, kCols>(depth, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row);
-  for (; i < rows; ++i) multiply_tile<1, kCols>(depth, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row);
+  const auto tile = [&](auto count) {
+    multiply_tile<decltype(count)::value, kCols>(depth, a, a_row, a_col, b, b_row, c, c_row);
+    a += count * a_row;
+    c += count * c_row;
+    rows -= count;
+  };
+  if constexpr (kCols < 4)
+    while (rows >= 6 && rows != 8) tile(std::integral_constant<int, 6>());
+  while (rows >= 4) tile(std::integral_constant<int, 4>());
+  if (rows >= 2) tile(std::integral_constant<int, 2>());
+  if (rows) tile(std::integral_constant<int, 1>());
 }
 
 inline void multiply_add(
     int rows, int cols, int depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
     float* c, int64_t c_row) {
   int j = 0;
+#if SIMD_BYTES == 64  // there are registers for it
   for (; j + 4 * kWidth <= cols; j += 4 * kWidth)
     multiply_columns<4>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row);
+#endif
   for (; j + 2 * kWidth <= cols; j += 2 * kWidth)
     multiply_columns<2>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row);
   for (; j < cols; j += kWidth) multiply_columns<1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row);
@@ -134,7 +142,7 @@ inline void transpose(int rows, int cols, const float* in, int64_t in_row, float
 // the permission to stand at any address.
 class VecArray {
  public:
-  explicit VecArray(int64_t count = 0) : floats_(count * kWidth) {}
+  explicit VecArray(int64_t count = 0) : count_(count), floats_(count * kWidth) {}
 
   Vec* at(int64_t i) {
     return reinterpret_cast<Vec*>(floats_.data()) + i;
@@ -153,15 +161,17 @@ class VecArray {
   }
 
   void clear() {
-    std::fill(floats_.begin(), floats_.end(), 0.f);
+    floats_.assign(count_ * kWidth);
   }
 
   void assign(int64_t count) {
-    floats_.assign(count * kWidth, 0.f);
+    count_ = count;
+    floats_.assign(count * kWidth);
   }
 
  private:
-  std::vector<float> floats_;
+  int64_t count_;
+  Floats floats_;
 };
 
 inline int padded(int n) {

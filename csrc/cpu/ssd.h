@@ -26,12 +26,12 @@ struct Sizes {
 class Buffer {
  public:
   float* take(int64_t count) {
-    pieces_.emplace_back(count, 0.f);
+    pieces_.emplace_back(count);
     return pieces_.back().data();
   }
 
  private:
-  std::vector<std::vector<float>> pieces_;
+  std::vector<Floats> pieces_;
 };
 
 // What the heads of a block share in a chunk.

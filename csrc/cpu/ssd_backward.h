@@ -38,7 +38,7 @@ class SsdBackward {
  private:
   void keep_entries(const Segment& segment, bool is_first) {
     const int64_t chunks = (segment.end - segment.begin + kChunk - 1) / kChunk;
-    entries.assign((chunks + 1) * heads * state_size, 0.f);
+    entries.assign((chunks + 1) * heads * state_size);
     if (is_first && a.initial_state)
       for (int64_t h = 0; h < heads; ++h)
         load_state(a.initial_state + state_offset(a, number, first + h), s, entries.data() + h * state_size);
@@ -168,11 +168,11 @@ class SsdBackward {
       const double dstep = after * A + dot(dXd + i * s.p, X);
       dA[h] += after * head.dt[i];
       const int64_t token = row.offset(a.tokens, begin + i, a.nheads) + first + h;
-      float draw = static_cast<float>(dstep);
+      double draw = dstep;
       const float step = a.dt_softplus && head.raw[i] <= 20.f ? std::log1p(std::exp(head.raw[i])) : head.raw[i];
       if (step < a.dt_min || step > a.dt_max) draw = 0;
       if (a.dt_softplus && head.raw[i] <= 20.f) draw *= 1.f / (1.f + std::exp(-head.raw[i]));
-      g.ddt[token] = draw;
+      g.ddt[token] = static_cast<float>(draw);
       ddt_bias[h] += draw;
       float* dx = g.dx + token * a.headdim;
       float* skip = dD + h * s.p;
@@ -203,9 +203,10 @@ class SsdBackward {
   // Over the headdim of two rows; their padding is zero.
   double dot(const float* left, const float* right) const {
     Vec total{};
-    for (int p = 0; p < s.p; p += kWidth)
-      total += load(left + p) * load(right + p);
-    return sum(total);
+    for (int p = 0; p < s.p; p += kWidth) total += load(left + p) * load(right + p);
+    double sum = 0;
+    for (int i = 0; i < kWidth; ++i) sum += total[i];
+    return sum;
   }
 
   const Ssd& a;
@@ -219,7 +220,7 @@ class SsdBackward {
   const int64_t state_size;
   float *dY, *dYe, *dXd, *dXi, *Yi, *Xdt, *dW, *Sp, *dSp, *dB, *dC, *dS, *dD;
   std::vector<double> dA, ddt_bias;
-  std::vector<float> entries;  // (chunks + 1, heads, d_state, p)
+  Floats entries;  // (chunks + 1, heads, d_state, p)
 };
 
 void ssd_backward(const Ssd& a, const SsdGradients& g) {

@@ -4,7 +4,8 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
-#include <vector>
+
+#include "floats.h"
 
 namespace vision_scan {
 
@@ -156,20 +157,16 @@ class Member {
     barrier_->meet(end_ - begin_);
   }
 
-  // Scratch memory of its own, from the start of a cache line; what was taken under another number stays valid.
+  // Scratch memory of its own; what was taken under another number stays valid.
   float* scratch(int number, int64_t floats) {
-    constexpr int64_t kLine = 64;
-    std::vector<float>& buffer = scratch_[number];
-    const int64_t size = floats + kLine / static_cast<int64_t>(sizeof(float));
-    if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
-    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-    return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
+    scratch_[number].reserve(floats);
+    return scratch_[number].data();
   }
 
  private:
   const int64_t begin_, end_, parts_;
   Barrier* const barrier_;
-  std::vector<float> scratch_[5];
+  Floats scratch_[5];
 };
 
 }  // namespace vision_scan

@@ -15,23 +15,26 @@ from torch import Tensor
 from .register import MISSING_KERNELS, take_over
 
 
+MOST_TAPS = 16
+
+
 def take_over_all() -> None:
     """Registers the kernels, or says in `MISSING_KERNELS` why there are none."""
     missing = _why_missing()
     if missing:
         MISSING_KERNELS["cpu"] = missing
         return
-    for name, forward, backward in (
-        ("selective_scan", _selective, _selective_backward),
-        ("selective_scan_2d", _selective_2d, _selective_2d_backward),
-        ("ssd", _ssd, _ssd_backward),
-        ("ssd_2d", _ssd_2d, _ssd_2d_backward),
-        ("causal_conv1d", _conv, _conv_backward),
-        ("causal_conv1d_2d", _conv_2d, _conv_2d_backward),
-        ("gated_rmsnorm", _norm, _norm_backward),
+    for name, forward, backward, serves in (
+        ("selective_scan", _selective, _selective_backward, _serves),
+        ("selective_scan_2d", _selective_2d, _selective_2d_backward, _serves),
+        ("ssd", _ssd, _ssd_backward, _serves),
+        ("ssd_2d", _ssd_2d, _ssd_2d_backward, _serves),
+        ("causal_conv1d", _conv, _conv_backward, _serves_conv),
+        ("causal_conv1d_2d", _conv_2d, _conv_2d_backward, _serves_conv),
+        ("gated_rmsnorm", _norm, _norm_backward, _serves),
     ):
-        take_over(name, "cpu", forward, _serves)
-        take_over(f"{name}_backward", "cpu", backward, lambda grads, *args: _serves(*args))
+        take_over(name, "cpu", forward, serves)
+        take_over(f"{name}_backward", "cpu", backward, lambda grads, *args, serves=serves: serves(*args))
     take_over("ssd_update", "cpu", _ssd_update, _serves_update)
     take_over("causal_conv1d_update", "cpu", _conv_update, _serves_update)
 
@@ -48,6 +51,10 @@ def _why_missing() -> str:
 
 def _serves(x: Tensor, *others) -> bool:
     return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0
+
+
+def _serves_conv(x: Tensor, weight: Tensor, *others) -> bool:
+    return _serves(x) and weight.shape[-1] <= MOST_TAPS
 
 
 def _serves_update(state: Tensor, x: Tensor, *others) -> bool:

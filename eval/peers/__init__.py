@@ -1,0 +1,108 @@
+"""Our models beside rivals, in one run on one machine: decoding, reading, training, the 2-D scan, long
+contexts. `contest.py` has the protocol."""
+
+import gc
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+import cobra
+from cobra.cost import LMCost
+from eval.environment import describe_environment
+from eval.peers import context, decoding, prefill, scans, training
+from eval.peers.contest import Field, Settings
+from eval.peers.llama_cpp import system_info
+from eval.peers.machine import measure_machine
+from vision_scan.errors import UserError, choose
+
+# What a rival needs: modules, and the extra that installs them.
+PEERS = {"transformers": (("transformers",), "hf"), "llama.cpp": (("llama_cpp", "gguf"), "bench")}
+CONTESTS = {
+    "decode": decoding.run,
+    "prefill": prefill.run,
+    "training": training.run,
+    "scan_2d": scans.run,
+    "context": context.run,
+}
+FORMAT = 1
+
+
+@contextmanager
+def no_progress(title: str, units: int) -> Iterator[Callable[[int], None]]:
+    """Stands in for `eval.progress.progress` where nobody watches."""
+    yield lambda units: None
+
+
+def check_names(peers: Sequence[str], contests: Sequence[str]) -> None:
+    """Raises UserError on unknown names, and on peers that are not installed."""
+    for name in contests:
+        choose("contest", name, CONTESTS)
+    for name in peers:
+        modules, extra = choose("peer", name, PEERS)
+        if any(find_spec(module) is None for module in modules):
+            raise UserError(f"{name} is not installed: pip install 'cobra-vlm[{extra}]'")
+
+
+def measure(
+    settings: Settings,
+    peers: Sequence[str] = tuple(PEERS),
+    contests: Sequence[str] = tuple(CONTESTS),
+    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = no_progress,
+) -> dict:
+    """Runs contests one after the other.
+
+    Args:
+        peers: keys of PEERS.
+        contests: keys of CONTESTS.
+        progress: as `eval.progress.progress`.
+    Returns:
+        A JSON-able dict: format, peers, settings, environment, llama_cpp (what it was compiled for, None if
+        it does not take part), machine (see `measure_machine`), parameters (of ours, and of the Llama),
+        contests (name -> title, unit, rows, ratios), passed (whether all checks have).
+    Raises:
+        UserError: on unknown names and missing packages.
+    """
+    check_names(peers, contests)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        with tempfile.TemporaryDirectory(prefix="cobra-peers-") as folder:
+            field = Field(
+                settings=settings,
+                model=cobra.build(settings.preset, seed=settings.seed),
+                peers=tuple(peers),
+                machine=measure_machine(settings.read_bytes, settings.gemm_size),
+                folder=Path(folder),
+                progress=progress,
+            )
+            found = {}
+            for name in contests:
+                found[name] = CONTESTS[name](field)
+                gc.collect()
+            environment = describe_environment()
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        "format": FORMAT,
+        "peers": list(peers),
+        "settings": asdict(settings),
+        "environment": environment,
+        "llama_cpp": system_info() if "llama.cpp" in peers else None,
+        "machine": field.machine,
+        "parameters": {
+            settings.preset: field.cost.parameters,
+            "Llama": LMCost(settings.llama).parameters,
+        },
+        "contests": found,
+        "passed": all(passed(row) for contest in found.values() for row in contest["rows"]),
+    }
+
+
+def passed(row: dict) -> bool:
+    """Whether nothing is known to be wrong with a row."""
+    return row["check"] is None or row["check"]["passed"]

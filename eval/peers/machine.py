@@ -1,0 +1,57 @@
+"""What the machine can do at most, measured in the same run: reading memory and multiplying matrices."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+READ_BYTES = 1 << 30
+GEMM_SIZE = 2048
+SECONDS = 3.0  # of each measurement, at least five repeats
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def measure_machine(read_bytes: int = READ_BYTES, gemm_size: int = GEMM_SIZE) -> dict:
+    """Peaks with torch's current number of threads.
+
+    Args:
+        read_bytes: of the array that is read, many times the caches.
+        gemm_size: n of the n x n matrices.
+    Returns:
+        read_bytes_per_s: the fastest of a matrix-vector product, a maximum and a sum over the array.
+        gemm_flops_per_s: dtype -> the fastest product of square matrices.
+        read_bytes, gemm_size: as given.
+    """
+    rows = torch.ones(read_bytes // 4096, 1024)
+    vector = torch.ones(1024)
+    reads = (lambda: rows.mv(vector), lambda: rows.max(), lambda: rows.sum())
+    fastest = min(_fastest(read) for read in reads)
+    flops = {}
+    for name, dtype in DTYPES.items():
+        a, b = (torch.randn(gemm_size, gemm_size).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        flops[name] = 2 * gemm_size**3 / _fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+    return {
+        "read_bytes_per_s": rows.nbytes / fastest,
+        "gemm_flops_per_s": flops,
+        "read_bytes": rows.nbytes,
+        "gemm_size": gemm_size,
+    }
+
+
+def gemm_peak(machine: dict, form: str) -> float:
+    """Floating point operations a second that a roofline grants: of that dtype, or of float32 where that is
+    faster, since narrower weights can always be widened first."""
+    flops = machine["gemm_flops_per_s"]
+    return max(flops["float32"], flops.get(form, 0.0))
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    times = []
+    work()
+    stop = time.perf_counter() + SECONDS
+    while len(times) < 5 or (time.perf_counter() < stop and len(times) < 100):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
