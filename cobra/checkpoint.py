@@ -73,7 +73,7 @@ def load(
             configuration; it names them.
     """
     from cobra.model import Cobra
-    from cobra.quantize import quantize
+    from cobra.quantize import QuantizedLinear, quantize
 
     path, device = Path(path), _device(device)
     dtype = resolve_dtype(dtype, device)
@@ -82,6 +82,9 @@ def load(
     with torch.device("meta"):  # neither memory nor time for weights that are replaced anyway
         model = Cobra(config, tokenizer)
     assign_tensors(model, read_tensors(path), str(path / WEIGHTS))
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            module.check(name, str(path / WEIGHTS))
     if weights is not None:
         quantize(model, weights)
     return model.to(device=device, dtype=dtype).eval()

@@ -1,9 +1,9 @@
 """Weights in 8 or 4 bits for decoding, which goes at the speed at which weights are read.
 
-Every projection of the language model, its head and its token embeddings are stored as integer codes with a
-scale for each row and group of columns, symmetric about zero; norms, convolutions and what a recurrence is
-made of stay as they are. The kernels of csrc/cpu multiply codes with inputs that are rounded to 8 bits
-group by group; everywhere else the weights are unpacked first.
+Every projection of the language model and its head, with the token embeddings where these are tied to it, are
+stored as integer codes with a scale for each row and group of columns, symmetric about zero; norms,
+convolutions and what a recurrence is made of stay as they are. The kernels of csrc/cpu multiply codes with
+inputs that are rounded to 8 bits group by group; everywhere else the weights are unpacked first.
 """
 
 from collections.abc import Callable
@@ -123,7 +123,7 @@ class QuantizedLinear(nn.Module):
             pairs = self.codes.unflatten(-1, (ROWS, 4))[block, :, :, lane]
             codes = torch.cat([pairs & 15, pairs >> 4], dim=2).to(torch.int8) - 8
         scales = self.scales[block, :, lane].float()
-        values = codes.reshape(len(index), scales.shape[1], -1) * scales[..., None]
+        values = codes.reshape(*scales.shape, GROUP_SIZES[self.weights]) * scales[..., None]
         return values.flatten(1)[:, : self.in_features].to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,6 +134,14 @@ class QuantizedLinear(nn.Module):
         self.codes = fn(self.codes)
         self.scales = fn(self.scales.view(torch.int16)).view(torch.bfloat16)  # moved, never cast
         return self
+
+    def check(self, name: str, where: str) -> None:
+        """Raises UserError if what was loaded into it are no codes and scales."""
+        expected = {"codes": torch.int8 if self.weights == "int8" else torch.uint8, "scales": torch.bfloat16}
+        for leaf, dtype in expected.items():
+            found = getattr(self, leaf).dtype
+            if found != dtype:
+                raise UserError(f"{where}: {name}.{leaf} is {found}, must be {dtype}: the file is damaged")
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, weights={self.weights}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vision_scan.ops.register import MISSING_KERNELS
 
+from .precision import Projection, RMSNorm
 from .state import State
 
 if TYPE_CHECKING:
@@ -20,24 +21,34 @@ if TYPE_CHECKING:
 MOST_ROWS = 64  # tokens of all rows; a product with more rows is no longer bound by memory
 
 
+class UnservableError(Exception):
+    """A model that has something which the kernels do not know."""
+
+
 class Decoder:
     """The compiled form of a language model.
 
     It holds the model's own tensors. They may be trained, cast or moved in place; if a module or a parameter
-    is replaced by another object, or a hook is added, the decoder is `stale`.
+    is replaced by another object, the decoder is `stale`.
+
+    Raises:
+        UnservableError: if there is a layer, norm or projection of another kind than the kernels know.
     """
 
     def __init__(self, lm: "LanguageModel") -> None:
-        head = stored(lm.lm_head)
+        norms = [lm.norm_f, *(block.norm for block in lm.layers)]
+        self._mixers = [block.mixer for block in lm.layers]
+        modules = list(lm.modules())
+        if not all(type(norm) is RMSNorm for norm in norms) or not all(map(_is_known, self._mixers)):
+            raise UnservableError
         self._native = torch.classes.vision_scan_cpu.Decoder(
-            lm.norm_f.weight, lm.norm_f.eps, head, lm.config.vocab_size
+            lm.norm_f.weight, lm.norm_f.eps, stored(lm.lm_head), lm.config.vocab_size
         )
         for block in lm.layers:
             block.mixer.add_to(self._native, block.norm)
-        self._mixers = [block.mixer for block in lm.layers]
-        modules = list(lm.modules())
+        self._most_tokens = min(mixer.most_step_tokens for mixer in self._mixers)
         self._held = [
-            (table, name, value)
+            (table, len(table), name, value)
             for module in modules
             for table in (module._parameters, module._buffers, module._modules)
             for name, value in table.items()
@@ -51,9 +62,14 @@ class Decoder:
 
     @property
     def stale(self) -> bool:
-        """Whether the model has changed in a way that this does not follow."""
-        replaced = (table[name] is not value for table, name, value in self._held)
-        return any(map(len, self._hooks)) or any(replaced)
+        """Whether an object of the model has been replaced."""
+        return any(
+            len(table) != size or table.get(name) is not value for table, size, name, value in self._held
+        )
+
+    def serves(self, seqlen: int) -> bool:
+        """Whether so many tokens of a row can be read at once, with nobody looking on."""
+        return seqlen <= self._most_tokens and not any(map(len, self._hooks))
 
     def step(self, hidden: Tensor, state: State, mask: Tensor | None, keep: int) -> tuple[Tensor, State]:
         """Reads tokens into a state that is overwritten.
@@ -62,6 +78,9 @@ class Decoder:
             hidden: (batch, seqlen, d_model) float32, overwritten.
             mask: (batch,) bool, False: the row is padding; or None.
             keep: logits of the last so many tokens.
+        Raises:
+            ValueError: if a tensor is of another shape, dtype or layout than the kernels take; the state is
+                as it was.
         """
         layers = [
             mixer.reserve(layer, state.lengths) if hasattr(mixer, "reserve") else layer
@@ -80,13 +99,21 @@ class Decoder:
 _DECODERS: "WeakKeyDictionary[LanguageModel, Decoder]" = WeakKeyDictionary()
 
 
-def stored(linear: nn.Module) -> list[Tensor]:
-    """A projection as the kernels take it: its weight, or the packed codes and scales of a quantised one."""
-    return linear.packed if hasattr(linear, "packed") else [linear.weight]
+def stored(projection: nn.Module, kind: type[nn.Module] = Projection) -> list[Tensor]:
+    """A projection as the kernels take it: its weight, or the packed codes and scales of a quantised one.
+
+    Raises:
+        UnservableError: if it is another module than a `kind`, which may compute something else.
+    """
+    if hasattr(projection, "packed"):
+        return projection.packed
+    if type(projection) is not kind:
+        raise UnservableError
+    return [projection.weight]
 
 
-def decoder_for(lm: "LanguageModel", state: State, batch: int, seqlen: int) -> Decoder | None:
-    """The compiled form of `lm`, if it serves a call with these tokens on this state."""
+def decoder_for(lm: "LanguageModel", batch: int, seqlen: int) -> Decoder | None:
+    """The compiled form of `lm`, if it serves a call with these tokens."""
     if (
         torch.is_grad_enabled()
         or not 1 <= batch * seqlen <= MOST_ROWS
@@ -95,19 +122,17 @@ def decoder_for(lm: "LanguageModel", state: State, batch: int, seqlen: int) -> D
         or "cpu" in MISSING_KERNELS
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
-        or not all(_serves(block.mixer, seqlen) for block in lm.layers)
-        or not all(_fits(tensor, lm.dtype) for layer in state.layers for tensor in layer.values())
     ):
         return None
     decoder = _DECODERS.get(lm)
     if decoder is None or decoder.stale:
-        decoder = _DECODERS[lm] = Decoder(lm)
-    return decoder
+        try:
+            decoder = _DECODERS[lm] = Decoder(lm)
+        except UnservableError:
+            return None
+    return decoder if decoder.serves(seqlen) else None
 
 
-def _serves(mixer: nn.Module, seqlen: int) -> bool:
-    return hasattr(mixer, "add_to") and seqlen <= mixer.most_step_tokens
-
-
-def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return tensor.is_contiguous() and tensor.dtype in (dtype, torch.float32, torch.int64)
+def _is_known(mixer: nn.Module) -> bool:
+    convolution = getattr(mixer, "conv1d", None)
+    return hasattr(mixer, "add_to") and (convolution is None or convolution.bias is not None)

@@ -100,7 +100,8 @@ class Mamba1(Float32Parameters):
         }
 
     def add_to(self, decoder, norm: RMSNorm) -> None:
-        projections = [stored(proj) for proj in (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)]
+        in_proj, x_proj, out_proj = map(stored, (self.in_proj, self.x_proj, self.out_proj))
+        projections = in_proj, x_proj, stored(self.dt_proj, StepProjection), out_proj
         parameters = [self.conv1d.weight, self.conv1d.bias, self.dt_proj.bias, self.A_log, self.D]
         sizes = [self.d_inner, self.config.d_state, self.dt_rank, self.config.d_conv]
         decoder.add_mamba1(norm.weight, norm.eps, *projections, parameters, sizes)

@@ -1,4 +1,4 @@
-"""What is computed in which dtype: parameters that stay float32 whatever the model's dtype, the norms that use
+"""What is computed in which dtype: parameters that stay float32 whatever the model's dtype, norms that use
 them, and products in a dtype that the machine is fast in."""
 
 import functools

@@ -149,15 +149,15 @@ class LanguageModel(nn.Module):
             if attention_mask.shape != (batch, 1) or seqlen > 1:
                 return None
             mask = attention_mask[:, 0].bool().contiguous()
-        decoder = decoder_for(self, state, batch, seqlen)
+        decoder = decoder_for(self, batch, seqlen)
         if decoder is None:
             return None
+        self._check_state(state, batch)
         hidden = self.embedding(given).float() if inputs_embeds is None else inputs_embeds.float().clone()
         try:
             return decoder.step(hidden.contiguous(), state, mask, min(keep, seqlen) or seqlen)
-        except ValueError:
-            self._check_state(state, batch)  # says it better
-            raise
+        except ValueError:  # a layout or dtype that is not served
+            return None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d_model) -> (..., vocab_size), float32 or wider."""
@@ -220,9 +220,7 @@ class LanguageModel(nn.Module):
             )
         for index, (layer, shapes) in enumerate(zip(state.layers, expected, strict=True)):
             fits = layer.keys() == shapes.keys() and all(
-                tensor.dim() == len(shapes[name]) + 1
-                and all(b in (None, a) for a, b in zip(tensor.shape[1:], shapes[name], strict=True))
-                for name, tensor in layer.items()
+                _fits(tensor.shape[1:], shapes[name]) for name, tensor in layer.items()
             )
             if not fits:
                 given = {name: tuple(tensor.shape[1:]) for name, tensor in layer.items()}
@@ -241,3 +239,10 @@ class LanguageModel(nn.Module):
             return None if seq_idx is None else seq_idx.long()
         inside = torch.zeros_like(attention_mask, dtype=torch.int64) if seq_idx is None else seq_idx.long()
         return torch.where(attention_mask.bool(), inside, -1)
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    """Whether two shapes agree where one is expected."""
+    return shape == expected or (
+        len(shape) == len(expected) and all(b in (None, a) for a, b in zip(shape, expected, strict=True))
+    )

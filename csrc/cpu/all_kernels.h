@@ -16,6 +16,7 @@ const Kernels SIMD_KERNELS = {
     SIMD_NAME::ssd_update,
     SIMD_NAME::selective,
     SIMD_NAME::selective_backward,
+    SIMD_NAME::selective_update,
     SIMD_NAME::conv,
     SIMD_NAME::conv_backward,
     SIMD_NAME::conv_update,

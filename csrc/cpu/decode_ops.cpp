@@ -65,6 +65,7 @@ struct Entry {
 Mamba2Layer as_mamba2(const Entry& e, int64_t d_model, int64_t batch, const Tensor* state) {
   Mamba2Layer l{};
   l.nheads = e.sizes[0], l.headdim = e.sizes[1], l.ngroups = e.sizes[2], l.d_state = e.sizes[3], l.d_conv = e.sizes[4];
+  TORCH_CHECK_VALUE(l.nheads % l.ngroups == 0, "nheads ", l.nheads, " must be a multiple of ngroups ", l.ngroups);
   const int64_t d_inner = l.nheads * l.headdim, channels = d_inner + 2 * l.ngroups * l.d_state;
   l.in_proj = weights("in_proj", e.projections[0], d_inner + channels + l.nheads, d_model);
   l.out_proj = weights("out_proj", e.projections[1], d_model, d_inner);
@@ -109,6 +110,8 @@ Mamba1Layer as_mamba1(const Entry& e, int64_t d_model, int64_t batch, const Tens
 AttentionLayer as_attention(const Entry& e, int64_t d_model, int64_t batch, const Tensor* state) {
   AttentionLayer l{};
   l.num_heads = e.sizes[0], l.num_kv_heads = e.sizes[1], l.headdim = e.sizes[2];
+  TORCH_CHECK_VALUE(l.num_heads % l.num_kv_heads == 0, "num_heads ", l.num_heads,
+                    " must be a multiple of num_kv_heads ", l.num_kv_heads);
   const int64_t queries = l.num_heads * l.headdim, keys = l.num_kv_heads * l.headdim;
   l.q_proj = weights("q_proj", e.projections[0], queries, d_model);
   l.k_proj = weights("k_proj", e.projections[1], keys, d_model);
@@ -117,6 +120,7 @@ AttentionLayer as_attention(const Entry& e, int64_t d_model, int64_t batch, cons
   l.rope_theta = static_cast<float>(e.constants[0]);
   TORCH_CHECK_VALUE(state[0].dim() == 4, "state k must have 4 axes, got ", state[0].dim());
   l.slots = state[0].size(2);
+  TORCH_CHECK_VALUE(l.slots > 0, "state k must have room for a token, got ", state[0].sizes());
   l.k = numbers("state k", state[0], {batch, l.num_kv_heads, l.slots, l.headdim});
   l.v = numbers("state v", state[1], {batch, l.num_kv_heads, l.slots, l.headdim});
   check("state position", state[2], {batch, l.slots}, at::kLong);
@@ -164,6 +168,7 @@ class Decoder : public torch::CustomClassHolder {
     s.batch = hidden.size(0), s.seqlen = hidden.size(1), s.d_model = hidden.size(2);
     check("hidden", hidden, {s.batch, s.seqlen, s.d_model});
     check("starts", starts, {s.batch}, at::kLong);
+    TORCH_CHECK_VALUE(s.batch > 0 && starts.min().item<int64_t>() >= 0, "starts must be 0 or more, got ", starts);
     if (real) check("real", *real, {s.batch}, at::kBool);
     TORCH_CHECK_VALUE(1 <= keep && keep <= s.seqlen, "keep must be from 1 to seqlen ", s.seqlen, ", got ", keep);
     s.starts = starts.const_data_ptr<int64_t>();

@@ -120,6 +120,15 @@ struct SsdUpdate {
   float *state, *y;  // state (slots, nheads, headdim, d_state); y starts as zeros
 };
 
+struct SelectiveUpdate {
+  Update update;
+  int64_t channels, ngroups, d_state;
+  bool dt_softplus;
+  // u, dt, z (rows, channels, seqlen), B, C (rows, ngroups, d_state, seqlen), A (channels, d_state).
+  const float *u, *dt, *A, *B, *C, *D, *z, *dt_bias;
+  float *state, *y;  // state (slots, channels, d_state); y starts as zeros
+};
+
 struct ConvUpdate {
   Update update;
   int64_t channels, width;
@@ -135,6 +144,7 @@ struct Kernels {
   void (*ssd_update)(const SsdUpdate&);
   void (*selective)(const Selective&);
   void (*selective_backward)(const Selective&, const SelectiveGradients&);
+  void (*selective_update)(const SelectiveUpdate&);
   void (*conv)(const Conv&);
   void (*conv_backward)(const Conv&, const ConvGradients&);
   void (*conv_update)(const ConvUpdate&);

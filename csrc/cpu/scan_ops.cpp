@@ -247,6 +247,34 @@ std::vector<Tensor> selective_backward(const Tensor& dy, const OptionalTensor& d
           dinitial};
 }
 
+Tensor selective_update(Tensor& state, const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B,
+                        const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+                        const OptionalTensor& dt_bias, bool dt_softplus, const OptionalTensor& seq_idx,
+                        const OptionalTensor& slots) {
+  TORCH_CHECK_VALUE(u.dim() == 3, "u must have 3 axes, got ", u.dim());
+  TORCH_CHECK_VALUE(B.dim() == 4, "B must have 4 axes, got ", B.dim());
+  TORCH_CHECK_VALUE(state.dim() == 3, "state must have 3 axes, got ", state.dim());
+  const int64_t rows = u.size(0), channels = u.size(1), seqlen = u.size(2), d_state = state.size(2);
+  const int64_t ngroups = B.size(1);
+  TORCH_CHECK_VALUE(ngroups > 0 && channels % ngroups == 0, "channels ", channels, " must be a multiple of ngroups ",
+                    ngroups);
+  check("state", state, {state.size(0), channels, d_state});
+  check("u", u, {rows, channels, seqlen});
+  check("dt", dt, {rows, channels, seqlen});
+  check("A", A, {channels, d_state});
+  check("B", B, {rows, ngroups, d_state, seqlen});
+  check("C", C, {rows, ngroups, d_state, seqlen});
+  if (D) check("D", *D, {channels});
+  if (z) check("z", *z, {rows, channels, seqlen});
+  if (dt_bias) check("dt_bias", *dt_bias, {channels});
+  Tensor y = at::zeros_like(u);
+  kernels()->selective_update({make_update(state.size(0), rows, seqlen, slots, seq_idx), channels, ngroups, d_state,
+                               dt_softplus, u.const_data_ptr<float>(), dt.const_data_ptr<float>(),
+                               A.const_data_ptr<float>(), B.const_data_ptr<float>(), C.const_data_ptr<float>(),
+                               data(D), data(z), data(dt_bias), state.data_ptr<float>(), y.data_ptr<float>()});
+  return y;
+}
+
 }  // namespace
 
 #define SSD_INPUTS                                                                                          \
@@ -263,6 +291,10 @@ TORCH_LIBRARY_FRAGMENT(vision_scan_cpu, m) {
       "ssd_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
       "Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max, Tensor? seq_idx, Tensor? slots) -> Tensor",
       &ssd_update);
+  m.def(
+      "selective_update(Tensor(a!) state, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? dt_bias, bool dt_softplus, Tensor? seq_idx, Tensor? slots) -> Tensor",
+      &selective_update);
   m.def("selective(" SELECTIVE_INPUTS ") -> (Tensor, Tensor)", &selective);
   m.def("selective_backward(Tensor dy, Tensor? dfinal_state, " SELECTIVE_INPUTS ") -> Tensor[]", &selective_backward);
 }

@@ -1,4 +1,4 @@
-// Decoding: a few tokens onto states that are updated in place. See ssd_update and causal_conv1d_update in
+// Decoding: a few tokens onto states that are updated in place. See the functions of these names in
 // vision_scan/ops/reference.
 #include "parallel.h"
 #include "simd.h"
@@ -65,6 +65,33 @@ void ssd_update(const SsdUpdate& a) {
           }
           a.y[at * a.headdim + p] = y;
         }
+      });
+    }
+  });
+}
+
+void selective_update(const SelectiveUpdate& a) {
+  const int64_t seqlen = a.update.seqlen, per_group = a.channels / a.ngroups;
+  const int64_t grain = std::max<int64_t>(1, 4096 / (a.d_state * seqlen));
+  at::parallel_for(0, a.update.rows * a.channels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t row = unit / a.channels, channel = unit % a.channels, slot = slot_of(a.update, row);
+      if (slot < 0) continue;
+      float* h = a.state + (slot * a.channels + channel) * a.d_state;
+      const float* A = a.A + channel * a.d_state;
+      const int64_t shared = (row * a.ngroups + channel / per_group) * a.d_state * seqlen;
+      for_each_real(a.update, row, [&](int64_t t, bool resets) {
+        if (resets) std::memset(h, 0, sizeof(float) * a.d_state);
+        const int64_t at = unit * seqlen + t;
+        float dt = a.dt[at] + (a.dt_bias ? a.dt_bias[channel] : 0.f);
+        if (a.dt_softplus && dt <= 20.f) dt = std::log1p(std::exp(dt));
+        float y = a.D ? a.D[channel] * a.u[at] : 0.f;
+        for (int64_t n = 0; n < a.d_state; ++n) {
+          h[n] = std::exp(dt * A[n]) * h[n] + dt * a.u[at] * a.B[shared + n * seqlen + t];
+          y += h[n] * a.C[shared + n * seqlen + t];
+        }
+        if (a.z) y *= a.z[at] / (1.f + std::exp(-a.z[at]));
+        a.y[at] = y;
       });
     }
   });

@@ -144,14 +144,15 @@ struct Rounded {
 
  private:
   void round(const float* x, int64_t count, int64_t group, int64_t at) {
-    Vec largest{};
+    Vec largest{}, nothing{};
     for (int64_t k = 0; k < count; k += kWidth) {
       const Vec v = load_some(x + k, count - k);
       largest = max(largest, max(v, -v));
+      nothing += v * splat(0.f);
     }
     float most = 0;
     for (int i = 0; i < kWidth; ++i) most = std::max(most, largest[i]);
-    scales[at] = most / 127.f;
+    scales[at] = most / 127.f + sum(nothing);  // NaN, which max() hides, and infinity make it NaN
     const Vec inverse = splat(most > 0 ? 127.f / most : 0.f), magic = splat(12582912.f);
     IntVec total{};
     for (int64_t k = 0; k < group; k += kWidth) {

@@ -21,18 +21,10 @@ from tests.tolerance import assert_close, rms_ratio
 from vision_scan.errors import UserError
 from vision_scan.ops.register import MISSING_KERNELS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 built = pytest.mark.skipif("cpu" in MISSING_KERNELS, reason=str(MISSING_KERNELS))
 FORMATS = ["int8", "int4"]
 SHAPES = [(8, 64), (1, 1), (7, 31), (9, 33), (20, 65), (16, 128), (37, 200)]  # out, in
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sizes here are too small for more, which on busy cores wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def linear(out: int, columns: int, dtype=torch.float32, seed: int = 0) -> nn.Linear:

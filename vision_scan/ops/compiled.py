@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .register import MISSING_KERNELS, take_over
 
-
 MOST_TAPS = 16
 
 
@@ -36,6 +35,7 @@ def take_over_all() -> None:
         take_over(name, "cpu", forward, serves)
         take_over(f"{name}_backward", "cpu", backward, lambda grads, *args, serves=serves: serves(*args))
     take_over("ssd_update", "cpu", _ssd_update, _serves_update)
+    take_over("selective_scan_update", "cpu", _selective_update, _serves_update)
     take_over("causal_conv1d_update", "cpu", _conv_update, _serves_update)
 
 
@@ -149,9 +149,7 @@ def _ssd_2d_arguments(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, i
     return x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, None, None, None, _index(index)
 
 
-def _ssd_2d(
-    x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index, merge, chunk_size
-) -> Tensor:
+def _ssd_2d(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index, merge, chunk_size) -> Tensor:
     y, _ = torch.ops.vision_scan_cpu.ssd(
         *_ssd_2d_arguments(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index)
     )
@@ -184,6 +182,15 @@ def _ssd_update(
         state, *tensors, dt_softplus, dt_min, dt_max, _index(seq_idx), _index(state_indices)
     )
     return y.to(x.dtype)
+
+
+def _selective_update(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, state_indices) -> Tensor:
+    B, C = (t[:, None] if t.dim() == 3 else t for t in (B, C))  # one group
+    tensors = [_plain(t) for t in (u, dt, A, B, C, D, z, dt_bias)]
+    y = torch.ops.vision_scan_cpu.selective_update(
+        state, *tensors, dt_softplus, _index(seq_idx), _index(state_indices)
+    )
+    return y.to(u.dtype)
 
 
 def _conv_update(state, x, weight, bias, activation, seq_idx, state_indices) -> Tensor:
