@@ -21,7 +21,9 @@ T = TypeVar("T")
 def to_dict(config: Any) -> Any:
     """The configuration as plain dicts, lists, strings and numbers, ready for JSON."""
     if dataclasses.is_dataclass(config):
-        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        return {
+            field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)
+        }
     if isinstance(config, (tuple, list)):
         return [to_dict(item) for item in config]
     if isinstance(config, dict):

@@ -45,9 +45,8 @@ def draw_order(order: ScanOrder, path: str | Path | None = None, cell: int = 40)
         try:
             image.save(path)
         except (ValueError, OSError) as error:
-            raise UserError(
-                f"cannot save a picture as {str(path)!r}: {error}; give a writable path that ends in .png"
-            ) from error
+            raise UserError(f"cannot save a picture as {str(path)!r}: {error}; "
+                            "give a writable path that ends in .png") from error
     return image
 
 
@@ -69,7 +68,9 @@ class _Sheet:
         self.pen = ImageDraw.Draw(self.image)
         self._heading()
 
-    def _text(self, at: tuple[float, float], text: str, size: float, colour: str, anchor: str) -> None:
+    def _text(
+        self, at: tuple[float, float], text: str, size: float, colour: str, anchor: str
+    ) -> None:
         font = ImageFont.load_default(size * SCALE)
         self.pen.text(at, text, fill=colour, font=font, anchor=anchor)
 
@@ -104,7 +105,8 @@ class _Sheet:
         width = self.order.width
         self.pen.rectangle((x, y, x + self.grid[0], y + self.grid[1]), EMPTY)
         self._lattice(x, y)
-        spots = [(x + (c % width + 0.5) * self.cell, y + (c // width + 0.5) * self.cell) for c in cells]
+        spots = [(x + (c % width + 0.5) * self.cell, y + (c // width + 0.5) * self.cell)
+                 for c in cells]
         steps = list(enumerate(pairwise(spots)))
         is_jump = [max(abs(a[0] - b[0]), abs(a[1] - b[1])) > 1.5 * self.cell for _, (a, b) in steps]
         for jumps in (True, False):  # jumps below, steps on top
@@ -128,10 +130,8 @@ class _Sheet:
         angle = math.atan2(b[1] - a[1], b[0] - a[0])
         size = (0.11 if is_jump else 0.17) * self.cell
         middle = ((a[0] + b[0]) / 2, (a[1] + b[1]) / 2)
-        corners = [
-            (middle[0] + size * math.cos(angle + turn), middle[1] + size * math.sin(angle + turn))
-            for turn in (0, 2.3, -2.3)
-        ]
+        corners = [(middle[0] + size * math.cos(angle + turn),
+                    middle[1] + size * math.sin(angle + turn)) for turn in (0, 2.3, -2.3)]
         self.pen.polygon(corners, colour)
 
     def _map(self, cells: list[int], x: int, y: int) -> None:

@@ -99,7 +99,8 @@ class ScanOrder:
             count = path[path >= 0].bincount(minlength=cells)
             if (count != 1).any():
                 cell = int((count != 1).nonzero()[0])
-                raise UserError(f"{where} must hold every cell once; cell {cell} occurs {count[cell]} times")
+                raise UserError(f"{where} must hold every cell once; "
+                                f"cell {cell} occurs {count[cell]} times")
 
     def _set_tensors(self, index: Tensor, inverse: Tensor, lengths: list[int]) -> None:
         lists = tuple(row[:length] for row, length in zip(index, lengths, strict=True))
@@ -202,10 +203,8 @@ def order(
     depth = None if depth is None else _integer("depth", depth, 0)
     if isinstance(name, ScanOrder):
         if options or (name.height, name.width) != (height, width):
-            raise UserError(
-                f"{name!r} is made for its own grid and takes no options, "
-                f"not {height}x{width} {options or ''}; make another by name"
-            )
+            raise UserError(f"{name!r} is made for its own grid and takes no options, "
+                            f"not {height}x{width} {options or ''}; make another by name")
         return name if depth is None else name.at(depth)
     name, in_brackets = _parse(name)
     make = choose("scan order", name, SCAN_ORDERS)
@@ -217,11 +216,7 @@ def order(
 
 @functools.lru_cache(maxsize=128)
 def _build(
-    make: Callable[..., ScanOrder],
-    name: str,
-    height: int,
-    width: int,
-    depth: int | None,
+    make: Callable[..., ScanOrder], name: str, height: int, width: int, depth: int | None,
     options: tuple[tuple[str, Any], ...],
 ) -> ScanOrder:
     in_brackets = ", ".join(f"{key}={value}" for key, value in options)
@@ -250,9 +245,8 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
             return call.func.id, options
     except (SyntaxError, ValueError):
         pass
-    raise UserError(
-        f"scan order {text!r} cannot be read; write a name, or name(option=value, ...), each option once"
-    )
+    raise UserError(f"scan order {text!r} cannot be read; "
+                    "write a name, or name(option=value, ...), each option once")
 
 
 def _value(tree: ast.expr) -> Any:
@@ -274,7 +268,8 @@ def _check_options(name: str, make: Callable[..., Any], options: dict[str, Any])
         if wanted is float and type(value) is int:
             value = float(value)
         if type(value) is not wanted:
-            raise UserError(f"option {key} of scan order {name!r} takes {wanted.__name__}, not {value!r}")
+            raise UserError(f"option {key} of scan order {name!r} takes {wanted.__name__}, "
+                            f"not {value!r}")
         checked[key] = value
     return checked
 
@@ -353,10 +348,8 @@ def _hilbert(grid: Tensor, free_end: bool = True) -> Tensor:
 
 
 def _order(
-    about: str,
-    lists_of: Callable[..., Sequence[Tensor]],
-    merge: str = "sum",
-    schedule: str = "together",
+    about: str, lists_of: Callable[..., Sequence[Tensor]],
+    merge: str = "sum", schedule: str = "together",
 ) -> Callable[..., ScanOrder]:
     """From a function of the grid of cell ids to one of (height, width, depth=None, **options)."""
 
@@ -383,11 +376,10 @@ SCAN_ORDERS: dict[str, Callable[..., ScanOrder]] = {
     "column": _order("columns, top down, left to right", lambda g: [g.T.flatten()]),
     "column_rev": _order("column backwards", lambda g: [g.T.flatten().flip(0)]),
     "bi2": _order("raster both ways", lambda g: _both_ways(g.flatten())),
-    "cross4": _order("raster and column both ways", lambda g: _both_ways(g.flatten(), g.T.flatten())),
-    "rot4": _order(
-        "raster of the grid after 0 to 3 quarter turns counter-clockwise",
-        lambda g: [g.rot90(k).flatten() for k in range(4)],
-    ),
+    "cross4": _order("raster and column both ways",
+                     lambda g: _both_ways(g.flatten(), g.T.flatten())),
+    "rot4": _order("raster of the grid after 0 to 3 quarter turns counter-clockwise",
+                   lambda g: [g.rot90(k).flatten() for k in range(4)]),
     "snake_row_tl": _order("row snake from top left", lambda g: [_snake(g)]),
     "snake_row_tr": _order("row snake from top right", lambda g: [_snake(g.flip(1))]),
     "snake_row_bl": _order("row snake from bottom left", lambda g: [_snake(g.flip(0))]),
@@ -396,10 +388,8 @@ SCAN_ORDERS: dict[str, Callable[..., ScanOrder]] = {
     "snake_col_tr": _order("column snake from top right", lambda g: [_snake(g.flip(1).T)]),
     "snake_col_bl": _order("column snake from bottom left", lambda g: [_snake(g.flip(0).T)]),
     "snake_col_br": _order("column snake from bottom right", lambda g: [_snake(g.flip(0, 1).T)]),
-    "plain4": _order(
-        "row snake, its reverse, column snake, its reverse",
-        lambda g: [*_both_ways(_snake(g)), *_both_ways(_snake(g.T))],
-    ),
+    "plain4": _order("row snake, its reverse, column snake, its reverse",
+                     lambda g: [*_both_ways(_snake(g)), *_both_ways(_snake(g.T))]),
     "diagonal": _order("lines of equal row + column from the top left", lambda g: [_diagonal(g)]),
     "antidiagonal": _order("diagonal from the top right", lambda g: [_diagonal(g.flip(1))]),
     "spiral": _order("clockwise inwards from the top left", lambda g: [_spiral(g)]),

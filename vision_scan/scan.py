@@ -23,15 +23,16 @@ def scan_2d(x: Tensor, order: str | ScanOrder) -> Tensor:
         UserError: if the order is unknown or of another size, or x has fewer than three axes.
     """
     if x.dim() < 3:
-        raise UserError(
-            f"scan_2d takes (batch, height, width, ...), not {tuple(x.shape)}; give the grid its own two axes"
-        )
+        raise UserError(f"scan_2d takes (batch, height, width, ...), not {tuple(x.shape)}; "
+                        "give the grid its own two axes")
     order = get_order(order, *x.shape[1:3]).to(x.device)
     cells = x.flatten(1, 2).unsqueeze(1).expand(-1, len(order), *[-1] * (x.dim() - 2))
     return Rearrange.apply(cells, order.index, order.inverse, order.is_dense)
 
 
-def merge_2d(y: Tensor, order: ScanOrder, merge: str | None = None, gate: Tensor | None = None) -> Tensor:
+def merge_2d(
+    y: Tensor, order: ScanOrder, merge: str | None = None, gate: Tensor | None = None
+) -> Tensor:
     """Write sequences back to the grid and merge the lists' results; the way back from scan_2d.
 
     Args:
@@ -48,26 +49,19 @@ def merge_2d(y: Tensor, order: ScanOrder, merge: str | None = None, gate: Tensor
         UserError: if the shape of y, the merge or the gate does not fit.
     """
     if not isinstance(order, ScanOrder):
-        raise UserError(
-            f"merge_2d takes a ScanOrder, not {order!r}; make it with vision_scan.order(name, height, width)"
-        )
+        raise UserError(f"merge_2d takes a ScanOrder, not {order!r}; "
+                        "make it with vision_scan.order(name, height, width)")
     merge = order.merge if merge is None else merge
     choose("merge", merge, MERGES)
     if y.dim() < 3 or y.shape[1:3] != order.index.shape:
-        raise UserError(
-            f"{order!r} merges (batch, {len(order)}, {order.seqlen}, ...), "
-            f"not {tuple(y.shape)}; give what scan_2d returned for it"
-        )
+        raise UserError(f"{order!r} merges (batch, {len(order)}, {order.seqlen}, ...), "
+                        f"not {tuple(y.shape)}; give what scan_2d returned for it")
     if (merge == "gated") != (gate is not None):
-        raise UserError(
-            f"merge {merge!r} {'needs a' if gate is None else 'takes no'} gate; "
-            "a gate belongs to merge 'gated' and to no other"
-        )
+        raise UserError(f"merge {merge!r} {'needs a' if gate is None else 'takes no'} gate; "
+                        "a gate belongs to merge 'gated' and to no other")
     if merge == "scatter" and order.merge != "scatter" and len(order) > 1:
-        raise UserError(
-            f"merge 'scatter' needs disjoint lists, and those of {order!r} overlap; "
-            "merge by sum, mean, gated or concat"
-        )
+        raise UserError(f"merge 'scatter' needs disjoint lists, and those of {order!r} overlap; "
+                        "merge by sum, mean, gated or concat")
     order = order.to(y.device)
     grids = Rearrange.apply(y, order.inverse, order.index, order.is_dense)
     grids = grids.unflatten(2, (order.height, order.width))
@@ -88,8 +82,6 @@ def _match_gate(gate: Tensor, grids: Tensor) -> Tensor:
     except RuntimeError:
         fits = False
     if not fits:
-        raise UserError(
-            f"a gate of shape {tuple(gate.shape)} does not broadcast to "
-            f"{tuple(grids.shape)}; give (batch, num_orders, height, width)"
-        )
+        raise UserError(f"a gate of shape {tuple(gate.shape)} does not broadcast to "
+                        f"{tuple(grids.shape)}; give (batch, num_orders, height, width)")
     return gate

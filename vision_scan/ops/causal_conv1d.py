@@ -158,7 +158,9 @@ def causal_conv1d_update(
     check_shape("weight", weight, (d, tail + 1))
     check_shape("bias", bias, (d,))
     check_shape("seq_idx", seq_idx, (rows, seqlen))
-    return _causal_conv1d_update(state, x, weight, bias, _activation_name(activation), seq_idx, state_indices)
+    return _causal_conv1d_update(
+        state, x, weight, bias, _activation_name(activation), seq_idx, state_indices
+    )
 
 
 def _activation_name(activation: Activation) -> str:

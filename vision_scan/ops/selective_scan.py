@@ -110,7 +110,9 @@ def selective_scan(
     check_shape("initial_state", initial_state, (rows, d, d_state))
     check_shape("seq_idx", seq_idx, (batch, seqlen))
     check_heads(d, groups[0] if groups else 1)
-    y, state = _selective_scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, cu_seqlens)
+    y, state = _selective_scan(
+        u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, cu_seqlens
+    )
     return (y, state) if return_final_state else y
 
 
@@ -199,4 +201,6 @@ def selective_scan_update(
     check_shape("dt_bias", dt_bias, (d,))
     check_shape("seq_idx", seq_idx, (rows, seqlen))
     check_heads(d, groups[0] if groups else 1)
-    return _selective_scan_update(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, state_indices)
+    return _selective_scan_update(
+        state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, state_indices
+    )

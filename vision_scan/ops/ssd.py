@@ -37,7 +37,9 @@ def _fake_ssd_2d(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index,
     return x.new_empty((x.shape[0], *lists, *x.shape[-4:]))
 
 
-def _fake_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, state_indices):
+def _fake_update(
+    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, state_indices
+):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -169,7 +171,9 @@ def ssd_2d(
     check_shape("dt_bias", dt_bias, (K, nheads))
     check_heads(nheads, ngroups)
     merge = pick_merge(merge, order)
-    return _ssd_2d(x, dt, A, B, C, D, dt_bias, dt_softplus, *map(float, dt_limit), index, merge, chunk_size)
+    return _ssd_2d(
+        x, dt, A, B, C, D, dt_bias, dt_softplus, *map(float, dt_limit), index, merge, chunk_size
+    )
 
 
 def ssd_update(

@@ -77,7 +77,8 @@ def merge_grids(y: Tensor, merge: str) -> Tensor:
 def _per_list_pads(index: Tensor, batch: int) -> list[Tensor | None]:
     """seq_idx of each list: None where it has no pads."""
     return [
-        None if bool((row >= 0).all()) else torch.where(row >= 0, 0, -1).expand(batch, -1) for row in index
+        None if bool((row >= 0).all()) else torch.where(row >= 0, 0, -1).expand(batch, -1)
+        for row in index
     ]
 
 

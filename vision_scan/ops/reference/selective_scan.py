@@ -141,6 +141,8 @@ def selective_scan_update(
 
     def advance(states, rows):
         u_, dt_, B_, C_, z_, seq_idx_ = (None if t is None else t[rows] for t in (u, dt, B, C, z, seq_idx))
-        return selective_scan_recurrent(u_, dt_, A, B_, C_, D, z_, dt_bias, dt_softplus, states, seq_idx_)
+        return selective_scan_recurrent(
+            u_, dt_, A, B_, C_, D, z_, dt_bias, dt_softplus, states, seq_idx_
+        )
 
     return update_slots(advance, state, u, state_indices)
