@@ -3,6 +3,7 @@
 #   make quick   the same path with fewer steps, in minutes: runs/quick/report.html
 #   make test    the tests
 #   make bench   our models beside transformers and llama.cpp, in an hour or more: runs/bench/peers.md
+#   make sanitize  the kernels' tests under the sanitizers for addresses and undefined behaviour
 #   make setup   only .venv (the other targets call it; a second call does nothing)
 #   make clean   removes build products and caches; keeps .venv and runs/
 
@@ -11,7 +12,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.cobra-ready
 
-.PHONY: demo quick test bench setup clean
+.PHONY: demo quick test bench sanitize setup clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -27,6 +28,19 @@ test: $(STAMP)
 bench: $(STAMP)
 	@$(PY) -c 'import gguf, llama_cpp' 2>/dev/null || $(PY) -m pip install --progress-bar on "llama-cpp-python>=0.3.16" gguf -c constraints.txt
 	@$(PY) -m eval efficiency --peers transformers,llama.cpp --output runs/bench/peers.json
+
+# In a copy of the tree, because the sanitized kernels slow everything down. Leaks are Python's own; NaN and infinity
+# are meant to pass through divisions.
+SANITIZED := build/sanitized
+sanitize: $(STAMP)
+	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r cobra vision_scan csrc tests setup.py pyproject.toml README.md $(SANITIZED)
+	@rm -f $(SANITIZED)/vision_scan/_C*.so
+	@cd $(SANITIZED) && COBRA_KERNEL_FLAGS="-O1 -fsanitize=address,undefined -fno-sanitize=float-divide-by-zero" \
+		LDFLAGS="-fsanitize=address,undefined" $(abspath $(PY)) setup.py build_ext --inplace
+	@cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(abspath $(PY)) -m pytest -q \
+		tests/vision_scan/test_compiled.py tests/vision_scan/test_ops_update.py \
+		tests/cobra/test_decode.py tests/cobra/test_decode_calls.py tests/cobra/test_quantize.py
 
 setup: $(STAMP)
 

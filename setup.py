@@ -5,6 +5,7 @@ The kernels need torch, a C++ compiler and the headers of Python. Without one of
 compile, the install still works, on the reference; `cobra doctor` says so.
 """
 
+import os
 import platform
 import warnings
 
@@ -31,7 +32,14 @@ def extension_arguments() -> dict:
     kernels = CppExtension(
         "vision_scan._C",
         [f"csrc/cpu/{name}.cpp" for name in ("ops", "scan_ops", "decode_ops", "avx2", "avx512")],
-        extra_compile_args=["-O3", "-g0", "-fopenmp", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"],
+        extra_compile_args=[
+            *os.environ.get("COBRA_KERNEL_FLAGS", "-O3").split(),
+            "-g0",
+            "-fopenmp",
+            "-Wno-psabi",
+            "-Wno-ignored-attributes",
+            "-Wno-maybe-uninitialized",
+        ],
         extra_link_args=["-fopenmp"],
     )
     return {"ext_modules": [kernels], "cmdclass": {"build_ext": Build}}

@@ -2,7 +2,8 @@
 
 from .checkpoint import load, save
 from .config import PRESETS, CobraConfig
+from .hf import accelerate
 from .lm import State
 from .model import Cobra, build
 
-__all__ = ["PRESETS", "Cobra", "CobraConfig", "State", "build", "load", "save"]
+__all__ = ["PRESETS", "Cobra", "CobraConfig", "State", "accelerate", "build", "load", "save"]

@@ -122,7 +122,7 @@ class Barrier {
       return;
     }
     for (int64_t spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
-      if (spins < 20000)
+      if (spins < 2000)
         __builtin_ia32_pause();
       else
         std::this_thread::yield();

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from eval.peers.contest import (
     race,
     rms_ratio,
 )
+from eval.peers.hugging_face import TheirReader
 from eval.peers.llama_cpp import LlamaCppReader
 from eval.peers.reader import Reader, decode_visit, logits_by_steps
 
@@ -39,23 +41,26 @@ def run(field: Field) -> dict:
         contestants, reader_of = _contestants(field, mamba, llama)
         with field.progress("decode", len(contestants) * (settings.rounds + 1)) as advance:
             records = race(contestants, settings, advance)
-        rows = [make_row(one, records[one.name], **checks[id(reader_of[one.name])]) for one in contestants]
+        rows = [
+            make_row(one, records[one.name], **checks[reader_of[one.name], one.facts["batch"]])
+            for one in contestants
+        ]
     return {"title": title, "unit": "ms per token", "rows": rows, "ratios": _ratios(rows, settings.batch)}
 
 
 @contextmanager
-def readers(field: Field) -> Iterator[tuple[list[Reader], list[Reader]]]:
+def readers(field: Field) -> Iterator[tuple[list[Reader], list[TheirReader]]]:
     """All Mamba-2 readers, ours first, and all of the Llama."""
     settings = field.settings
     mamba: list[Reader] = [ours.OurReader(field.model, form) for form in ours.FORMS]
-    llama: list[Reader] = []
+    llama: list[TheirReader] = []
     native = []
     if "transformers" in field.peers:
         for form in hugging_face.FORMS:
             theirs = hugging_face.build_mamba2(field.model.lm)
-            mamba.append(hugging_face.TheirReader(theirs, "transformers Mamba-2", form))
+            mamba.append(TheirReader(theirs, "transformers Mamba-2", form))
             twin = hugging_face.build_llama(settings.llama, settings.seed)
-            llama.append(hugging_face.TheirReader(twin, "transformers Llama", form))
+            llama.append(TheirReader(twin, "transformers Llama", form))
     if "llama.cpp" in field.peers:
         capacity = max(settings.prompt_tokens, settings.check_tokens) + 256
         for form in LLAMA_CPP_FORMS:
@@ -70,20 +75,21 @@ def readers(field: Field) -> Iterator[tuple[list[Reader], list[Reader]]]:
 
 
 def _contestants(
-    field: Field, mamba: list[Reader], llama: list[Reader]
+    field: Field, mamba: list[Reader], llama: list[TheirReader]
 ) -> tuple[list[Contestant], dict[str, Reader]]:
     settings, made, reader_of = field.settings, [], {}
 
-    def add(reader: Reader, cost: LMCost, context: int, batch: int = 1) -> None:
+    def add(reader: Reader, cost: LMCost, context: int, batch: int = 1, kept: Any = None) -> None:
         suffix = f", batch {batch}" if batch > 1 else ""
         suffix += f", {context:,} tokens" if context != settings.prompt_tokens else ""
-        logits, kept = reader.read(settings.ids(batch, context))
+        ids = settings.ids(batch, context)
+        kept = reader.read(ids)[1] if kept is None else kept
         ideal = decode_bytes(cost, context, reader.form, batch) / field.machine["read_bytes_per_s"]
         one = Contestant(
             name=f"{reader.family} {reader.form}{suffix}",
             family=reader.family,
             form=reader.form,
-            visit=_visit(field, reader, logits.argmax(-1), kept),
+            visit=_visit(field, reader, ids[:, -1], kept),
             ideal_s=ideal,
             facts={"context": context, "batch": batch},
         )
@@ -94,21 +100,22 @@ def _contestants(
         add(reader, field.cost, settings.prompt_tokens)
     for reader in mamba[: len(ours.FORMS)]:
         add(reader, field.cost, settings.prompt_tokens, settings.batch)
-    for reader in llama:
-        for context in settings.llama_contexts:
-            add(reader, LMCost(settings.llama), context)
+    for context in settings.llama_contexts if llama else ():
+        filled = llama[0].read(settings.ids(1, context))[1]
+        for reader in llama:
+            add(reader, LMCost(settings.llama), context, kept=reader.adopt(filled))
     return made, reader_of
 
 
-def _visit(field: Field, reader: Reader, first: Tensor, kept) -> Callable[[], tuple[float, None]]:
+def _visit(field: Field, reader: Reader, first: Tensor, kept: Any) -> Callable[[], tuple[float, None]]:
     settings = field.settings
     return lambda: decode_visit(reader, first, kept, settings.warmup_tokens, settings.decode_tokens)
 
 
-def _check_all(field: Field, mamba: list[Reader], llama: list[Reader]) -> dict[tuple[Reader, int], dict]:
-    """(reader, batch) -> entries of its rows: one forward and token by token against ours in float32 (with the
-    weights rounded as the reader's, in 8 and 4 bits), the Llama's against its own float32; and a batch against
-    its rows alone."""
+def _check_all(field: Field, mamba: list[Reader], llama: list[TheirReader]) -> dict[tuple[Reader, int], dict]:
+    """(reader, batch) -> entries of its rows: one forward and token by token against ours in float32 (for 8
+    and 4 bits with the weights rounded likewise), the Llama's against its own float32; a batch against its
+    rows alone."""
     settings = field.settings
     ids = settings.ids(1, settings.check_tokens)
     plain, found = mamba[0].logits(ids), {}

@@ -36,6 +36,15 @@ class TheirReader:
     def resume(self, state: Any) -> Any:
         return copy.deepcopy(state)
 
+    def adopt(self, state: Any) -> Any:
+        """A key-value cache that a model in another dtype has filled; reading is slow in bfloat16 without
+        instructions for it, and how long a step takes does not depend on the values."""
+        state = copy.deepcopy(state)
+        for layer in state.layers:
+            layer.keys, layer.values = (t.to(self._model.dtype) for t in (layer.keys, layer.values))
+            layer.dtype = self._model.dtype
+        return state
+
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self._forward(tokens[:, None], state)
 

@@ -7,7 +7,7 @@ import torch
 
 READ_BYTES = 1 << 30
 GEMM_SIZE = 2048
-SECONDS = 3.0  # of each measurement, at least five repeats
+SECONDS = 3.0  # of each measurement, at least two repeats
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -50,7 +50,7 @@ def _fastest(work: Callable[[], object]) -> float:
     times = []
     work()
     stop = time.perf_counter() + SECONDS
-    while len(times) < 5 or (time.perf_counter() < stop and len(times) < 100):
+    while len(times) < 2 or (time.perf_counter() < stop and len(times) < 100):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)

@@ -44,6 +44,7 @@ def _run_length(field: Field, seqlen: int) -> list[dict]:
             family=reader.family,
             form=reader.form,
             visit=lambda reader=reader: _visit(reader, ids),
+            least_s=_least_s(field, reader, cost.prefill_flops(seqlen)),
             ideal_s=cost.prefill_flops(seqlen) / gemm_peak(field.machine, reader.form),
             facts={"tokens": seqlen},
         )
@@ -65,6 +66,12 @@ def _run_length(field: Field, seqlen: int) -> list[dict]:
             check = make_check({f"last logits, {first.name}": error}, TOLERANCE[one.form])
         rows.append(make_row(one, record, check))
     return rows
+
+
+def _least_s(field: Field, reader: Reader, flops: float) -> float:
+    """What transformers' matrix products take at torch's speed in that dtype."""
+    is_theirs = reader.family.startswith("transformers")
+    return flops / field.machine["gemm_flops_per_s"][reader.form] if is_theirs else 0.0
 
 
 def _visit(reader: Reader, ids: torch.Tensor) -> tuple[float, torch.Tensor]:

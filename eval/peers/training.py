@@ -53,6 +53,9 @@ def run(field: Field) -> dict:
                 family=family,
                 form=form,
                 visit=lambda family=family, model=model, form=form: _visit(family, model, form, ids),
+                least_s=_flops(cost, settings.train_tokens) / field.machine["gemm_flops_per_s"][form]
+                if family != "ours"
+                else 0.0,
                 ideal_s=_flops(cost, settings.train_tokens) / gemm_peak(field.machine, form),
             )
             contestants.append(one)

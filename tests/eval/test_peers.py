@@ -31,9 +31,10 @@ def result():
     patch.setattr(peers.machine, "SECONDS", 0.01)
     patch.setattr(scans, "measure_peak", lambda *_: 12345)  # each starts a process; tested below
     before = torch.get_num_threads()
-    yield peers.measure(Settings(**SMALL))
+    found = peers.measure(Settings(**SMALL))
     patch.undo()
     assert torch.get_num_threads() == before
+    return found
 
 
 def fake(name: str, seconds: list[float], **facts) -> dict:
