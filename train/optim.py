@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from train.muon import Muon
 from train.recipes import OptimSettings
 
 # The recurrence's own parameters (decay rate, skip, step-size bias) and what only shifts or
@@ -79,12 +80,9 @@ def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.O
         return _adamw(groups, settings)
     matrices = [group for group in groups if group["muon"]]
     others = [group for group in groups if not group["muon"]]
-    # Updates as large as AdamW's, so that one learning rate serves both: Liu et al. 2025
-    # (arXiv:2502.16982).
-    adjust = {"adjust_lr_fn": "match_rms_adamw"}
     parts: list[torch.optim.Optimizer] = []
     if matrices:
-        parts.append(torch.optim.Muon(matrices, lr=settings.lr, momentum=settings.momentum, **adjust))
+        parts.append(Muon(matrices, lr=settings.lr, momentum=settings.momentum))
     if others:
         parts.append(_adamw(others, settings))
     return Together(parts)

@@ -34,15 +34,14 @@ def gradients(loop: Loop, step: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-# Muon's iteration is in bfloat16, which makes more of the last bits in which the gradients differ.
-@pytest.mark.parametrize(("kind", "tolerance"), [("adamw", 1e-6), ("muon", 1e-3)])
-def test_engines_have_the_same_losses(data: Path, tmp_path: Path, kind: str, tolerance: float) -> None:
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_engines_have_the_same_losses(data: Path, tmp_path: Path, kind: str) -> None:
     for engine in ("plain", "deepspeed"):
         changes = ("train.micro_batch_size=2", f"train.engine={engine}", f"optim.kind={kind}")
         assert run(small_config(data, *changes), tmp_path / engine)
     plain, deepspeed = losses(tmp_path / "plain"), losses(tmp_path / "deepspeed")
     assert len(plain) == 6
-    assert deepspeed == pytest.approx(plain, abs=tolerance)
+    assert deepspeed == pytest.approx(plain, abs=1e-6)
 
 
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import cobra
+from train.muon import Muon
 from train.optim import Together, build_optimizer, decays, lr_factor, parameter_groups, set_lr
 from train.recipes import LrScale, OptimSettings
 
@@ -111,7 +112,7 @@ def test_muon_and_adamw_step_as_each_would_alone() -> None:
 
     alone, _ = small_problem()
     matrices = [p for p in alone.parameters() if p.ndim == 2]
-    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(matrices, lr=1e-2, weight_decay=0.1)
     biases = [p for p in alone.parameters() if p.ndim == 1]
     adamw = torch.optim.AdamW(biases, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     for _ in range(5):
