@@ -107,6 +107,7 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=None, metavar="S", help="repeat a draw")
     add("--device", default=None, help="default: a GPU if there is one, else cpu")
     add("--dtype", default="auto", help="auto (the default), float32, bfloat16")
+    add("--weights", default=None, help="int8 or int4: quantise the language model (default: as stored)")
 
 
 def run_answer(arguments: argparse.Namespace) -> None:
@@ -267,7 +268,7 @@ def _load(arguments: argparse.Namespace):
     from cobra.checkpoint import load
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load(arguments.model, device, arguments.dtype)
+    return load(arguments.model, device, arguments.dtype, arguments.weights)
 
 
 def _sampling(arguments: argparse.Namespace) -> dict:

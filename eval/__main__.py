@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     tasks.add_argument(
         "--max-new-tokens", type=int, default=24, metavar="N", help="longest answer (default 24)"
     )
+    tasks.add_argument("--weights", metavar="FORM", help="int8 or int4: quantise the language model")
     tasks.add_argument(
         "--rescore",
         type=Path,
@@ -201,7 +202,7 @@ def _tasks(options: argparse.Namespace) -> int:
 
     choose("control", options.control, runner.CONTROLS)
     samples = choose("task", options.task, TASKS).load(options.data, options.limit)
-    model = cobra.load(options.model, device=options.device, dtype=options.dtype)
+    model = cobra.load(options.model, options.device, options.dtype, options.weights)
     with progress(f"{options.task}, control {options.control}", len(samples)) as advance:
         records, result = runner.run_task(
             model,

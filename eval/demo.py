@@ -64,7 +64,7 @@ class Settings:
     @classmethod
     def full(cls) -> "Settings":
         """What the report's claims are made with."""
-        steps = {"tower_steps": 1000, "naming_steps": 60, "align_steps": 500, "finetune_steps": 1600}
+        steps = {"tower_steps": 1000, "naming_steps": 60, "align_steps": 400, "finetune_steps": 1000}
         return cls(scenes=12000, test_scenes=400, **steps)
 
     @classmethod

@@ -277,7 +277,7 @@ def tiny_align() -> RunConfig:
     pretrained it."""
     return RunConfig(
         recipe="tiny-align",
-        train=TrainSettings(freeze=("vision_encoder",), steps=500, batch_size=16, dtype="float32"),
+        train=TrainSettings(freeze=("vision_encoder",), steps=400, batch_size=16, dtype="float32"),
         optim=OptimSettings(kind="muon", lr=2e-3),
     )
 
@@ -287,7 +287,7 @@ def tiny() -> RunConfig:
     return RunConfig(
         recipe="tiny",
         data=DataSettings(length_group=4),
-        train=TrainSettings(steps=1600, batch_size=16, dtype="float32"),
+        train=TrainSettings(steps=1000, batch_size=16, dtype="float32"),
         optim=OptimSettings(kind="muon", lr=1.5e-3, lr_scale=LrScale(vision_encoder=0.3), warmup_ratio=0.01),
     )
 

@@ -2,6 +2,7 @@
 contexts. `contest.py` has the protocol."""
 
 import gc
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -62,13 +63,13 @@ def measure(
         progress: as `eval.progress.progress`.
     Returns:
         A JSON-able dict: format, peers, settings, environment, llama_cpp (what it was compiled for, None if
-        it does not take part), machine (see `measure_machine`), parameters (of ours, and of the Llama),
-        contests (name -> title, unit, rows, ratios), passed (whether all checks have).
+        it does not take part), machine (see `measure_machine`), load_before (processes that were running in
+        the minute before), parameters (of ours, and of the Llama), contests (name -> title, unit, rows, ratios), passed (whether all checks have).
     Raises:
         UserError: on unknown names and missing packages.
     """
     check_names(peers, contests)
-    threads = torch.get_num_threads()
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
     torch.set_num_threads(settings.threads)
     try:
         with tempfile.TemporaryDirectory(prefix="cobra-peers-") as folder:
@@ -94,6 +95,7 @@ def measure(
         "environment": environment,
         "llama_cpp": system_info() if "llama.cpp" in peers else None,
         "machine": field.machine,
+        "load_before": load,
         "parameters": {
             settings.preset: field.cost.parameters,
             "Llama": LMCost(settings.llama).parameters,

@@ -63,7 +63,7 @@ class Settings:
     llama_contexts: tuple[int, ...] = (64, 2048)
     decode_tokens: int = 24
     warmup_tokens: int = 4
-    check_tokens: int = 64
+    check_tokens: int = 32
     batch: int = 8
     prefill_lengths: tuple[int, ...] = (2048, 8192)
     ubatches: tuple[int, ...] = (512, 2048)

@@ -16,7 +16,7 @@ def measure_machine(read_bytes: int = READ_BYTES, gemm_size: int = GEMM_SIZE) ->
 
     Args:
         read_bytes: of the array that is read, many times the caches.
-        gemm_size: n of the n x n matrices.
+        gemm_size: n of the n x n matrices, a multiple of 4.
     Returns:
         read_bytes_per_s: the fastest of a matrix-vector product, a maximum and a sum over the array.
         gemm_flops_per_s: dtype -> the fastest product of square matrices.
@@ -26,11 +26,7 @@ def measure_machine(read_bytes: int = READ_BYTES, gemm_size: int = GEMM_SIZE) ->
     vector = torch.ones(1024)
     reads = (lambda: rows.mv(vector), lambda: rows.max(), lambda: rows.sum())
     fastest = min(_fastest(read) for read in reads)
-    flops = {}
-    for name, dtype in DTYPES.items():
-        a, b = (torch.randn(gemm_size, gemm_size).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        flops[name] = 2 * gemm_size**3 / _fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+    flops = {name: _gemm_flops(dtype, gemm_size) for name, dtype in DTYPES.items()}
     return {
         "read_bytes_per_s": rows.nbytes / fastest,
         "gemm_flops_per_s": flops,
@@ -44,6 +40,16 @@ def gemm_peak(machine: dict, form: str) -> float:
     faster, since narrower weights can always be widened first."""
     flops = machine["gemm_flops_per_s"]
     return max(flops["float32"], flops.get(form, 0.0))
+
+
+def _gemm_flops(dtype: torch.dtype, size: int) -> float:
+    """Operations a second of the product of two square matrices; of smaller ones where this size takes too
+    long, as in a dtype that the processor has no instructions for."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    quarter = a[: size // 4, : size // 4].contiguous()
+    seconds = _fastest(lambda: quarter @ quarter)
+    flops = 2 * (size // 4) ** 3 / seconds
+    return flops if 64 * seconds > SECONDS else 2 * size**3 / _fastest(lambda: a @ b)
 
 
 def _fastest(work: Callable[[], object]) -> float:

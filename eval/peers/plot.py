@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from eval.peers.tables import short
+
 # Colour-blind safe (Okabe & Ito).
 COLOURS = {
     "ours": "#0072B2",
@@ -21,7 +23,7 @@ STYLE: dict[Any, Any] = {
 INK, MUTED = "#1b1f24", "#57606a"
 # Contest -> what a visit's seconds are drawn as: axis label, and value of (seconds, row).
 QUANTITIES = {
-    "decode": ("ms per token of a row", lambda seconds, row: 1e3 * seconds / row["batch"]),
+    "decode": ("ms per token", lambda seconds, row: 1e3 * seconds / row["batch"]),
     "prefill": ("ms per token", lambda seconds, row: 1e3 * seconds / row["tokens"]),
     "training": ("s per step", lambda seconds, row: seconds),
     "scan_2d": ("ms", lambda seconds, row: 1e3 * seconds),
@@ -58,10 +60,10 @@ def _draw_contest(axes, name: str, title: str, rows: list[dict]) -> None:
     axes.scatter(medians, places, color=colours, s=36, zorder=3)
     for place, median, high, row in zip(places, medians, highs, rows, strict=True):
         wrong = row["check"] and not row["check"]["passed"]
-        text = f"{median:.3g}" + (" wrong answers" if wrong else "")
+        text = short(median) + (" wrong answers" if wrong else "")
         end = (max(median, high), place)
         axes.annotate(text, end, (5, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set(xscale="log", xlim=(0.7 * min(lows, default=1.0), 1.6 * max(highs, default=10.0)))
+    axes.set(xscale="log", xlim=(0.7 * min(lows, default=1.0), 2.2 * max(highs, default=10.0)))
     axes.set_xlabel(f"{label}, log scale: further left is faster")
     axes.set_yticks(places, [row["name"] for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)

@@ -27,7 +27,7 @@ def to_markdown(result: dict) -> str:
 
 def ratio_line(ratio: dict) -> str:
     """One line that states a ratio."""
-    low, times, high = (_short(ratio[key]) for key in ("low", "times", "high"))
+    low, times, high = (short(ratio[key]) for key in ("low", "times", "high"))
     return f"{ratio['what']}: {times} times ({low} to {high})"
 
 
@@ -81,8 +81,8 @@ def _table(name: str, rows: list[dict]) -> str:
 def _ratio_table(ratios: list[dict]) -> str:
     lines = [["times as fast", "median", "from quartiles", "ours", "other"]]
     for ratio in ratios:
-        span = f"{_short(ratio['low'])} to {_short(ratio['high'])}"
-        lines.append([ratio["what"], _short(ratio["times"]), span, ratio["ours"], ratio["other"]])
+        span = f"{short(ratio['low'])} to {short(ratio['high'])}"
+        lines.append([ratio["what"], short(ratio["times"]), span, ratio["ours"], ratio["other"]])
     return _markdown(lines)
 
 
@@ -100,14 +100,14 @@ def _remarks(rows: list[dict]) -> list[str]:
 def _time(row: dict, scale: float) -> str:
     if not row["seconds"]:
         return row["failed"] or ""
-    q1, median, q3 = (_short(scale * row["seconds"][key]) for key in ("q1", "median", "q3"))
+    q1, median, q3 = (short(scale * row["seconds"][key]) for key in ("q1", "median", "q3"))
     return f"{median} ({q1} to {q3})" if row["seconds"]["n"] > 1 else median
 
 
 def _rate(row: dict) -> str:
     """Tokens a second: of a batch when decoding, of a prompt when reading."""
     work = row.get("tokens") or row.get("batch", 1)
-    return _short(work / row["seconds"]["median"]) if row["seconds"] else ""
+    return short(work / row["seconds"]["median"]) if row["seconds"] else ""
 
 
 def _visits(row: dict) -> str:
@@ -131,7 +131,7 @@ def _size(value: int | None) -> str:
     return "" if value is None else size(value)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three digits, as many decimals as that takes."""
     decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
     return f"{value:,.{decimals}f}"
@@ -165,7 +165,8 @@ def _machine(result: dict) -> str:
         f"of memory; {environment['system']}, Python {environment['python']}, {versions}; "
         f"commit {environment['commit'] or 'unknown'}",
         f"reads {machine['read_bytes_per_s'] / 1e9:.1f} GB/s; products of matrices "
-        + ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in flops.items()),
+        + ", ".join(f"{name} {short(value / 1e9)} GFLOP/s" for name, value in flops.items()),
+        f"load average before the run {result['load_before']:.1f}; another process on the same cores slows all",
         f"our compiled operators: {', '.join(compiled) or 'none'}",
     ]
     if result["llama_cpp"]:
