@@ -134,6 +134,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--only", metavar="NAMES", help="with --peers: decode,prefill,training,scan_2d,context (default all)"
     )
     efficiency.add_argument(
+        "--budget", type=float, metavar="S", help="with --peers: seconds of a contestant in a contest (120)"
+    )
+    efficiency.add_argument(
         "--threads", type=int, metavar="N", help="with --peers: of every contestant (default torch's)"
     )
     _add_device(efficiency)
@@ -143,8 +146,8 @@ def build_parser() -> argparse.ArgumentParser:
         "path", type=Path, metavar="PATH", help="a demo's directory, or a report.json to draw again"
     )
 
-    readme = _command(commands, "readme", _readme, "print a demo's results as markdown")
-    readme.add_argument("path", type=Path, metavar="REPORT", help="a demo's report.json")
+    readme = _command(commands, "readme", _readme, "print results as markdown")
+    readme.add_argument("path", type=Path, metavar="REPORT", help="a demo's report.json, or a peers.json")
     readme.add_argument("--write", type=Path, metavar="FILE", help="replace them between FILE's markers")
 
     demo = _command(commands, "demo", _demo, "data, training, evaluation, comparison and report")
@@ -290,6 +293,7 @@ def _peers(options: argparse.Namespace) -> int:
         "rounds": options.rounds,
         "threads": torch.get_num_threads() if options.threads is None else options.threads,
         "long_context": options.longest_context,
+        "budget_s": options.budget,
     }
     names = options.peers.split(",")
     contests = options.only.split(",") if options.only else list(peers.CONTESTS)
@@ -322,11 +326,11 @@ def _report(options: argparse.Namespace) -> int:
 def _readme(options: argparse.Namespace) -> int:
     from eval import readme
 
-    results = readme.read(options.path)
+    results, section = readme.read(options.path)
     if options.write is None:
         print(results, end="")
     else:
-        readme.write(options.write, results)
+        readme.write(options.write, results, section)
     return DONE
 
 

@@ -1,14 +1,33 @@
-"""The measured results of a demo as markdown, and the part of a page that they stand in."""
+"""Measured results as markdown, and the part of a page that they stand in: those of a demo, and those of a
+run beside peers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from eval.files import read_json, write_text
 from eval.markup import count, duration, seconds, size
+from eval.peers.tables import to_summary
 from eval.runner import CONTROLS
 from vision_scan.errors import UserError
 
 START, END = "<!-- demo results -->", "<!-- end -->"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Attributes:
+        start, end: the lines that it stands between.
+        key: what only results of its kind have.
+        render: those results as markdown.
+    """
+
+    start: str
+    end: str
+    key: str
+    render: Callable[[dict], str]
 
 
 def render(report: dict) -> str:
@@ -26,38 +45,47 @@ def render(report: dict) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def read(path: Path) -> str:
-    """`render` of a report.json.
+DEMO = Section(START, END, "verdict", render)
+PEERS = Section("<!-- peers results -->", "<!-- end of peers results -->", "contests", to_summary)
+
+
+def read(path: Path) -> tuple[str, Section]:
+    """Results as markdown, and where they belong.
 
     Raises:
-        UserError: if the file is no demo's report.
+        UserError: if the file has no results of these kinds.
     """
     report = read_json(path)
-    if not isinstance(report, dict) or "verdict" not in report:
-        raise UserError(f"{path} is not the report.json of a demo; give runs/demo/report.json")
-    return render(report)
+    for section in (DEMO, PEERS):
+        if isinstance(report, dict) and section.key in report:
+            return section.render(report), section
+    raise UserError(
+        f"{path} is neither the report.json of a demo nor the result of a run beside peers; give "
+        "runs/demo/report.json"
+    )
 
 
-def replace_results(page: str, results: str, name: str = "the page") -> str:
-    """A page with what stands between its markers replaced.
+def replace_results(page: str, results: str, name: str = "the page", section: Section = DEMO) -> str:
+    """A page with what stands between a section's markers replaced.
 
     Raises:
         UserError: naming the page, if it does not have both markers once, in order.
     """
-    before, found, rest = page.partition(START)
-    _, ended, after = rest.partition(END)
-    if not (found and ended) or START in rest or END in before:
-        raise UserError(f"{name} needs the line {START} once, and {END} once behind it")
-    return f"{before}{START}\n\n{results}\n{END}{after}"
+    start, end = section.start, section.end
+    before, found, rest = page.partition(start)
+    _, ended, after = rest.partition(end)
+    if not (found and ended) or start in rest or end in before:
+        raise UserError(f"{name} needs the line {start} once, and {end} once behind it")
+    return f"{before}{start}\n\n{results}\n{end}{after}"
 
 
-def write(path: Path, results: str) -> None:
+def write(path: Path, results: str, section: Section = DEMO) -> None:
     """Puts results between the markers of a file."""
     try:
         page = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    write_text(path, replace_results(page, results, str(path)))
+    write_text(path, replace_results(page, results, str(path), section))
 
 
 def _trained(report: dict, names: dict[str, str]) -> str:

@@ -25,6 +25,7 @@ from cobra.connector import CONNECTORS
 from cobra.lm.stack import LAYERS
 from cobra.typed_config import to_dict
 from eval import readme
+from eval.peers.tables import to_markdown
 from tests.eval.fake_report import make_report
 from train.recipes import RunConfig
 from vision_scan.errors import UserError
@@ -263,4 +264,11 @@ def test_readme_shows_the_measured_results():
     if not MEASURED.exists():
         assert readme.replace_results(page, "") != page  # the markers are there
         pytest.skip("no measured run is committed")
-    assert readme.replace_results(page, readme.read(MEASURED)) == page
+    assert readme.replace_results(page, readme.read(MEASURED)[0]) == page
+
+
+def test_readme_shows_the_results_beside_peers():
+    page, peers = (ROOT / README).read_text(encoding="utf-8"), ROOT / "docs" / "peers.json"
+    results, section = readme.read(peers)
+    assert readme.replace_results(page, results, section=section) == page
+    assert peers.with_suffix(".md").read_text(encoding="utf-8") == to_markdown(json.loads(peers.read_text()))

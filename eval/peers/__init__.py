@@ -64,7 +64,8 @@ def measure(
     Returns:
         A JSON-able dict: format, peers, settings, environment, llama_cpp (what it was compiled for, None if
         it does not take part), machine (see `measure_machine`), load_before (processes that were running in
-        the minute before), parameters (of ours, and of the Llama), contests (name -> title, unit, rows, ratios), passed (whether all checks have).
+        the minute before), parameters (of ours, and of the Llama), contests (name -> title, unit, rows,
+        ratios), passed (whether all checks have).
     Raises:
         UserError: on unknown names and missing packages.
     """

@@ -85,9 +85,9 @@ class Settings:
         is_mamba2 = len(set(layers)) == 1 and isinstance(layers[0], Mamba2Config)
         if not is_mamba2 or self._llama_preset not in PRESETS:
             raise UserError(f"preset {self.preset!r}: give one of Mamba-2 layers alone, as mamba2-130m")
-        for name in ("rounds", "threads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+        for name in ("rounds", "threads", "budget_s"):
+            if not getattr(self, name) >= 1:
+                raise UserError(f"{name.removesuffix('_s')} is {getattr(self, name)}: give at least 1")
         if self.long_context < self.short_context:
             raise UserError(f"the longest context is {self.long_context}: give {self.short_context} or more")
 

@@ -50,6 +50,8 @@ def draw(result: dict, path: Path) -> None:
 
 
 def _draw_contest(axes, name: str, title: str, rows: list[dict]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     label, value = QUANTITIES[name]
     places = range(len(rows))
     medians, lows, highs = (
@@ -70,6 +72,9 @@ def _draw_contest(axes, name: str, title: str, rows: list[dict]) -> None:
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.tick_params(axis="x", which="both", colors=MUTED)
     axes.xaxis.label.set_color(MUTED)
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
     axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="both", color="#d8dee4", linewidth=0.7)
     axes.set_title(title, loc="left", fontsize=10.5, color=INK)

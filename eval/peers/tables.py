@@ -25,6 +25,26 @@ def to_markdown(result: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def to_summary(result: dict) -> str:
+    """The ratios of each contest, and what they were measured on."""
+    environment, settings = result["environment"], result["settings"]
+    machine = f"{count(environment['cores'], 'core')} of {environment['cpu']}"
+    intro = (
+        f"Preset {settings['preset']}, {count(settings['threads'], 'thread')} for every contestant, on "
+        f"{machine} that reads {result['machine']['read_bytes_per_s'] / 1e9:.1f} GB/s and multiplies "
+        + ", ".join(
+            f"{value / 1e9:.0f} GFLOP/s in {name}"
+            for name, value in result["machine"]["gemm_flops_per_s"].items()
+        )
+        + f"; commit {environment['commit'] or 'unknown'}. {_summary(result)}"
+    )
+    parts = [intro]
+    for contest in result["contests"].values():
+        if contest["ratios"]:
+            parts += [f"{contest['title']}:", _ratio_table(contest["ratios"])]
+    return "\n\n".join(parts) + "\n"
+
+
 def ratio_line(ratio: dict) -> str:
     """One line that states a ratio."""
     low, times, high = (short(ratio[key]) for key in ("low", "times", "high"))
@@ -133,6 +153,8 @@ def _size(value: int | None) -> str:
 
 def short(value: float) -> str:
     """Three digits, as many decimals as that takes."""
+    if value < 0.1:
+        return f"{value:.3g}"
     decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
     return f"{value:,.{decimals}f}"
 
@@ -166,7 +188,7 @@ def _machine(result: dict) -> str:
         f"commit {environment['commit'] or 'unknown'}",
         f"reads {machine['read_bytes_per_s'] / 1e9:.1f} GB/s; products of matrices "
         + ", ".join(f"{name} {short(value / 1e9)} GFLOP/s" for name, value in flops.items()),
-        f"load average before the run {result['load_before']:.1f}; another process on the same cores slows all",
+        f"load average before the run: {result['load_before']:.1f} (another process slows everything)",
         f"our compiled operators: {', '.join(compiled) or 'none'}",
     ]
     if result["llama_cpp"]:

@@ -110,13 +110,17 @@ def test_traffic_of_decoding():
     assert contest.decode_bytes(cost, 64, "int4", 8) == 8 * state + cost.parameters * 4.5 / 8
 
 
-def test_contestants_take_turns_and_the_slow_have_fewer_visits():
-    visited, settings = [], Settings(**SMALL | {"rounds": 4, "budget_s": 0.05, "limit_s": 0.2})
+def test_contestants_take_turns_and_the_slow_have_fewer_visits(monkeypatch):
+    now, visited = [0.0], []
+    settings = Settings(**SMALL | {"rounds": 4, "budget_s": 50.0, "limit_s": 200.0})
+    monkeypatch.setattr(contest.time, "perf_counter", lambda: now[0])
 
     def contestant(name: str, seconds: float) -> Contestant:
         def visit():
             visited.append(name)
-            time.sleep(seconds)
+            now[0] += min(seconds, settings.limit_s)
+            if seconds > settings.limit_s:
+                raise limits.OutOfTimeError
             return seconds, name
 
         return Contestant(name=name, family=name, form="float32", visit=visit)
@@ -125,13 +129,16 @@ def test_contestants_take_turns_and_the_slow_have_fewer_visits():
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     units = []
-    runners = [contestant(*one) for one in (("quick", 0.001), ("slow", 0.04), ("endless", 9.0))]
+    runners = [contestant(*one) for one in (("quick", 1.0), ("slow", 40.0), ("endless", 900.0))]
     runners.append(Contestant(name="greedy", family="", form="float32", visit=without_memory))
-    records = race(runners, settings, units.append)
-    assert sum(units) == 4 * (settings.rounds + 1)
+    hopeless = contestant("hopeless", 1.0)
+    hopeless.least_s = 1000.0
+    records = race([*runners, hopeless], settings, units.append)
+    assert sum(units) == 5 * (settings.rounds + 1)
     assert len(records["quick"].seconds) == 4 and records["quick"].warmed_up
-    assert records["slow"].seconds == [0.04] and not records["slow"].warmed_up
-    assert "0 s" in str(records["endless"].failed) and not records["endless"].seconds
+    assert records["slow"].seconds == [40.0] and not records["slow"].warmed_up
+    assert records["endless"].failed == "not one visit within 200 s" and not records["endless"].seconds
+    assert "not tried" in str(records["hopeless"].failed)
     assert records["greedy"].failed == "out of memory"
     assert visited == ["quick", "slow", "endless", "quick", "quick", "quick", "quick"]
     rows = [make_row(one, records[one.name]) for one in runners]
