@@ -301,10 +301,13 @@ def _peers(options: argparse.Namespace) -> int:
     settings = peers.Settings(
         preset=options.preset, **{name: value for name, value in given.items() if value is not None}
     )
-    result = peers.measure(settings, names, contests, progress)
-    write_json(options.output, result)
-    write_text(options.output.with_suffix(".md"), tables.to_markdown(result))
-    plot.draw(result, options.output.with_suffix(".png"))
+
+    def keep(result: dict) -> None:
+        write_json(options.output, result)
+        write_text(options.output.with_suffix(".md"), tables.to_markdown(result))
+        plot.draw(result, options.output.with_suffix(".png"))
+
+    result = peers.measure(settings, names, contests, progress, keep)
     for contest in result["contests"].values():
         for ratio in contest["ratios"]:
             print(tables.ratio_line(ratio))

@@ -18,6 +18,7 @@ from vision_scan.errors import UserError
 from .decode import stored
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
 from .precision import Float32Parameters, Projection, RMSNorm
+from .short_conv import ShortConvolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class Mamba1(Float32Parameters):
         self.d_inner = d_inner = config.expand * d_model
         self.dt_rank = rank = config.rank(d_model)
         self.in_proj = Projection(d_model, 2 * d_inner)
-        self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner)
+        self.conv1d = ShortConvolution(d_inner, config.d_conv)
         self.x_proj = Projection(d_inner, rank + 2 * config.d_state)
         self.dt_proj = StepProjection(rank, d_inner)
         self.A_log = nn.Parameter(torch.arange(1.0, config.d_state + 1).log().repeat(d_inner, 1))
@@ -115,10 +116,7 @@ class Mamba1(Float32Parameters):
 
     def _scan(self, u, z, state, segments) -> tuple[Tensor, LayerState]:
         state = state or {"conv": None, "ssm": None}
-        u, conv = vision_scan.causal_conv1d(
-            u, self.conv1d.weight[:, 0], self.conv1d.bias, "silu",
-            state["conv"], return_final_state=True, seq_idx=segments.seq_idx,
-        )  # fmt: skip
+        u, conv = self.conv1d.scan(u, state["conv"], segments)
         y, ssm = vision_scan.selective_scan(
             u, *self._scan_inputs(u), z=z, initial_state=state["ssm"], return_final_state=True,
             seq_idx=segments.seq_idx, **self._scan_parameters(),
@@ -126,9 +124,7 @@ class Mamba1(Float32Parameters):
         return y, {"conv": conv, "ssm": ssm}
 
     def _update(self, u, z, state, segments) -> tuple[Tensor, LayerState]:
-        u = vision_scan.causal_conv1d_update(
-            state["conv"], u, self.conv1d.weight[:, 0], self.conv1d.bias, "silu", segments.seq_idx
-        )
+        u = self.conv1d.update(u, state["conv"], segments)
         y = vision_scan.selective_scan_update(
             state["ssm"], u, *self._scan_inputs(u), z=z, seq_idx=segments.seq_idx, **self._scan_parameters()
         )

@@ -18,6 +18,7 @@ from vision_scan.errors import UserError
 from .decode import stored
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
 from .precision import Float32Parameters, Projection, RMSNorm
+from .short_conv import ShortConvolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ class Mamba2(Float32Parameters):
         self.nheads = config.nheads(d_model)
         channels = config.conv_channels(d_model)
         self.in_proj = Projection(d_model, self.d_inner + channels + self.nheads)
-        self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
+        self.conv1d = ShortConvolution(channels, config.d_conv)
         dt = torch.exp(torch.empty(self.nheads).uniform_(math.log(config.dt_min), math.log(config.dt_max)))
         dt = dt.clamp(min=1e-4)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
@@ -151,10 +152,7 @@ class Mamba2(Float32Parameters):
 
     def _scan(self, xBC, dt, state, segments) -> tuple[Tensor, LayerState]:
         state = state or {"conv": None, "ssm": None}
-        xBC, conv = vision_scan.causal_conv1d(
-            xBC, self.conv1d.weight[:, 0], self.conv1d.bias, "silu",
-            state["conv"], return_final_state=True, seq_idx=segments.seq_idx,
-        )  # fmt: skip
+        xBC, conv = self.conv1d.scan(xBC, state["conv"], segments)
         y, ssm = vision_scan.ssd(
             *self._ssd_inputs(xBC, dt),
             initial_state=state["ssm"],
@@ -166,9 +164,7 @@ class Mamba2(Float32Parameters):
         return y, {"conv": conv, "ssm": ssm}
 
     def _update(self, xBC, dt, state, segments) -> tuple[Tensor, LayerState]:
-        xBC = vision_scan.causal_conv1d_update(
-            state["conv"], xBC, self.conv1d.weight[:, 0], self.conv1d.bias, "silu", segments.seq_idx
-        )
+        xBC = self.conv1d.update(xBC, state["conv"], segments)
         y = vision_scan.ssd_update(
             state["ssm"], *self._ssd_inputs(xBC, dt), seq_idx=segments.seq_idx, **self._ssd_parameters()
         )

@@ -62,6 +62,16 @@ struct Entry {
   }
 };
 
+// The convolution of a Mamba layer, whose parameters come first in an entry, and its state.
+template <typename SomeLayer>
+void bind_convolution(SomeLayer& l, const Entry& e, int64_t channels, int64_t batch, const Tensor& state) {
+  l.conv_weight = numbers("conv1d.weight", e.parameters[0], {channels, 1, l.d_conv});
+  l.conv_bias = numbers("conv1d.bias", e.parameters[1], {channels});
+  l.conv = numbers("state conv", state, {batch, channels, l.d_conv - 1});
+  TORCH_CHECK_VALUE(l.conv.half == l.conv_weight.half && l.conv.half == l.conv_bias.half,
+                    "the convolution's state, weight and bias must have one dtype");
+}
+
 Mamba2Layer as_mamba2(const Entry& e, int64_t d_model, int64_t batch, const Tensor* state) {
   Mamba2Layer l{};
   l.nheads = e.sizes[0], l.headdim = e.sizes[1], l.ngroups = e.sizes[2], l.d_state = e.sizes[3], l.d_conv = e.sizes[4];
@@ -69,8 +79,7 @@ Mamba2Layer as_mamba2(const Entry& e, int64_t d_model, int64_t batch, const Tens
   const int64_t d_inner = l.nheads * l.headdim, channels = d_inner + 2 * l.ngroups * l.d_state;
   l.in_proj = weights("in_proj", e.projections[0], d_inner + channels + l.nheads, d_model);
   l.out_proj = weights("out_proj", e.projections[1], d_model, d_inner);
-  l.conv_weight = numbers("conv1d.weight", e.parameters[0], {channels, 1, l.d_conv});
-  l.conv_bias = numbers("conv1d.bias", e.parameters[1], {channels});
+  bind_convolution(l, e, channels, batch, state[0]);
   l.dt_bias = floats("dt_bias", e.parameters[2], {l.nheads});
   l.A_log = floats("A_log", e.parameters[3], {l.nheads});
   l.D = floats("D", e.parameters[4], {l.nheads});
@@ -79,11 +88,8 @@ Mamba2Layer as_mamba2(const Entry& e, int64_t d_model, int64_t batch, const Tens
   l.dt_min = static_cast<float>(e.constants[1]);
   l.dt_max = static_cast<float>(e.constants[2]);
   l.norm_before_gate = e.constants[3] != 0;
-  l.conv = numbers("state conv", state[0], {batch, channels, l.d_conv - 1});
   check("state ssm", state[1], {batch, l.nheads, l.headdim, l.d_state});
   l.ssm = state[1].data_ptr<float>();
-  TORCH_CHECK_VALUE(l.conv.half == l.conv_weight.half && l.conv.half == l.conv_bias.half,
-                    "the convolution's state, weight and bias must have one dtype");
   return l;
 }
 
@@ -94,16 +100,12 @@ Mamba1Layer as_mamba1(const Entry& e, int64_t d_model, int64_t batch, const Tens
   l.x_proj = weights("x_proj", e.projections[1], l.dt_rank + 2 * l.d_state, l.d_inner);
   l.dt_proj = weights("dt_proj", e.projections[2], l.d_inner, l.dt_rank);
   l.out_proj = weights("out_proj", e.projections[3], d_model, l.d_inner);
-  l.conv_weight = numbers("conv1d.weight", e.parameters[0], {l.d_inner, 1, l.d_conv});
-  l.conv_bias = numbers("conv1d.bias", e.parameters[1], {l.d_inner});
+  bind_convolution(l, e, l.d_inner, batch, state[0]);
   l.dt_bias = floats("dt_proj.bias", e.parameters[2], {l.d_inner});
   l.A_log = floats("A_log", e.parameters[3], {l.d_inner, l.d_state});
   l.D = floats("D", e.parameters[4], {l.d_inner});
-  l.conv = numbers("state conv", state[0], {batch, l.d_inner, l.d_conv - 1});
   check("state ssm", state[1], {batch, l.d_inner, l.d_state});
   l.ssm = state[1].data_ptr<float>();
-  TORCH_CHECK_VALUE(l.conv.half == l.conv_weight.half && l.conv.half == l.conv_bias.half,
-                    "the convolution's state, weight and bias must have one dtype");
   return l;
 }
 

@@ -54,6 +54,7 @@ def measure(
     peers: Sequence[str] = tuple(PEERS),
     contests: Sequence[str] = tuple(CONTESTS),
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = no_progress,
+    keep: Callable[[dict], None] = lambda result: None,
 ) -> dict:
     """Runs contests one after the other.
 
@@ -61,6 +62,7 @@ def measure(
         peers: keys of PEERS.
         contests: keys of CONTESTS.
         progress: as `eval.progress.progress`.
+        keep: called with the result so far after each contest, so that an interruption costs one.
     Returns:
         A JSON-able dict: format, peers, settings, environment, llama_cpp (what it was compiled for, None if
         it does not take part), machine (see `measure_machine`), load_before (processes that were running in
@@ -82,27 +84,36 @@ def measure(
                 folder=Path(folder),
                 progress=progress,
             )
-            found = {}
+            result = _head(field, load)
             for name in contests:
-                found[name] = CONTESTS[name](field)
+                result["contests"][name] = CONTESTS[name](field)
+                result["passed"] = all(
+                    passed(row) for contest in result["contests"].values() for row in contest["rows"]
+                )
+                keep(result)
                 gc.collect()
-            environment = describe_environment()
     finally:
         torch.set_num_threads(threads)
+    return result
+
+
+def _head(field: Field, load: float) -> dict:
+    """A result without contests."""
+    settings = field.settings
     return {
         "format": FORMAT,
-        "peers": list(peers),
+        "peers": list(field.peers),
         "settings": asdict(settings),
-        "environment": environment,
-        "llama_cpp": system_info() if "llama.cpp" in peers else None,
+        "environment": describe_environment(),
+        "llama_cpp": system_info() if "llama.cpp" in field.peers else None,
         "machine": field.machine,
         "load_before": load,
         "parameters": {
             settings.preset: field.cost.parameters,
             "Llama": LMCost(settings.llama).parameters,
         },
-        "contests": found,
-        "passed": all(passed(row) for contest in found.values() for row in contest["rows"]),
+        "contests": {},
+        "passed": True,
     }
 
 

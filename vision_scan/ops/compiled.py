@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .register import MISSING_KERNELS, take_over
 
-MOST_TAPS = 16
+MOST_TAPS = 16  # kMostTaps in csrc/cpu/kernels.h
 
 
 def take_over_all() -> None:

@@ -1,0 +1,27 @@
+"""The short causal convolution in front of a recurrence: each channel sees its own last few inputs."""
+
+from torch import Tensor, nn
+
+import vision_scan
+
+from .mixer import Segments
+
+
+class ShortConvolution(nn.Conv1d):
+    """Followed by SiLU; parameters as in the released state-spaces checkpoints: weight (channels, 1, d_conv)
+    and bias (channels,). Its state is the last d_conv - 1 inputs, (batch, channels, d_conv - 1)."""
+
+    def __init__(self, channels: int, d_conv: int) -> None:
+        super().__init__(channels, channels, d_conv, groups=channels)
+
+    def scan(self, x: Tensor, state: Tensor | None, segments: Segments) -> tuple[Tensor, Tensor]:
+        """x (batch, channels, seqlen) -> the same, and the new state."""
+        return vision_scan.causal_conv1d(
+            x, self.weight[:, 0], self.bias, "silu", state, return_final_state=True, seq_idx=segments.seq_idx
+        )
+
+    def update(self, x: Tensor, state: Tensor, segments: Segments) -> Tensor:
+        """A few tokens onto a state that is overwritten."""
+        return vision_scan.causal_conv1d_update(
+            state, x, self.weight[:, 0], self.bias, "silu", segments.seq_idx
+        )
