@@ -93,10 +93,7 @@ class Cobra(nn.Module):
         labels = batch["labels"][:, 1:]
         hidden, _ = self.lm.read(inputs_embeds=self.embed(batch["input_ids"], batch.get("pixel_values")))
         supervised = labels != -100
-        # Only supervised places need logits: with a large vocabulary they are most of the memory.
-        logits = self.lm.logits(hidden[:, :-1][supervised])
-        total = nn.functional.cross_entropy(logits, labels[supervised], reduction="sum")
-        return total, supervised.sum()
+        return self.lm.loss(hidden[:, :-1][supervised], labels[supervised]), supervised.sum()
 
     generate = generation.generate
     answer = generation.answer

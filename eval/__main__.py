@@ -282,6 +282,7 @@ def _efficiency(options: argparse.Namespace) -> int:
 def _peers(options: argparse.Namespace) -> int:
     import torch
 
+    from cobra.memory import keep_freed_memory
     from eval import peers
     from eval.files import write_json, write_text
     from eval.peers import plot, tables
@@ -301,6 +302,8 @@ def _peers(options: argparse.Namespace) -> int:
     settings = peers.Settings(
         preset=options.preset, **{name: value for name, value in given.items() if value is not None}
     )
+
+    keep_freed_memory()  # for all contestants alike
 
     def keep(result: dict) -> None:
         write_json(options.output, result)

@@ -80,13 +80,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from train.engine import leave_processes
+    from cobra.memory import keep_freed_memory
+    from train.engine import choose_device, leave_processes
     from train.loop import NonFiniteError
     from train.run import run
 
     options = build_parser().parse_args(arguments)
     try:
         config = _config(options)
+        if choose_device(config.train.device).type == "cpu":
+            keep_freed_memory()
         finished = run(
             config, options.output, options.resume, report=lambda line: print(line, flush=True)
         )

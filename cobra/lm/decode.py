@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vision_scan.ops.register import MISSING_KERNELS
 
+from .head import LMHead
 from .precision import Projection, RMSNorm
 from .state import State
 
@@ -42,7 +43,7 @@ class Decoder:
         if not all(type(norm) is RMSNorm for norm in norms) or not all(map(_is_known, self._mixers)):
             raise UnservableError
         self._native = torch.classes.vision_scan_cpu.Decoder(
-            lm.norm_f.weight, lm.norm_f.eps, stored(lm.lm_head), lm.config.vocab_size
+            lm.norm_f.weight, lm.norm_f.eps, stored(lm.lm_head, LMHead), lm.config.vocab_size
         )
         for block in lm.layers:
             block.mixer.add_to(self._native, block.norm)

@@ -77,18 +77,26 @@ class Projection(nn.Linear):
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in) times the transposed weight (out, in), dtype of x, or of autocast where it is active.
+    """x (..., in) times the transposed weight (out, in), dtype of x, or of autocast where it is active."""
+    wanted, dtype = _asked_dtype(x), product_dtype(x)
+    if dtype == wanted:
+        return nn.functional.linear(x, weight)
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.functional.linear(x.to(dtype), weight.to(dtype)).to(wanted)
 
-    A CPU without instructions for half precision multiplies in float32, many times faster.
-    """
-    if x.device.type != "cpu" or has_native_bf16("cpu"):
-        return nn.functional.linear(x, weight)
-    autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    if dtype.itemsize >= 4:
-        return nn.functional.linear(x, weight)
-    with torch.autocast("cpu", enabled=False):
-        return nn.functional.linear(x.float(), weight.float()).to(dtype)
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which x is multiplied: a CPU without instructions for half precision multiplies in
+    float32, many times faster."""
+    wanted = _asked_dtype(x)
+    is_slow = wanted.itemsize < 4 and x.device.type == "cpu" and not has_native_bf16("cpu")
+    return torch.float32 if is_slow else wanted
+
+
+def _asked_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
 @functools.cache

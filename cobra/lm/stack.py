@@ -11,11 +11,12 @@ from vision_scan.errors import UserError
 
 from .attention import Attention
 from .decode import decoder_for
+from .head import LMHead
 from .mamba1 import Mamba1
 from .mamba2 import Mamba2
 from .mixer import Segments
 from .mlp import MLP
-from .precision import Projection, RMSNorm
+from .precision import RMSNorm
 from .state import State
 
 LAYERS: dict[str, type[nn.Module]] = {
@@ -24,6 +25,9 @@ LAYERS: dict[str, type[nn.Module]] = {
     "mamba2": Mamba2,
     "mlp": MLP,
 }
+
+PIECE_TOKENS = 1024  # of all rows, see `LanguageModel._reads_in_pieces`
+LEAST_PIECE = 64  # of a row
 
 LayerConfig = Union[tuple(layer.Config for layer in LAYERS.values())]  # noqa: UP007 (built from LAYERS)
 
@@ -67,7 +71,7 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         self.layers = nn.ModuleList(Block(layer, config) for layer in config.layers)
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
-        self.lm_head = Projection(config.d_model, config.vocab_size)
+        self.lm_head = LMHead(config.d_model, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embedding.weight
         self._scale_residual_projections()
@@ -164,6 +168,13 @@ class LanguageModel(nn.Module):
         logits = self.lm_head(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the cross entropies of targets (...), int64, given hidden states (..., d_model)."""
+        if isinstance(self.lm_head, LMHead):
+            return self.lm_head(hidden, targets)
+        logits = self.logits(hidden).flatten(0, -2)  # of quantised weights
+        return nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
+
     def read(
         self,
         input_ids: Tensor | None = None,
@@ -179,11 +190,36 @@ class LanguageModel(nn.Module):
             raise UserError("the language model takes either input_ids or inputs_embeds, exactly one of them")
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         batch, seqlen = x.shape[:2]
+        in_pieces = seq_idx is None and self._reads_in_pieces(x)
         seq_idx = self._segment_index(batch, seqlen, attention_mask, seq_idx)
         if state is not None:
             self._check_state(state, batch)
+        if not in_pieces:
+            return self._read(x, state, seq_idx, overwrite_state)
+        hidden = []
+        piece = max(LEAST_PIECE, PIECE_TOKENS // batch)
+        for start in range(0, seqlen, piece):
+            tokens = slice(start, start + piece)
+            index = None if seq_idx is None else seq_idx[:, tokens]
+            part, state = self._read(x[:, tokens], state, index, overwrite_state or start > 0)
+            hidden.append(part)
+        return torch.cat(hidden, 1), state
+
+    def _reads_in_pieces(self, x: Tensor) -> bool:
+        """Whether reading in pieces, each going on from the state behind the last, is faster: on a CPU, whose
+        caches then hold what a layer hands to the next. Gradients would need all of it anyway, and layers
+        whose state grows would copy it."""
+        return (
+            x.device.type == "cpu"
+            and not torch.is_grad_enabled()
+            and x.shape[0] * x.shape[1] >= 2 * PIECE_TOKENS
+            and all(None not in shape for layer in self._state_shapes for shape in layer.values())
+        )
+
+    def _read(self, x: Tensor, state: State | None, seq_idx: Tensor | None, overwrite: bool):
+        batch, seqlen = x.shape[:2]
         starts = torch.zeros(batch, dtype=torch.int64) if state is None else state.lengths
-        segments = Segments(starts, seq_idx, overwrite_state)
+        segments = Segments(starts, seq_idx, overwrite)
         dtype = x.dtype
         x = x.to(torch.promote_types(dtype, torch.float32))
         layers = []

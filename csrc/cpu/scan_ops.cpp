@@ -71,9 +71,13 @@ std::vector<Tensor> ssd_backward(const Tensor& dy, const OptionalTensor& dfinal_
   const int64_t rows = a.tokens.rows();
   if (dfinal_state) check("dfinal_state", *dfinal_state, {rows, a.nheads, a.headdim, a.d_state});
   const int64_t blocks = (a.nheads / a.ngroups + kHeadBlock - 1) / kHeadBlock;
-  Tensor dx = at::zeros_like(x), ddt = at::zeros_like(dt);
-  Tensor dB = at::zeros({blocks, B.size(0), B.size(1), B.size(2), B.size(3), B.size(4)}, B.options());
-  Tensor dC = at::zeros_like(dB);
+  // Padding and cells that no list visits stay zero; where there are none, everything is written.
+  const auto make = [&](at::IntArrayRef shape) {
+    return seq_idx || index ? at::zeros(shape, x.options()) : at::empty(shape, x.options());
+  };
+  Tensor dx = make(x.sizes()), ddt = make(dt.sizes());
+  const std::array<int64_t, 6> parts{blocks, B.size(0), B.size(1), B.size(2), B.size(3), B.size(4)};
+  Tensor dB = make(parts), dC = make(parts);
   Tensor dA = at::empty({rows, a.nheads}, x.options()), ddt_bias = at::empty_like(dA);
   Tensor dD = a.skip_dims == 2 ? at::empty({rows, a.nheads, a.headdim}, x.options()) : at::empty_like(dA);
   Tensor dinitial = initial_state ? at::empty_like(*initial_state) : at::empty({0}, x.options());

@@ -132,10 +132,33 @@ inline void multiply_add(
   for (; j < cols; j += kWidth) multiply_columns<1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row);
 }
 
+// out (8, 8) = in (8, 8) transposed: pairs, then fours, then halves change places.
+inline void transpose_eight(const float* in, int64_t in_row, float* out, int64_t out_row) {
+  __m256 row[8], mixed[8];
+  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(in + i * in_row);
+  for (int i = 0; i < 8; i += 2) {
+    mixed[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+    mixed[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    row[i] = _mm256_shuffle_ps(mixed[i], mixed[i + 2], 0x44);
+    row[i + 1] = _mm256_shuffle_ps(mixed[i], mixed[i + 2], 0xEE);
+    row[i + 2] = _mm256_shuffle_ps(mixed[i + 1], mixed[i + 3], 0x44);
+    row[i + 3] = _mm256_shuffle_ps(mixed[i + 1], mixed[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(out + i * out_row, _mm256_permute2f128_ps(row[i], row[i + 4], 0x20));
+    _mm256_storeu_ps(out + (i + 4) * out_row, _mm256_permute2f128_ps(row[i], row[i + 4], 0x31));
+  }
+}
+
 // out (cols, rows) = in (rows, cols) transposed.
 inline void transpose(int rows, int cols, const float* in, int64_t in_row, float* out, int64_t out_row) {
+  const int whole_rows = rows / 8 * 8, whole_cols = cols / 8 * 8;
+  for (int i = 0; i < whole_rows; i += 8)
+    for (int j = 0; j < whole_cols; j += 8) transpose_eight(in + i * in_row + j, in_row, out + j * out_row + i, out_row);
   for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < cols; ++j) out[j * out_row + i] = in[i * in_row + j];
+    for (int j = i < whole_rows ? whole_cols : 0; j < cols; ++j) out[j * out_row + i] = in[i * in_row + j];
 }
 
 // Vectors on the heap. Not std::vector<Vec>: a template argument loses the attributes of its type, and with them

@@ -66,7 +66,7 @@ struct SharedChunk {
 // What a head knows of a chunk.
 struct HeadChunk {
   float *X, *Xd, *L, *W, *Bs, *Cs;  // (kChunk, p) twice, (kChunk, kChunk) twice, f B and e C (kChunk, n)
-  float raw[kChunk], dt[kChunk], e[kChunk], f[kChunk];
+  float raw[kChunk], step[kChunk], dt[kChunk], e[kChunk], f[kChunk];  // raw -> softplus -> clamped
   double total[kChunk];
   float through;  // decay of the whole chunk
 
@@ -85,15 +85,16 @@ struct HeadChunk {
     for (int i = 0; i < len; ++i) {
       const int64_t at = row.offset(a.tokens, begin + i, a.nheads) + head;
       raw[i] = a.dt[at] + bias;
-      float step = raw[i];
-      if (a.dt_softplus && step <= 20.f) step = std::log1p(std::exp(step));
-      dt[i] = std::min(std::max(step, a.dt_min), a.dt_max);
+      step[i] = a.dt_softplus && raw[i] <= 20.f ? std::log1p(std::exp(raw[i])) : raw[i];
+      dt[i] = std::min(std::max(step[i], a.dt_min), a.dt_max);
       sum += dt[i] * A;
       total[i] = sum;
       const float* x = a.x + at * a.headdim;
-      for (int p = 0; p < s.headdim; ++p) {
-        X[i * s.p + p] = x[p];
-        Xd[i * s.p + p] = x[p] * dt[i];
+      const Vec by = splat(dt[i]);
+      for (int p = 0; p < s.p; p += kWidth) {
+        const Vec value = load_some(x + p, s.headdim - p);
+        store(X + i * s.p + p, value);
+        store(Xd + i * s.p + p, value * by);
       }
     }
     float differences[kChunk];
@@ -151,6 +152,13 @@ struct HeadChunk {
       store(values + i, by * load(values + i));
   }
 };
+
+// D of a head from its dimension p on.
+inline Vec skip_weight(const Ssd& a, int64_t parameter, int p) {
+  if (a.skip_dims == 0) return Vec{};
+  if (a.skip_dims == 1) return splat(a.D[parameter]);
+  return load_some(a.D + parameter * a.headdim + p, a.headdim - p);
+}
 
 inline void load_state(const float* from, const Sizes& s, float* S) {
   std::memset(S, 0, sizeof(float) * s.d_state * s.p);
@@ -213,11 +221,9 @@ void ssd(const Ssd& a) {
           const int64_t parameter = row.list * a.nheads + first + h;
           for (int i = 0; i < len; ++i) {
             float* y = a.y + row.offset(a.tokens, begin + i, a.nheads * a.headdim) + (first + h) * a.headdim;
-            for (int p = 0; p < s.headdim; ++p) {
-              const float skip = a.skip_dims == 0   ? 0.f
-                                 : a.skip_dims == 1 ? a.D[parameter]
-                                                    : a.D[parameter * a.headdim + p];
-              y[p] = Y[i * s.p + p] + skip * head.X[i * s.p + p];
+            for (int p = 0; p < s.p; p += kWidth) {
+              const Vec value = load(Y + i * s.p + p) + skip_weight(a, parameter, p) * load(head.X + i * s.p + p);
+              store_some(y + p, value, s.headdim - p);
             }
           }
         }

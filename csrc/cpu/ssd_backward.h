@@ -12,7 +12,7 @@ class SsdBackward {
       : a(a), g(g), s(a), row(a.tokens, number), number(number), group(group), first(first), heads(heads),
         shared(buffer, s), head(buffer, s), state_size(int64_t{s.d_state} * s.p),
         dY(buffer.take(kChunk * s.p)), dYe(buffer.take(kChunk * s.p)), dXd(buffer.take(kChunk * s.p)),
-        dXi(buffer.take(kChunk * s.p)), Yi(buffer.take(kChunk * s.p)), Xdt(buffer.take(s.p * kChunk)),
+        dXi(buffer.take(kChunk * s.p)), dCi(buffer.take(kChunk * s.n)), Xdt(buffer.take(s.p * kChunk)),
         dW(buffer.take(kChunk * kChunk)), Sp(buffer.take(s.p * s.n)), dSp(buffer.take(s.p * s.n)),
         dB(buffer.take(kChunk * s.n)), dC(buffer.take(kChunk * s.n)), dS(buffer.take(heads * state_size)),
         dD(buffer.take(heads * s.p)), dA(heads, 0.0), ddt_bias(heads, 0.0) {}
@@ -38,10 +38,10 @@ class SsdBackward {
  private:
   void keep_entries(const Segment& segment, bool is_first) {
     const int64_t chunks = (segment.end - segment.begin + kChunk - 1) / kChunk;
-    entries.assign((chunks + 1) * heads * state_size);
-    if (is_first && a.initial_state)
-      for (int64_t h = 0; h < heads; ++h)
-        load_state(a.initial_state + state_offset(a, number, first + h), s, entries.data() + h * state_size);
+    entries.reserve(std::max<int64_t>(1, chunks) * heads * state_size);
+    for (int64_t h = 0; h < heads; ++h)
+      load_state(is_first && a.initial_state ? a.initial_state + state_offset(a, number, first + h) : nullptr, s,
+                 entries.data() + h * state_size);
     for (int64_t chunk = 0; chunk + 1 < chunks; ++chunk) {  // the last chunk's end is not needed
       const int64_t begin = segment.begin + chunk * kChunk;
       shared.read(a, s, row, begin, kChunk, group);
@@ -79,9 +79,11 @@ class SsdBackward {
     const int64_t stride = a.nheads * a.headdim, at = (first + h) * a.headdim;
     for (int i = 0; i < len; ++i) {
       const float* dy = g.dy + row.offset(a.tokens, begin + i, stride) + at;
-      for (int p = 0; p < s.headdim; ++p) {
-        dY[i * s.p + p] = dy[p];
-        dYe[i * s.p + p] = dy[p] * head.e[i];
+      const Vec by = splat(head.e[i]);
+      for (int p = 0; p < s.p; p += kWidth) {
+        const Vec value = load_some(dy + p, s.headdim - p);
+        store(dY + i * s.p + p, value);
+        store(dYe + i * s.p + p, value * by);
       }
     }
     double dtotal[kChunk];
@@ -128,30 +130,30 @@ class SsdBackward {
 
   // Through the entering state S and the leaving one, whose gradient dS becomes that of the entering one.
   void states(int len, const float* S, float* dS, double* dtotal) {
+    transpose(s.d_state, s.headdim, S, s.p, Sp, s.n);
+    std::memset(dCi, 0, sizeof(float) * len * s.n);
+    multiply_add(len, s.n, s.headdim, dYe, s.p, 1, Sp, s.n, dCi, s.n);
     std::memset(dXi, 0, sizeof(float) * len * s.p);
     multiply_add(len, s.p, s.d_state, head.Bs, s.n, 1, dS, s.p, dXi, s.p);
-    std::memset(Yi, 0, sizeof(float) * len * s.p);
-    multiply_add(len, s.p, s.d_state, head.Cs, s.n, 1, S, s.p, Yi, s.p);
     double to_end = 0;
     for (int i = 0; i < len; ++i) {
-      const double left = dot(dXi + i * s.p, head.Xd + i * s.p), read = dot(dY + i * s.p, Yi + i * s.p);
+      // What the entering state gave to y[i], times dy[i], is also C[i] times its gradient.
+      const double left = dot(dXi + i * s.p, head.Xd + i * s.p, s.p), read = dot(dCi + i * s.n, shared.C + i * s.n, s.n);
       dtotal[i] += read - left;
       to_end += left;
-      for (int p = 0; p < s.p; p += kWidth)
-        store(dXd + i * s.p + p, load(dXd + i * s.p + p) +
-                                     load(dXi + i * s.p + p));
+      add(dXd + i * s.p, dXi + i * s.p, s.p);
+      add(dC + i * s.n, dCi + i * s.n, s.n);
     }
     double kept = 0;
-    for (int n = 0; n < s.d_state; ++n) kept += dot(S + n * s.p, dS + n * s.p);
+    for (int n = 0; n < s.d_state; ++n) kept += dot(S + n * s.p, dS + n * s.p, s.p);
     dtotal[len - 1] += to_end + head.through * kept;
 
-    transpose(s.d_state, s.headdim, S, s.p, Sp, s.n);
-    multiply_add(len, s.n, s.headdim, dYe, s.p, 1, Sp, s.n, dC, s.n);
     transpose(s.d_state, s.headdim, dS, s.p, dSp, s.n);
-    for (int i = 0; i < len; ++i)  // Yi is free again: f Xd
+    float* Xf = dXi;  // free again: f Xd
+    for (int i = 0; i < len; ++i)
       for (int p = 0; p < s.p; p += kWidth)
-        store(Yi + i * s.p + p, splat(head.f[i]) * load(head.Xd + i * s.p + p));
-    multiply_add(len, s.n, s.headdim, Yi, s.p, 1, dSp, s.n, dB, s.n);
+        store(Xf + i * s.p + p, splat(head.f[i]) * load(head.Xd + i * s.p + p));
+    multiply_add(len, s.n, s.headdim, Xf, s.p, 1, dSp, s.n, dB, s.n);
 
     HeadChunk::scale_by(dS, head.through, state_size);
     multiply_add(s.d_state, s.p, len, head.Cs, 1, s.n, dY, s.p, dS, s.p);
@@ -165,21 +167,21 @@ class SsdBackward {
     for (int i = len - 1; i >= 0; --i) {
       after += dtotal[i];
       const float* X = head.X + i * s.p;
-      const double dstep = after * A + dot(dXd + i * s.p, X);
+      const double dstep = after * A + dot(dXd + i * s.p, X, s.p);
       dA[h] += after * head.dt[i];
       const int64_t token = row.offset(a.tokens, begin + i, a.nheads) + first + h;
       double draw = dstep;
-      const float step = a.dt_softplus && head.raw[i] <= 20.f ? std::log1p(std::exp(head.raw[i])) : head.raw[i];
-      if (step < a.dt_min || step > a.dt_max) draw = 0;
+      if (head.step[i] < a.dt_min || head.step[i] > a.dt_max) draw = 0;
       if (a.dt_softplus && head.raw[i] <= 20.f) draw *= 1.f / (1.f + std::exp(-head.raw[i]));
       g.ddt[token] = static_cast<float>(draw);
       ddt_bias[h] += draw;
       float* dx = g.dx + token * a.headdim;
       float* skip = dD + h * s.p;
-      for (int p = 0; p < s.headdim; ++p) {
-        const float D = a.skip_dims == 0 ? 0.f : a.skip_dims == 1 ? a.D[parameter] : a.D[parameter * a.headdim + p];
-        dx[p] = dXd[i * s.p + p] * head.dt[i] + D * dY[i * s.p + p];
-        skip[p] += dY[i * s.p + p] * X[p];
+      const Vec dt = splat(head.dt[i]);
+      for (int p = 0; p < s.p; p += kWidth) {
+        const Vec dy = load(dY + i * s.p + p);
+        store_some(dx + p, load(dXd + i * s.p + p) * dt + skip_weight(a, parameter, p) * dy, s.headdim - p);
+        store(skip + p, load(skip + p) + dy * load(X + p));
       }
     }
   }
@@ -200,13 +202,17 @@ class SsdBackward {
     }
   }
 
-  // Over the headdim of two rows; their padding is zero.
-  double dot(const float* left, const float* right) const {
+  // Of two rows whose padding is zero.
+  static double dot(const float* left, const float* right, int size) {
     Vec total{};
-    for (int p = 0; p < s.p; p += kWidth) total += load(left + p) * load(right + p);
+    for (int i = 0; i < size; i += kWidth) total += load(left + i) * load(right + i);
     double sum = 0;
     for (int i = 0; i < kWidth; ++i) sum += total[i];
     return sum;
+  }
+
+  static void add(float* to, const float* from, int size) {
+    for (int i = 0; i < size; i += kWidth) store(to + i, load(to + i) + load(from + i));
   }
 
   const Ssd& a;
@@ -218,9 +224,9 @@ class SsdBackward {
   SharedChunk shared;
   HeadChunk head;
   const int64_t state_size;
-  float *dY, *dYe, *dXd, *dXi, *Yi, *Xdt, *dW, *Sp, *dSp, *dB, *dC, *dS, *dD;
+  float *dY, *dYe, *dXd, *dXi, *dCi, *Xdt, *dW, *Sp, *dSp, *dB, *dC, *dS, *dD;
   std::vector<double> dA, ddt_bias;
-  Floats entries;  // (chunks + 1, heads, d_state, p)
+  Floats entries;  // (chunks, heads, d_state, p)
 };
 
 void ssd_backward(const Ssd& a, const SsdGradients& g) {

@@ -88,8 +88,11 @@ def _visit(family: str, model: nn.Module, form: str, ids: Tensor) -> tuple[float
 def _step(family: str, model: nn.Module, form: str, ids: Tensor) -> Tensor:
     is_bfloat16 = form == "bfloat16"
     with torch.autocast("cpu", torch.bfloat16) if is_bfloat16 else nullcontext():
-        logits = model(ids)[0] if family == "ours" else model(input_ids=ids, use_cache=False).logits
-    loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+        if family == "ours":  # as `Cobra.loss` does it
+            loss = model.loss(model.read(ids)[0][:, :-1], ids[:, 1:]) / (ids.shape[1] - 1)
+        else:
+            logits = model(input_ids=ids, use_cache=False).logits
+            loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
     loss.backward()
     return loss.detach()
 

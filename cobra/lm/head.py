@@ -1,0 +1,79 @@
+"""The head of a language model, and its loss without ever holding all logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .precision import Projection, product_dtype
+
+PIECE_ELEMENTS = 1 << 24  # logits that exist at once in `LMHead.loss`
+
+
+class LMHead(Projection):
+    """Hidden states to logits, or, with targets, to their loss."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """x (..., d_model) -> logits (..., vocab_size).
+
+        With targets (...), int64: the sum of their cross entropies, a scalar. The logits, the largest array
+        of a training step by far, exist in pieces of PIECE_ELEMENTS, and the gradients are worked out beside
+        them.
+        """
+        if targets is None:
+            return super().forward(x)
+        return _CrossEntropy.apply(
+            x.flatten(0, -2), self.weight, targets.flatten(), product_dtype(x), torch.is_grad_enabled()
+        )
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The gradients of the sum are made in the forward pass, while a piece's logits are there, and only
+    scaled in the backward pass: nothing is computed twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, records: bool
+    ) -> Tensor:
+        needs_hidden, needs_weight = (need and records for need in ctx.needs_input_grad[:2])
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = max(1, min(len(hidden), PIECE_ELEMENTS // len(weight)))
+            matrix = weight.to(dtype)
+            wide = torch.promote_types(dtype, torch.float32)
+            logits = matrix.new_empty(rows, len(matrix))
+            total = matrix.new_zeros((), dtype=wide)
+            dhidden = torch.empty_like(hidden) if needs_hidden else None
+            dweight = torch.zeros_like(matrix, dtype=wide) if needs_weight else None
+            for start in range(0, len(hidden), rows):
+                x = hidden[start : start + rows].to(dtype)
+                places = targets[start : start + rows, None]
+                piece = torch.mm(x, matrix.t(), out=logits[: len(x)]).to(wide)
+                chosen = piece.gather(1, places).sum()
+                peak = piece.amax(1, keepdim=True)
+                exponentials = piece.sub_(peak).exp_()
+                sums = exponentials.sum(1, keepdim=True)
+                total += (sums.log() + peak).sum() - chosen
+                if not (needs_hidden or needs_weight):
+                    continue
+                gradient = exponentials.div_(sums)
+                gradient.scatter_add_(1, places, -torch.ones_like(sums))
+                gradient = gradient.to(dtype)
+                if dhidden is not None:
+                    dhidden[start : start + rows] = gradient @ matrix
+                if dweight is not None and wide == dtype:
+                    dweight.addmm_(gradient.t(), x)
+                elif dweight is not None:
+                    dweight += gradient.t() @ x
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(dhidden, dweight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dhidden, dweight = ctx.saved_tensors
+        # In place: the weight's is as large as the weight. Autograd refuses a second pass by itself.
+        dhidden = None if dhidden is None else dhidden.mul_(grad)
+        dweight = None if dweight is None else dweight.mul_(grad).to(ctx.weight_dtype)
+        return dhidden, dweight, None, None, None
