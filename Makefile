@@ -4,6 +4,7 @@
 #   make test    the tests
 #   make bench   our models beside transformers and llama.cpp, in an hour or more: runs/bench/peers.md
 #   make sanitize  the kernels' tests under the sanitizers for addresses and undefined behaviour
+#   make wide    the same tests, on a machine without AVX-512, of the kernels for it in other instructions
 #   make setup   only .venv (the other targets call it; a second call does nothing)
 #   make clean   removes build products and caches; keeps .venv and runs/
 
@@ -12,7 +13,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.cobra-ready
 
-.PHONY: demo quick test bench sanitize setup clean
+.PHONY: demo quick test bench sanitize wide setup clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -29,18 +30,25 @@ bench: $(STAMP)
 	@$(PY) -c 'import gguf, llama_cpp' 2>/dev/null || $(PY) -m pip install --progress-bar on "llama-cpp-python>=0.3.16" gguf -c constraints.txt
 	@$(PY) -m eval efficiency --peers transformers,llama.cpp --output runs/bench/peers.json
 
-# In a copy of the tree, because the sanitized kernels slow everything down. Leaks are Python's own; NaN and infinity
-# are meant to pass through divisions.
-SANITIZED := build/sanitized
+# In a copy of the tree, because such kernels slow everything down. $(1): its folder, $(2): flags of compiler and linker.
+define build_copy
+	@rm -rf $(1) && mkdir -p $(1) && cp -r cobra vision_scan csrc tests setup.py pyproject.toml README.md $(1)
+	@rm -f $(1)/vision_scan/_C*.so
+	@cd $(1) && COBRA_KERNEL_FLAGS="-O1 $(2)" LDFLAGS="$(filter -fsanitize%,$(2))" $(abspath $(PY)) setup.py build_ext --inplace
+endef
+KERNEL_TESTS := tests/vision_scan/test_compiled.py tests/vision_scan/test_ops_update.py \
+	tests/cobra/test_decode.py tests/cobra/test_decode_calls.py tests/cobra/test_quantize.py
+
+# Leaks are Python's own; NaN and infinity are meant to pass through divisions.
 sanitize: $(STAMP)
-	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r cobra vision_scan csrc tests setup.py pyproject.toml README.md $(SANITIZED)
-	@rm -f $(SANITIZED)/vision_scan/_C*.so
-	@cd $(SANITIZED) && COBRA_KERNEL_FLAGS="-O1 -fsanitize=address,undefined -fno-sanitize=float-divide-by-zero" \
-		LDFLAGS="-fsanitize=address,undefined" $(abspath $(PY)) setup.py build_ext --inplace
-	@cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(abspath $(PY)) -m pytest -q \
-		tests/vision_scan/test_compiled.py tests/vision_scan/test_ops_update.py \
-		tests/cobra/test_decode.py tests/cobra/test_decode_calls.py tests/cobra/test_quantize.py
+	$(call build_copy,build/sanitized,-fsanitize=address -fsanitize=undefined -fno-sanitize=float-divide-by-zero)
+	@cd build/sanitized && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(abspath $(PY)) -m pytest -q $(KERNEL_TESTS)
+
+wide: $(STAMP)
+	$(call build_copy,build/wide,-DEMULATE_AVX512)
+	@cd build/wide && $(abspath $(PY)) -c 'import torch, vision_scan; assert torch.ops.vision_scan_cpu.instruction_set() == "avx512"'
+	@cd build/wide && $(abspath $(PY)) -m pytest -q -k "not avx2" $(KERNEL_TESTS)
 
 setup: $(STAMP)
 

@@ -62,9 +62,11 @@ class LMCost:
     def decode_bytes(self, context: int, weight_bytes: int = 2, batch: int = 1) -> int:
         """Memory traffic of one decoding step: every weight once, matrix states read and written, caches
         read (tails are negligible)."""
-        weights = self.parameters * weight_bytes
-        traffic = sum(layer.traffic_bytes(context, weight_bytes) for layer in self._layers)
-        return weights + batch * traffic
+        return self.parameters * weight_bytes + batch * self.state_traffic_bytes(context, weight_bytes)
+
+    def state_traffic_bytes(self, context: int, activation_bytes: int = 2) -> int:
+        """What of it is states and caches, one row."""
+        return sum(layer.traffic_bytes(context, activation_bytes) for layer in self._layers)
 
 
 def count_parts(config: CobraConfig) -> dict[str, int]:

@@ -267,7 +267,8 @@ def _efficiency(options: argparse.Namespace) -> int:
             per_token, first = point["decode_s"], point["ttft_s"]["median"]
             low, middle, high = (f"{1e3 * per_token[key]:.3f}" for key in ("q1", "median", "q3"))
             print(
-                f"  {point['context']:>9,} tokens  {middle:>8} ms per token ({low} to {high})"
+                f"  {point['context']:>9,} tokens  {middle:>8} ms per token ({low} to {high}; "
+                f"{point['roofline']:.0%} of the roofline)"
                 f"  first token {first:.3f} s  state {point['state_bytes']:,} bytes"
             )
     for crossover in result["crossovers"]:

@@ -10,9 +10,10 @@ round runs backwards, and each pair of rounds starts at another cell (A B C, C B
 that a machine that slows down or warms up touches all cells alike. A visit reads the context in one
 forward call (time to first token), or decodes greedily from a clone of the state (time per token:
 the median over the visit's tokens; a key-value cache gets its room for them during warm-up).
-Reported are the median and the quartiles over the visits. In the same run each model's
-token-by-token logits are compared with a single forward over the whole sequence: no speed without a
-correct answer.
+Reported are the median and the quartiles over the visits, and the share of the roofline: weights and
+state at the speed at which this machine reads memory, measured first (what a cache holds can be read
+faster). In the same run each model's token-by-token logits are compared with a single forward over
+the whole sequence: no speed without a correct answer.
 """
 
 import resource
@@ -26,11 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cobra.cost import LMCost
 from eval.environment import describe_environment
+from eval.machine import measure_read
 from vision_scan.errors import UserError
 
 # max |decode - forward| / max |forward| over the logits of the checked tokens.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+READ_BYTES = 1 << 28  # of the array that memory's speed is measured with
 DECODE_VISIT_UNITS = 2048  # weight of a decode visit on the progress bar, in tokens of prefill
 
 
@@ -77,9 +81,9 @@ def measure(
         protocol: lengths and repeats.
         advance: called with the units of work just done, `work_units(models, protocol)` in all.
     Returns:
-        A JSON-able dict: protocol, environment, dtype, models (name -> lm_parameters, weight_bytes,
-        check, points: one per context with ttft_s, decode_s, state_bytes), crossovers,
-        peak_rss_bytes (of this process so far).
+        A JSON-able dict: protocol, environment, read_bytes_per_s (of memory), dtype, models (name ->
+        lm_parameters, weight_bytes, check, points: one per context with ttft_s, decode_s, roofline,
+        state_bytes), crossovers, peak_rss_bytes (of this process so far).
     Raises:
         UserError: if the models differ in device or dtype.
     """
@@ -89,6 +93,7 @@ def measure(
             f"models to compare differ in device or dtype: {sorted(map(str, kinds))}; load all alike"
         )
     ((device, dtype),) = kinds
+    read_speed = measure_read(READ_BYTES, device)
     cells = [(name, context) for context in protocol.contexts for name in models]
     records = {cell: {"ttft_s": [], "decode_s": []} for cell in cells}
     states: dict[tuple[str, int], tuple[Tensor, Any]] = {}
@@ -107,7 +112,7 @@ def measure(
             seconds = _decode_times(models[cell[0]].lm, token, state.clone(), protocol, device)
             records[cell]["decode_s"].append(statistics.median(seconds))
             advance(DECODE_VISIT_UNITS)
-    return _result(models, protocol, records, checks, device, dtype)
+    return _result(models, protocol, records, checks, device, dtype, read_speed)
 
 
 def doubling(shortest: int, longest: int) -> tuple[int, ...]:
@@ -178,19 +183,25 @@ def crossover_sentence(crossover: dict) -> str:
     return f"{first} decodes faster than {second} {where}"
 
 
-def _result(models, protocol, records, checks, device: str, dtype: torch.dtype) -> dict:
-    points = {
-        name: [
-            {
-                "context": context,
-                "ttft_s": spread(records[name, context]["ttft_s"]),
-                "decode_s": spread(records[name, context]["decode_s"]),
-                "state_bytes": records[name, context]["state_bytes"],
-            }
-            for context in protocol.contexts
-        ]
-        for name in models
-    }
+def _result(
+    models, protocol, records, checks, device: str, dtype: torch.dtype, read_speed: float
+) -> dict:
+    weight_bytes = {name: _weight_bytes(model.lm) for name, model in models.items()}
+
+    def point(name: str, context: int) -> dict:
+        record = records[name, context]
+        decode = spread(record["decode_s"])
+        cost = LMCost(models[name].lm.config)
+        traffic = weight_bytes[name] + cost.state_traffic_bytes(context, dtype.itemsize)
+        return {
+            "context": context,
+            "ttft_s": spread(record["ttft_s"]),
+            "decode_s": decode,
+            "roofline": traffic / read_speed / decode["median"],
+            "state_bytes": record["state_bytes"],
+        }
+
+    points = {name: [point(name, context) for context in protocol.contexts] for name in models}
     curves = {name: [(p["context"], p["decode_s"]["median"]) for p in points[name]] for name in models}
     first, *others = models
     crossovers = []
@@ -203,11 +214,12 @@ def _result(models, protocol, records, checks, device: str, dtype: torch.dtype) 
         "measured": "model.lm on random token ids, batch 1, greedy decoding",
         "protocol": asdict(protocol),
         "environment": describe_environment(device),
+        "read_bytes_per_s": read_speed,
         "dtype": str(dtype).removeprefix("torch."),
         "models": {
             name: {
                 "lm_parameters": sum(p.numel() for p in model.lm.parameters()),
-                "weight_bytes": sum(p.numel() * p.element_size() for p in model.lm.parameters()),
+                "weight_bytes": weight_bytes[name],
                 "check": checks[name],
                 "points": points[name],
             }
@@ -216,6 +228,12 @@ def _result(models, protocol, records, checks, device: str, dtype: torch.dtype) 
         "crossovers": crossovers,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def _weight_bytes(lm) -> int:
+    """Bytes of the weights as they are stored, tied ones once."""
+    tensors = {id(tensor): tensor for tensor in (*lm.parameters(), *lm.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _prefill(lm, ids: Tensor) -> tuple[Tensor, Any]:

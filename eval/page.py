@@ -193,7 +193,7 @@ def _decoding(efficiency: dict, names: dict[str, str]) -> Markup:
         named = {side: names[found[side]] for side in ("first", "second")}
         sentence = crossover_sentence(found | named)
         crossings.append(tag("p", tag("b", f"{sentence[0].upper()}{sentence[1:]}.")))
-    columns = ("ms per token (quartiles)", "first token", "state")
+    columns = ("ms per token (quartiles)", "of roofline", "first token", "state")
     heads = ["context", *(f"{name}: {what}" for name in points for what in columns)]
     rows = [
         [f"{context:,}", *(cell for row in points.values() for cell in _cells(row[i]))]
@@ -215,14 +215,15 @@ def _protocol(efficiency: dict) -> str:
         f"{count(threads, 'thread')}; medians of {count(protocol['rounds'], 'interleaved repeat')} "
         f"of {count(protocol['decode_tokens'], 'token')} after {protocol['warmup_tokens']} of "
         f"warm-up ({count(protocol['prefill_rounds'], 'repeat')} for the first token); shaded: "
-        "quartiles."
+        "quartiles. Roofline: weights and state at the speed at which this machine reads memory, "
+        f"{efficiency['read_bytes_per_s'] / 1e9:.0f} GB/s; what a cache holds can be read faster."
     )
 
 
-def _cells(point: dict) -> tuple[str, str, str]:
+def _cells(point: dict) -> tuple[str, str, str, str]:
     q1, median, q3 = (f"{1e3 * point['decode_s'][key]:.2f}" for key in ("q1", "median", "q3"))
     first = seconds(point["ttft_s"]["median"])
-    return f"{median} ({q1} to {q3})", first, size(point["state_bytes"])
+    return f"{median} ({q1} to {q3})", f"{point['roofline']:.0%}", first, size(point["state_bytes"])
 
 
 def _training(report: dict, names: dict[str, str]) -> Markup:

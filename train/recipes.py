@@ -41,6 +41,10 @@ class ModelSettings:
             path, equals, value = change.partition("=")
             _require(bool(equals), f"model.changes: got {change!r}, allowed: field=value")
             config = override(config, path, value)
+        _require(
+            config.weights == "plain",
+            f"model.weights: got {config.weights}, allowed in training: plain; quantise the trained model",
+        )
         return config
 
 

@@ -114,6 +114,13 @@ def build_model(config: RunConfig, rows: Rows) -> Cobra:
     """The model that a run begins with, float32, on the CPU: at random, and from `init.path` what
     is asked for."""
     source = config.init.path
+    if source is not None and "lm" in config.init.parts:
+        stored = cobra.checkpoint.read_config(source).weights
+        if stored != "plain":
+            raise UserError(
+                f"--init-from {source}: its language model is stored in {stored}, which cannot learn; give "
+                "the model that it was quantised from"
+            )
     if source is not None and config.init.tokenizer:
         tokenizer = Tokenizer.from_file(Path(source) / cobra.checkpoint.TOKENIZER)
     else:

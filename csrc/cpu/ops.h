@@ -17,6 +17,9 @@ inline const Kernels* kernels() {
   static const Kernels* found = [] {
     const std::string capability = at::get_cpu_capability();  // honours ATEN_CPU_CAPABILITY
     const bool wide = capability.find("AVX512") == 0;
+#ifdef EMULATE_AVX512
+    return &kAvx512Kernels;
+#endif
     if (wide && __builtin_cpu_supports("avx512vnni")) return &kAvx512Kernels;
     if (wide || capability.find("AVX2") == 0) return &kAvx2Kernels;
     return static_cast<const Kernels*>(nullptr);

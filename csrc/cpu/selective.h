@@ -1,14 +1,15 @@
 // Mamba-1's selective scan, forward and backward: see vision_scan/ops/reference/selective_scan.py.
 //
-// A unit of work is an image (or a packed segment) and a block of channels of one group; it goes through the lists
-// of the image one after the other, so that their results are added up in place. The lanes of a vector are
-// channels; N is d_state where it is known at compile time, else 0.
+// A unit of work is an image (or a packed segment) and a block, forward several, of channels of one group; it goes
+// through the lists of the image one after the other, so that their results are added up in place. The lanes of a
+// vector are channels; N is d_state where it is known at compile time, else 0.
 #include "rows.h"
 #include "simd.h"
 
 namespace vision_scan {
 namespace SIMD_NAME {
 
+constexpr int64_t kAhead = 8;  // tokens between asking for memory and using it
 constexpr int kSteps = 32;  // tokens whose states the backward pass holds at a time
 
 struct SelectiveUnit {
@@ -19,15 +20,20 @@ inline int64_t selective_blocks(const Selective& a) {
   return (a.channels / a.ngroups + kSelectiveBlock - 1) / kSelectiveBlock;
 }
 
+inline int64_t selective_images(const Selective& a) {
+  return a.tokens.cu_seqlens ? a.tokens.segments : a.tokens.batch;
+}
+
+// Units of `blocks_each` blocks.
 template <typename F>
-void for_each_selective_unit(const Selective& a, const F& f) {
-  const int64_t per_group = a.channels / a.ngroups, blocks = selective_blocks(a);
-  const int64_t images = a.tokens.cu_seqlens ? a.tokens.segments : a.tokens.batch;
-  at::parallel_for(0, images * a.ngroups * blocks, 1, [&](int64_t begin, int64_t end) {
+void for_each_selective_unit(const Selective& a, int64_t blocks_each, const F& f) {
+  const int64_t per_group = a.channels / a.ngroups, size = blocks_each * kSelectiveBlock;
+  const int64_t units = (per_group + size - 1) / size;
+  at::parallel_for(0, selective_images(a) * a.ngroups * units, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t block = unit % blocks, group = unit / blocks % a.ngroups, first = block * kSelectiveBlock;
-      f(SelectiveUnit{unit / blocks / a.ngroups, group, group * per_group + first,
-                      std::min(kSelectiveBlock, per_group - first), block});
+      const int64_t number = unit % units, group = unit / units % a.ngroups, first = number * size;
+      f(SelectiveUnit{unit / units / a.ngroups, group, group * per_group + first,
+                      std::min(size, per_group - first), number});
     }
   });
 }
@@ -57,6 +63,18 @@ struct SelectiveList {
     return row.offset(a.tokens, place, a.ngroups * a.d_state) + group * a.d_state;
   }
 
+  // Asks for a token's numbers: an order may jump through memory as no processor foresees. Always inline, or GCC
+  // takes it for a function without effect.
+  __attribute__((always_inline)) void prefetch(int64_t place, int64_t channel, int64_t count) const {
+    const float *dt = a.dt + own(place) + channel, *u = a.u + input(place) + channel;
+    const float* y = a.y + output(place) + channel;
+    for (int64_t c = 0; c < count; c += 16) {
+      _mm_prefetch(reinterpret_cast<const char*>(dt + c), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(u + c), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(y + c), _MM_HINT_T0);
+    }
+  }
+
   // Of a parameter (lists, channels).
   int64_t parameter(int64_t channel) const {
     return row.list * a.channels + channel;
@@ -67,14 +85,12 @@ struct SelectiveList {
   }
 };
 
-// log(1 + e^x)
+// log(1 + e^x), the logarithm as a polynomial that is fitted to it between 0 and 1.
 inline Vec softplus(Vec x) {
-  const Vec small = exp(-max(x, -x));
-  // log(1 + e) = 2 atanh(e / (2 + e)), whose series converges fast, as the argument is at most a third.
-  const Vec s = small / (splat(2.f) + small), q = s * s;
-  Vec series = splat(1.f / 17.f);
-  for (const float odd : {15.f, 13.f, 11.f, 9.f, 7.f, 5.f, 3.f, 1.f}) series = series * q + splat(1.f / odd);
-  return max(x, Vec{}) + splat(2.f) * s * series;
+  const Vec e = exp(-max(x, -x)), e2 = e * e, e4 = e2 * e2;
+  const Vec low = (splat(-0.24844369f) * e + splat(0.33319271f)) * e2 + (splat(-0.49999502f) * e + splat(1.f));
+  const Vec high = (splat(-0.02958851f) * e + splat(0.07836167f)) * e2 + (splat(-0.13674770f) * e + splat(0.19111431f));
+  return max(splat(0.f), x) + e * ((splat(0.00525346f) * e4 + high) * e4 + low);
 }
 
 // A vector of channels of one list: its parameters and its state, (d_state) vectors.
@@ -138,31 +154,69 @@ struct SelectiveLanes {
 };
 
 template <int N>
-void scan_lanes(const SelectiveList& list, const SelectiveUnit& unit, int64_t channel) {
+std::vector<SelectiveLanes<N>> make_lanes(const SelectiveList& list, const SelectiveUnit& unit) {
+  std::vector<SelectiveLanes<N>> lanes;
+  for (int64_t c = 0; c < unit.count; c += kWidth)
+    lanes.emplace_back(list, unit.first + c, unit.count - c, unit.group);
+  return lanes;
+}
+
+// The channels [first, first + count) of one group, token by token, because a token's numbers stand together in
+// memory, and in batches of vectors, because a processor works on several at once. kWhole: `count` is a multiple of a
+// batch.
+template <int N, bool kWhole>
+void scan_list(const SelectiveList& list, const SelectiveUnit& unit) {
+  constexpr int kBatch = kSelectiveBlock / kWidth;
   const Selective& a = list.a;
-  const SelectiveLanes<N> lanes(list, channel, unit.first + unit.count - channel, unit.group);
-  const int n = N ? N : lanes.n;
-  VecArray memory(N ? 0 : n);
-  Vec fixed[N ? N : 1];
-  Vec* h = N ? fixed : memory.at(0);
-  for (int i = 0; i < n; ++i) h[i] = Vec{};
-  if (a.initial_state) lanes.gather(a.initial_state + list.state(channel), h);
+  const auto lanes = make_lanes<N>(list, unit);
+  const int n = N ? N : lanes[0].n, vectors = static_cast<int>(lanes.size());
+  const int64_t count = unit.count;
+  const bool is_merged = a.merged_output, has_softplus = a.dt_softplus;
+  const auto read = [count](const float* p, int v) {
+    return kWhole ? load(p + v * kWidth) : load_some(p + v * kWidth, count - v * kWidth);
+  };
+  VecArray memory(2 * vectors * (n + 1));
+  Vec *bias = memory.at(0), *skip = bias + vectors, *A = skip + vectors, *states = A + vectors * n;
+  for (int v = 0; v < vectors; ++v) {
+    std::memcpy(A + v * n, lanes[v].A.at(0), sizeof(Vec) * n);
+    bias[v] = lanes[v].bias;
+    skip[v] = lanes[v].skip;
+    if (a.initial_state) lanes[v].gather(a.initial_state + list.state(lanes[v].channel), states + v * n);
+  }
   for (const Segment& segment : list.row.segments) {
     if (segment.begin > 0)
-      for (int i = 0; i < n; ++i) h[i] = Vec{};
+      for (int i = 0; i < vectors * n; ++i) states[i] = Vec{};
     for (int64_t place = segment.begin; place < segment.end; ++place) {
-      const Vec u = lanes.input(place), step = lanes.step(lanes.raw_step(place)), inflow = step * u;
-      const float *B = lanes.B(place), *C = lanes.C(place);
-      Vec y = lanes.skip * u;
-      for (int i = 0; i < n; ++i) {
-        h[i] = exp(step * lanes.A[i]) * h[i] + inflow * splat(B[i]);
-        y += h[i] * splat(C[i]);
+      if (place + kAhead < segment.end) list.prefetch(place + kAhead, unit.first, count);
+      const float *B = lanes[0].B(place), *C = lanes[0].C(place);
+      const float *dt = a.dt + list.own(place) + unit.first, *input = a.u + list.input(place) + unit.first;
+      float* output = a.y + list.output(place) + unit.first;
+      for (int first = 0; first < vectors; first += kBatch) {
+        const int end = kWhole ? first + kBatch : std::min(first + kBatch, vectors);
+        Vec steps[kBatch];
+        for (int v = first; v < end; ++v) steps[v - first] = read(dt, v) + bias[v];
+        if (has_softplus)
+          for (int v = first; v < end; ++v) steps[v - first] = softplus(steps[v - first]);
+        for (int v = first; v < end; ++v) {
+          const Vec u = read(input, v), step = steps[v - first], inflow = step * u;
+          Vec y = skip[v] * u;
+          for (int i = 0; i < n; ++i) {
+            Vec& h = states[v * n + i];
+            const Vec next = exp(step * A[v * n + i]) * h + inflow * splat(B[i]);
+            y += next * splat(C[i]);
+            h = next;
+          }
+          if (is_merged) y += read(output, v);
+          if constexpr (kWhole)
+            store(output + v * kWidth, y);
+          else
+            store_some(output + v * kWidth, y, count - v * kWidth);
+        }
       }
-      float* out = a.y + list.output(place) + channel;
-      lanes.store_lanes(out, a.merged_output ? lanes.load_lanes(out) + y : y);
     }
   }
-  lanes.scatter(h, a.final_state + list.state(channel));
+  for (int v = 0; v < vectors; ++v)
+    lanes[v].scatter(states + v * n, a.final_state + list.state(lanes[v].channel));
 }
 
 // Calls f.template run<N>() with the d_state that is compiled for, or 0.
@@ -179,11 +233,16 @@ void with_d_state(int64_t d_state, const F& f) {
 
 void selective(const Selective& a) {
   with_d_state(a.d_state, [&](auto n) {
-    for_each_selective_unit(a, [&](const SelectiveUnit& unit) {
+    // As few units as keep all threads at work; no sum goes over channels, so that their number changes nothing.
+    const int64_t rows = selective_images(a) * a.ngroups, threads = at::get_num_threads();
+    const int64_t blocks = selective_blocks(a), units = std::min(blocks, (threads + rows - 1) / rows);
+    for_each_selective_unit(a, (blocks + units - 1) / units, [&](const SelectiveUnit& unit) {
       for (int64_t k = 0; k < a.tokens.lists; ++k) {
         const SelectiveList list(a, unit.image, k);
-        for (int64_t channel = unit.first; channel < unit.first + unit.count; channel += kWidth)
-          scan_lanes<decltype(n)::value>(list, unit, channel);
+        if (unit.count % kSelectiveBlock == 0)
+          scan_list<decltype(n)::value, true>(list, unit);
+        else
+          scan_list<decltype(n)::value, false>(list, unit);
       }
     });
   });
@@ -196,11 +255,8 @@ class SelectiveBackward {
  public:
   SelectiveBackward(const SelectiveList& list, const SelectiveGradients& g, const SelectiveUnit& unit)
       : list(list), a(list.a), g(g), unit(unit), n(N ? N : static_cast<int>(a.d_state)),
-        vectors(static_cast<int>((unit.count + kWidth - 1) / kWidth)), states((kSteps + 1) * n), decays(kSteps * n),
-        dB(kSteps * n), dC(kSteps * n), dh(vectors * n), dA(vectors * n), dD(vectors), ddt_bias(vectors) {
-    for (int v = 0; v < vectors; ++v)
-      lanes.emplace_back(list, unit.first + v * kWidth, unit.count - v * kWidth, unit.group);
-  }
+        lanes(make_lanes<N>(list, unit)), vectors(static_cast<int>(lanes.size())), states((kSteps + 1) * n), decays(kSteps * n),
+        dB(kSteps * n), dC(kSteps * n), dh(vectors * n), dA(vectors * n), dD(vectors), ddt_bias(vectors) {}
 
   void run() {
     for (int v = 0; v < vectors; ++v)
@@ -308,14 +364,15 @@ class SelectiveBackward {
   const Selective& a;
   const SelectiveGradients& g;
   const SelectiveUnit& unit;
-  const int n, vectors;
-  std::vector<SelectiveLanes<N>> lanes;
+  const int n;
+  const std::vector<SelectiveLanes<N>> lanes;
+  const int vectors;
   VecArray states, decays, dB, dC, dh, dA, dD, ddt_bias, entries;
 };
 
 void selective_backward(const Selective& a, const SelectiveGradients& g) {
   with_d_state(a.d_state, [&](auto n) {
-    for_each_selective_unit(a, [&](const SelectiveUnit& unit) {
+    for_each_selective_unit(a, 1, [&](const SelectiveUnit& unit) {
       for (int64_t k = 0; k < a.tokens.lists; ++k) {
         const SelectiveList list(a, unit.image, k);
         SelectiveBackward<decltype(n)::value>(list, g, unit).run();

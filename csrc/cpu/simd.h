@@ -7,11 +7,7 @@
 namespace vision_scan {
 namespace SIMD_NAME {
 
-#if SIMD_BYTES == 64
-constexpr int kWidth = 16;
-#else
-constexpr int kWidth = 8;
-#endif
+constexpr int kWidth = SIMD_BYTES / 4;
 
 typedef float Vec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
@@ -43,8 +39,26 @@ inline Vec splat(float x) {
   return x - Vec{};
 }
 
+// The larger and the smaller; b where one of them is not a number, so that a NaN in b stays. As intrinsics, because
+// the compiler turns a comparison with a constant round and then needs two instructions.
 inline Vec max(Vec a, Vec b) {
+#ifdef SIMD_AVX512
+  return _mm512_max_ps(a, b);
+#elif SIMD_BYTES == 32
+  return _mm256_max_ps(a, b);
+#else
   return a > b ? a : b;
+#endif
+}
+
+inline Vec min(Vec a, Vec b) {
+#ifdef SIMD_AVX512
+  return _mm512_min_ps(a, b);
+#elif SIMD_BYTES == 32
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
 }
 
 inline float sum(Vec v) {
@@ -54,28 +68,23 @@ inline float sum(Vec v) {
   return (total[0] + total[2]) + (total[1] + total[3]);
 }
 
-// e^x to within 2 units in the last place; 0 below -87.3, so that a decay underflows to nothing. NaN stays NaN:
-// the comparisons below are false for it.
+// e^x to within 2 units in the last place; 0 below -87.7, so that a decay underflows to nothing, infinity above 88.3.
 inline Vec exp(Vec x) {
-  const Vec low = splat(-87.3f), high = splat(88.7f);
-  const Vec above = low > x ? low : x;
-  const Vec clamped = high < above ? high : above;
-  // x = n ln2 + r with |r| <= ln2 / 2; adding 1.5 * 2^23 rounds to the nearest integer.
-  const Vec shifted = clamped * splat(1.44269504f) + splat(12582912.f);
-  const Vec n = shifted - splat(12582912.f);
-  const Vec r = (clamped - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.f);
-  const IntVec bits = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  const Vec clamped = min(splat(89.f), max(splat(-88.f), x));
+  // x = n ln2 + r with |r| <= ln2 / 2; adding 1.5 * 2^23 rounds to the nearest integer, which then is the low bits.
+  const Vec shifted = clamped * splat(1.44269504f) + splat(12582912.f), n = shifted - splat(12582912.f);
+  const Vec r = (clamped - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f), q = r * r;
+  // In pairs of powers, so that few steps wait for each other.
+  const Vec high = splat(1.9875691500e-4f) * r + splat(1.3981999507e-3f);
+  const Vec middle = splat(8.3334519073e-3f) * r + splat(4.1665795894e-2f);
+  const Vec low = splat(1.6666665459e-1f) * r + splat(5.0000001201e-1f);
+  const Vec p = ((high * q + middle) * q + low) * q + (r + splat(1.f));
+  IntVec bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127) << 23;  // 2^n; 0 for n = -127, infinity for 128
   Vec scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  const Vec value = x > high ? splat(std::numeric_limits<float>::infinity()) : p * scale;
-  return x < low ? Vec{} : value;
+  return p * scale;
 }
 
 inline Vec sigmoid(Vec x) {

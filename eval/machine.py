@@ -18,21 +18,25 @@ def measure_machine(read_bytes: int = READ_BYTES, gemm_size: int = GEMM_SIZE) ->
         read_bytes: of the array that is read, many times the caches.
         gemm_size: n of the n x n matrices, a multiple of 4.
     Returns:
-        read_bytes_per_s: the fastest of a matrix-vector product, a maximum and a sum over the array.
+        read_bytes_per_s: see `measure_read`.
         gemm_flops_per_s: dtype -> the fastest product of square matrices.
         read_bytes, gemm_size: as given.
     """
-    rows = torch.ones(read_bytes // 4096, 1024)
-    vector = torch.ones(1024)
-    reads = (lambda: rows.mv(vector), lambda: rows.max(), lambda: rows.sum())
-    fastest = min(_fastest(read) for read in reads)
     flops = {name: _gemm_flops(dtype, gemm_size) for name, dtype in DTYPES.items()}
     return {
-        "read_bytes_per_s": rows.nbytes / fastest,
+        "read_bytes_per_s": measure_read(read_bytes),
         "gemm_flops_per_s": flops,
-        "read_bytes": rows.nbytes,
+        "read_bytes": read_bytes // 4096 * 4096,
         "gemm_size": gemm_size,
     }
+
+
+def measure_read(read_bytes: int = READ_BYTES, device: str | torch.device = "cpu") -> float:
+    """Bytes a second: the fastest of a matrix-vector product, a maximum and a sum over an array."""
+    rows, vector = torch.ones(read_bytes // 4096, 1024, device=device), torch.ones(1024, device=device)
+    # item() waits for a GPU.
+    reads = (lambda: rows.mv(vector)[0].item(), lambda: rows.max().item(), lambda: rows.sum().item())
+    return rows.nbytes / min(_fastest(read) for read in reads)
 
 
 def gemm_peak(machine: dict, form: str) -> float:
