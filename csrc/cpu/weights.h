@@ -127,46 +127,54 @@ void multiply_plain(const Weights& w, Range range, const float* x, int64_t rows,
       multiply_row<Stored, kAdd>(weights + r * w.in, w.in, x, y + r);
 }
 
-// Inputs rounded to 8 bits, with a scale for each group, as the weights that they are multiplied with.
+constexpr int64_t kStep = 32;  // columns of packed weights that are multiplied at a time
+
+// Inputs rounded to 8 bits, with a scale for each group, as the weights that they are multiplied with; step by step,
+// what all rows of x have there.
 struct Rounded {
-  int64_t padded_in, groups;
-  int8_t* values;  // (rows, padded_in)
-  float* scales;   // (rows, groups)
-  float* offsets;  // (rows, groups): what the 8 that is added to every int4 code adds to a product
+  int64_t rows, padded_in, groups;
+  int32_t* words;  // (padded_in / kStep, rows, kStep / 4): four inputs each
+  float* scales;   // (groups, rows)
+  float* offsets;  // (padded_in / kStep, rows): what the 8 that is added to every int4 code adds to a product
+  float* totals;   // (rows, kPackedRows), scratch of a product
 
   Rounded(const Weights& w, const float* x, int64_t rows, Member& me)
-      : padded_in((w.in + w.group - 1) / w.group * w.group), groups(padded_in / w.group) {
-    scales = me.scratch(3, rows * (padded_in / 4 + 2 * groups));
-    values = reinterpret_cast<int8_t*>(scales);
-    scales += rows * padded_in / 4;
-    offsets = scales + rows * groups;
+      : rows(rows), padded_in((w.in + w.group - 1) / w.group * w.group), groups(padded_in / w.group) {
+    scales = me.scratch(3, rows * (padded_in / 4 + groups + padded_in / kStep + kPackedRows));
+    offsets = scales + groups * rows;
+    totals = offsets + padded_in / kStep * rows;
+    words = reinterpret_cast<int32_t*>(totals + rows * kPackedRows);
     for (int64_t m = 0; m < rows; ++m)
-      for (int64_t g = 0; g < groups; ++g)
-        round(x + m * w.in + g * w.group, std::min(w.group, w.in - g * w.group), w.group, m * groups + g);
+      for (int64_t k = 0; k < padded_in; k += w.group) round(x + m * w.in, k, w.in, w.group, m);
   }
 
  private:
-  void round(const float* x, int64_t count, int64_t group, int64_t at) {
+  // The inputs [begin, begin + group) of row m; behind `in` they are zero.
+  void round(const float* x, int64_t begin, int64_t in, int64_t group, int64_t m) {
+    const auto read = [&](int64_t k) { return k < in ? load_some(x + k, in - k) : Vec{}; };
     Vec largest{}, nothing{};
-    for (int64_t k = 0; k < count; k += kWidth) {
-      const Vec v = load_some(x + k, count - k);
+    for (int64_t k = begin; k < begin + group; k += kWidth) {
+      const Vec v = read(k);
       largest = max(largest, max(v, -v));
       nothing += v * splat(0.f);
     }
     float most = 0;
     for (int i = 0; i < kWidth; ++i) most = std::max(most, largest[i]);
-    scales[at] = most / 127.f + sum(nothing);  // NaN, which max() hides, and infinity make it NaN
+    const float scale = most / 127.f + sum(nothing);  // NaN, which max() hides, and infinity make it NaN
+    scales[begin / group * rows + m] = scale;
     const Vec inverse = splat(most > 0 ? 127.f / most : 0.f), magic = splat(12582912.f);
-    IntVec total{};
-    for (int64_t k = 0; k < group; k += kWidth) {
-      const Vec v = k < count ? load_some(x + k, count - k) : Vec{};
-      const IntVec rounded = __builtin_convertvector((v * inverse + magic) - magic, IntVec);
-      total += rounded;
-      *reinterpret_cast<ByteVec*>(values + at * group + k) = __builtin_convertvector(rounded, ByteVec);
+    for (int64_t step = begin; step < begin + group; step += kStep) {
+      IntVec total{};
+      for (int64_t k = step; k < step + kStep; k += kWidth) {
+        const IntVec rounded = __builtin_convertvector((read(k) * inverse + magic) - magic, IntVec);
+        total += rounded;
+        int32_t* at = words + (step / kStep * rows + m) * (kStep / 4) + (k - step) / 4;
+        *reinterpret_cast<ByteVec*>(at) = __builtin_convertvector(rounded, ByteVec);
+      }
+      int32_t all = 0;
+      for (int i = 0; i < kWidth; ++i) all += total[i];
+      offsets[step / kStep * rows + m] = -8.f * static_cast<float>(all) * scale;
     }
-    int32_t all = 0;
-    for (int i = 0; i < kWidth; ++i) all += total[i];
-    offsets[at] = -8.f * static_cast<float>(all) * scales[at];
   }
 };
 
@@ -179,86 +187,89 @@ inline __m256i add_products(__m256i sums, __m256i a, __m256i b) {
 #endif
 }
 
-inline __m256i spread(const int8_t* four) {
-  int32_t bits;
-  std::memcpy(&bits, four, sizeof bits);
-  return _mm256_set1_epi32(bits);
-}
-
-// A block of kPackedRows rows of packed weights, a lane for each row, times kInputs rounded rows.
-template <Format kFormat, int kInputs, bool kAdd>
-inline void multiply_block(const Weights& w, int64_t block, const Rounded& x, int64_t first, float* y, int64_t y_stride) {
-  constexpr int64_t kStep = 32;  // columns in an inner loop
-  constexpr int64_t kBytes = kFormat == Format::int8 ? kPackedRows * kStep : kPackedRows * kStep / 2;
-  const uint8_t* weights = static_cast<const uint8_t*>(w.data) + block * (x.padded_in / kStep) * kBytes;
-  const char* ahead = reinterpret_cast<const char*>(weights) + (x.padded_in / kStep) * kBytes;
-  const uint16_t* scale = w.scale + block * x.groups * kPackedRows;
-  __m256 totals[kInputs];
-  for (int m = 0; m < kInputs; ++m) totals[m] = _mm256_setzero_ps();
-  for (int64_t g = 0; g < x.groups; ++g) {
-    __m256i sums[kInputs];
-    for (int m = 0; m < kInputs; ++m) sums[m] = _mm256_setzero_si256();
-    for (int64_t k = g * w.group; k < (g + 1) * w.group; k += kStep, weights += kBytes, ahead += kBytes) {
-      if (first == 0) prefetch(ahead, kBytes);
-      const int8_t* values = x.values + first * x.padded_in + k;
-      if constexpr (kFormat == Format::int8) {
-        for (int s = 0; s < 8; ++s) {
-          const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights) + s);
-          const __m256i size = _mm256_abs_epi8(row);
-          for (int m = 0; m < kInputs; ++m)
-            sums[m] = add_products(sums[m], size, _mm256_sign_epi8(spread(values + m * x.padded_in + 4 * s), row));
-        }
-      } else {
-        const __m256i low = _mm256_set1_epi8(15);
-#if SIMD_BYTES == 32
-        __m256i narrow[kInputs];  // 16 bits hold eight products of a code and a byte
-        for (int m = 0; m < kInputs; ++m) narrow[m] = _mm256_setzero_si256();
-#endif
-        for (int s = 0; s < 4; ++s) {
-          const __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights) + s);
-          const __m256i codes[2] = {_mm256_and_si256(pair, low), _mm256_and_si256(_mm256_srli_epi16(pair, 4), low)};
-          for (int half = 0; half < 2; ++half)
-            for (int m = 0; m < kInputs; ++m) {
-              const __m256i input = spread(values + m * x.padded_in + 4 * (s + 4 * half));
-#if SIMD_BYTES == 32
-              narrow[m] = _mm256_add_epi16(narrow[m], _mm256_maddubs_epi16(codes[half], input));
+// Sums of products of a step's codes, 0 to 15, with its words.
+inline __m256i multiply_codes(const __m256i* codes, const int32_t* words) {
+#ifdef SIMD_AVX512
+  __m256i even = _mm256_setzero_si256(), odd = even;
+  for (int s = 0; s < 8; s += 2) {
+    even = _mm256_dpbusd_epi32(even, codes[s], _mm256_set1_epi32(words[s]));
+    odd = _mm256_dpbusd_epi32(odd, codes[s + 1], _mm256_set1_epi32(words[s + 1]));
+  }
+  return _mm256_add_epi32(even, odd);
 #else
-              sums[m] = add_products(sums[m], codes[half], input);
+  __m256i narrow = _mm256_setzero_si256();  // 16 bits hold eight products of a code and a byte
+  for (int s = 0; s < 8; ++s)
+    narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(codes[s], _mm256_set1_epi32(words[s])));
+  return _mm256_madd_epi16(narrow, _mm256_set1_epi16(1));
 #endif
-            }
-        }
-#if SIMD_BYTES == 32
-        for (int m = 0; m < kInputs; ++m)
-          sums[m] = _mm256_add_epi32(sums[m], _mm256_madd_epi16(narrow[m], _mm256_set1_epi16(1)));
-#endif
-      }
+}
+
+// totals[m] += scale * (x_scale[m] * sums + offset), a lane for each row of weights.
+inline void add_scaled(float* total, __m256 scale, __m256i sums, float x_scale, float offset) {
+  const __m256 product = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(x_scale), _mm256_set1_ps(offset));
+  _mm256_storeu_ps(total, _mm256_fmadd_ps(product, scale, _mm256_loadu_ps(total)));
+}
+
+// One group of a block of int8 weights times kInputs rows of x, from row m on.
+template <int kInputs>
+inline void multiply_int8(const __m256i* weights, int64_t steps, __m256 scale, const Rounded& x, int64_t g, int64_t m) {
+  const int32_t* words = x.words + (g * steps * x.rows + m) * 8;
+  __m256i sums[kInputs];
+  for (int i = 0; i < kInputs; ++i) sums[i] = _mm256_setzero_si256();
+  for (int64_t step = 0; step < steps; ++step, weights += 8, words += x.rows * 8)
+    for (int s = 0; s < 8; ++s) {
+      const __m256i row = _mm256_loadu_si256(weights + s), size = _mm256_abs_epi8(row);
+      for (int i = 0; i < kInputs; ++i)
+        sums[i] = add_products(sums[i], size, _mm256_sign_epi8(_mm256_set1_epi32(words[i * 8 + s]), row));
     }
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scale + g * kPackedRows));
-    const __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-    for (int m = 0; m < kInputs; ++m) {
-      const int64_t at = (first + m) * x.groups + g;
-      const __m256 offset = kFormat == Format::int4 ? _mm256_set1_ps(x.offsets[at]) : _mm256_setzero_ps();
-      const __m256 product = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m]), _mm256_set1_ps(x.scales[at]), offset);
-      totals[m] = _mm256_fmadd_ps(product, scales, totals[m]);
+  for (int i = 0; i < kInputs; ++i)
+    add_scaled(x.totals + (m + i) * kPackedRows, scale, sums[i], x.scales[g * x.rows + m + i], 0.f);
+}
+
+// The same of int4 weights, all rows of x.
+inline void multiply_int4(const __m256i* weights, int64_t steps, __m256 scale, const Rounded& x, int64_t g) {
+  const __m256i low = _mm256_set1_epi8(15);
+  for (int64_t step = g * steps; step < (g + 1) * steps; ++step, weights += 4) {
+    __m256i codes[8];
+    for (int s = 0; s < 4; ++s) {
+      const __m256i pair = _mm256_loadu_si256(weights + s);
+      codes[s] = _mm256_and_si256(pair, low);
+      codes[s + 4] = _mm256_and_si256(_mm256_srli_epi16(pair, 4), low);
     }
-  }
-  const int64_t r = block * kPackedRows, count = std::min(kPackedRows, w.out - r);
-  for (int m = 0; m < kInputs; ++m) {
-    float values[kPackedRows];
-    _mm256_storeu_ps(values, totals[m]);
-    float* out = y + (first + m) * y_stride + r;
-    for (int64_t i = 0; i < count; ++i) out[i] = kAdd ? out[i] + values[i] : values[i];
+    for (int64_t m = 0; m < x.rows; ++m)
+      add_scaled(x.totals + m * kPackedRows, scale, multiply_codes(codes, x.words + (step * x.rows + m) * 8),
+                 x.scales[g * x.rows + m], x.offsets[step * x.rows + m]);
   }
 }
 
+// Packed weights, a block of kPackedRows rows after another, a lane for each row.
 template <Format kFormat, bool kAdd>
 void multiply_packed(const Weights& w, Range range, const float* x, int64_t rows, float* y, int64_t y_stride, Member& me) {
+  constexpr int64_t kBytes = kFormat == Format::int8 ? kPackedRows * kStep : kPackedRows * kStep / 2;
   const Rounded inputs(w, x, rows, me);
+  const int64_t steps = w.group / kStep, group_bytes = steps * kBytes, block_bytes = inputs.groups * group_bytes;
   for (int64_t block = range.begin / kPackedRows; block * kPackedRows < range.end; ++block) {
-    int64_t m = 0;
-    for (; m + 4 <= rows; m += 4) multiply_block<kFormat, 4, kAdd>(w, block, inputs, m, y, y_stride);
-    for (; m + 2 <= rows; m += 2) multiply_block<kFormat, 2, kAdd>(w, block, inputs, m, y, y_stride);
-    for (; m < rows; ++m) multiply_block<kFormat, 1, kAdd>(w, block, inputs, m, y, y_stride);
+    const char* weights = static_cast<const char*>(w.data) + block * block_bytes;
+    std::memset(inputs.totals, 0, sizeof(float) * rows * kPackedRows);
+    for (int64_t g = 0; g < inputs.groups; ++g, weights += group_bytes) {
+      prefetch(weights + block_bytes, group_bytes);
+      const auto* half = reinterpret_cast<const __m128i*>(w.scale + (block * inputs.groups + g) * kPackedRows);
+      const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(half)), 16);
+      const __m256 scale = _mm256_castsi256_ps(wide);
+      const auto* codes = reinterpret_cast<const __m256i*>(weights);
+      if constexpr (kFormat == Format::int4) {
+        multiply_int4(codes, steps, scale, inputs, g);
+      } else {
+        int64_t m = 0;
+        for (; m + 4 <= rows; m += 4) multiply_int8<4>(codes, steps, scale, inputs, g, m);
+        for (; m + 2 <= rows; m += 2) multiply_int8<2>(codes, steps, scale, inputs, g, m);
+        for (; m < rows; ++m) multiply_int8<1>(codes, steps, scale, inputs, g, m);
+      }
+    }
+    const int64_t r = block * kPackedRows, count = std::min(kPackedRows, w.out - r);
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t i = 0; i < count; ++i)
+        put<kAdd>(y + m * y_stride + r + i, inputs.totals[m * kPackedRows + i]);
   }
 }
 
