@@ -39,6 +39,8 @@ def extension_arguments() -> dict:
             "-Wno-psabi",
             "-Wno-ignored-attributes",
             "-Wno-maybe-uninitialized",
+            "-Wno-unknown-warning-option",  # of Clang, which does not know all of GCC's
+            "-Wno-for-loop-analysis",
         ],
         extra_link_args=["-fopenmp"],
     )

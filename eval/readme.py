@@ -133,12 +133,13 @@ def _efficiency(efficiency: dict, names: dict[str, str]) -> str:
     protocol, models = efficiency["protocol"], efficiency["models"]
     lead = (
         f"Decoding, `model.lm` alone on random tokens, batch 1, {efficiency['dtype']}: time per token as "
-        f"median (quartiles) of {count(protocol['rounds'], 'interleaved repeat')}, time to the first token, "
-        "size of the state or cache."
+        f"median (quartiles) of {count(protocol['rounds'], 'interleaved repeat')}, its share of the roofline "
+        f"(weights and state at the {efficiency['read_bytes_per_s'] / 1e9:.0f} GB/s that this machine reads "
+        "memory with; caches are faster), time to the first token, size of the state or cache."
     )
     heads = ["context"]
     for key in models:
-        heads += [f"{names[key]}: ms per token", "first token", "state"]
+        heads += [f"{names[key]}: ms per token", "of roofline", "first token", "state"]
     rows = []
     for index, context in enumerate(protocol["contexts"]):
         cells = [cell for model in models.values() for cell in _cells(model["points"][index])]
@@ -148,7 +149,8 @@ def _efficiency(efficiency: dict, names: dict[str, str]) -> str:
 
 def _cells(point: dict) -> list[str]:
     q1, median, q3 = (f"{1e3 * point['decode_s'][key]:.2f}" for key in ("q1", "median", "q3"))
-    return [f"{median} ({q1} to {q3})", seconds(point["ttft_s"]["median"]), size(point["state_bytes"])]
+    first, state = seconds(point["ttft_s"]["median"]), size(point["state_bytes"])
+    return [f"{median} ({q1} to {q3})", f"{point['roofline']:.0%}", first, state]
 
 
 def _findings(verdict: list[dict]) -> str:

@@ -113,8 +113,17 @@ def _markdown(lines: Iterable[list[str]]) -> str:
 
 
 def _remarks(rows: list[dict]) -> list[str]:
-    cold = [row["name"] for row in rows if row["seconds"] and not row["warmed_up"]]
-    return [f"Without warm-up, too slow for a visit that does not count: {'; '.join(cold)}."] if cold else []
+    told = {
+        "Without warm-up, too slow for a visit that does not count": lambda row: not row["warmed_up"],
+        "Memory not known, too slow or too large in a process of its own": lambda row: (
+            "peak_bytes" in row and row["peak_bytes"] is None
+        ),
+    }
+    remarks = []
+    for remark, holds in told.items():
+        names = [row["name"] for row in rows if row["seconds"] and holds(row)]
+        remarks += [f"{remark}: {'; '.join(names)}."] if names else []
+    return remarks
 
 
 def _time(row: dict, scale: float) -> str:

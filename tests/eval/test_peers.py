@@ -92,6 +92,13 @@ def test_tables_and_plot(result, tmp_path):
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_could_not_be_measured_is_told():
+    fine, slow, large = fake("fine", [1.0]), fake("slow", [1.0]), fake("large", [1.0])
+    slow["warmed_up"], large["peak_bytes"] = False, None
+    remarks = tables._remarks([fine | {"peak_bytes": 1}, slow, large])
+    assert [remark.rpartition(": ")[2] for remark in remarks] == ["slow.", "large."]
+
+
 def test_ratios_of_made_up_times():
     ours, other = fake("ours", [1.0, 2.0, 3.0]), fake("other", [8.0, 4.0, 6.0])
     (ratio,) = make_ratio("a", ours, other)
