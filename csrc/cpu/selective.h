@@ -63,18 +63,6 @@ struct SelectiveList {
     return row.offset(a.tokens, place, a.ngroups * a.d_state) + group * a.d_state;
   }
 
-  // Asks for a token's numbers: an order may jump through memory as no processor foresees. Always inline, or GCC
-  // takes it for a function without effect.
-  __attribute__((always_inline)) void prefetch(int64_t place, int64_t channel, int64_t count) const {
-    const float *dt = a.dt + own(place) + channel, *u = a.u + input(place) + channel;
-    const float* y = a.y + output(place) + channel;
-    for (int64_t c = 0; c < count; c += 16) {
-      _mm_prefetch(reinterpret_cast<const char*>(dt + c), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(u + c), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(y + c), _MM_HINT_T0);
-    }
-  }
-
   // Of a parameter (lists, channels).
   int64_t parameter(int64_t channel) const {
     return row.list * a.channels + channel;
@@ -178,7 +166,7 @@ void scan_list(const SelectiveList& list, const SelectiveUnit& unit) {
   VecArray memory(2 * vectors * (n + 1));
   Vec *bias = memory.at(0), *skip = bias + vectors, *A = skip + vectors, *states = A + vectors * n;
   for (int v = 0; v < vectors; ++v) {
-    std::memcpy(A + v * n, lanes[v].A.at(0), sizeof(Vec) * n);
+    for (int i = 0; i < n; ++i) A[v * n + i] = splat(1.44269504f) * lanes[v].A[i];  // e^x = 2^(x / ln2)
     bias[v] = lanes[v].bias;
     skip[v] = lanes[v].skip;
     if (a.initial_state) lanes[v].gather(a.initial_state + list.state(lanes[v].channel), states + v * n);
@@ -187,7 +175,11 @@ void scan_list(const SelectiveList& list, const SelectiveUnit& unit) {
     if (segment.begin > 0)
       for (int i = 0; i < vectors * n; ++i) states[i] = Vec{};
     for (int64_t place = segment.begin; place < segment.end; ++place) {
-      if (place + kAhead < segment.end) list.prefetch(place + kAhead, unit.first, count);
+      if (const int64_t next = place + kAhead; next < segment.end) {  // an order may jump as no processor foresees
+        prefetch(a.dt + list.own(next) + unit.first, sizeof(float) * count);
+        prefetch(a.u + list.input(next) + unit.first, sizeof(float) * count);
+        prefetch(a.y + list.output(next) + unit.first, sizeof(float) * count);
+      }
       const float *B = lanes[0].B(place), *C = lanes[0].C(place);
       const float *dt = a.dt + list.own(place) + unit.first, *input = a.u + list.input(place) + unit.first;
       float* output = a.y + list.output(place) + unit.first;
@@ -202,7 +194,7 @@ void scan_list(const SelectiveList& list, const SelectiveUnit& unit) {
           Vec y = skip[v] * u;
           for (int i = 0; i < n; ++i) {
             Vec& h = states[v * n + i];
-            const Vec next = exp(step * A[v * n + i]) * h + inflow * splat(B[i]);
+            const Vec next = exp2(step * A[v * n + i]) * h + inflow * splat(B[i]);
             y += next * splat(C[i]);
             h = next;
           }
@@ -233,9 +225,10 @@ void with_d_state(int64_t d_state, const F& f) {
 
 void selective(const Selective& a) {
   with_d_state(a.d_state, [&](auto n) {
-    // As few units as keep all threads at work; no sum goes over channels, so that their number changes nothing.
-    const int64_t rows = selective_images(a) * a.ngroups, threads = at::get_num_threads();
-    const int64_t blocks = selective_blocks(a), units = std::min(blocks, (threads + rows - 1) / rows);
+    // As few units as give all threads the same; no sum goes over channels, so that their number changes nothing.
+    const int64_t rows = selective_images(a) * a.ngroups, blocks = selective_blocks(a);
+    int64_t units = 1;
+    while (units < blocks && rows * units % at::get_num_threads()) ++units;
     for_each_selective_unit(a, (blocks + units - 1) / units, [&](const SelectiveUnit& unit) {
       for (int64_t k = 0; k < a.tokens.lists; ++k) {
         const SelectiveList list(a, unit.image, k);

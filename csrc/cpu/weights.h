@@ -41,12 +41,6 @@ inline Vec load_some(const uint16_t* p, int64_t count) {
   return load(values);
 }
 
-// Memory is fastest when it is read in one stream; a product that works on several rows of weights at once, or on
-// one for long, has to ask for what comes next itself, a line at a time.
-inline void prefetch(const char* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
-}
-
 template <bool kAdd>
 inline void put(float* out, float value) {
   *out = kAdd ? *out + value : value;
@@ -65,6 +59,9 @@ inline void multiply_row(const Stored* weights, int64_t in, const float* x, floa
   put<kAdd>(y, sum((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 
+// Memory is fastest when it is read in one stream; a product that works on several rows of weights at once, or on
+// one for long, has to ask for what comes next itself.
+//
 // kRows rows of weights times kInputs rows of x, y (kInputs, y_stride). `ahead` is what to have ready next, of which
 // each 2 kWidth columns ask for `ahead_bytes`.
 template <typename Stored, int kRows, int kInputs, bool kAdd>
