@@ -1,5 +1,6 @@
 """A result of `eval.peers.measure` as a picture."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -78,4 +79,4 @@ def _draw_contest(axes, name: str, title: str, rows: list[dict]) -> None:
     axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="both", color="#d8dee4", linewidth=0.7)
-    axes.set_title(title, loc="left", fontsize=10.5, color=INK)
+    axes.set_title(textwrap.fill(title, 42), loc="left", fontsize=10.5, color=INK)
