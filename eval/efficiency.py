@@ -34,6 +34,7 @@ from vision_scan.errors import UserError
 
 # max |decode - forward| / max |forward| over the logits of the checked tokens.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+FORMAT = 2  # since 2: read_bytes_per_s, and roofline of each point
 READ_BYTES = 1 << 28  # of the array that memory's speed is measured with
 DECODE_VISIT_UNITS = 2048  # weight of a decode visit on the progress bar, in tokens of prefill
 
@@ -210,7 +211,7 @@ def _result(
         ends = {"shortest": protocol.contexts[0], "longest": protocol.contexts[-1]}
         crossovers.append({"first": first, "second": other, "kind": kind, "context": length, **ends})
     return {
-        "format": 1,
+        "format": FORMAT,
         "measured": "model.lm on random token ids, batch 1, greedy decoding",
         "protocol": asdict(protocol),
         "environment": describe_environment(device),

@@ -41,6 +41,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not JSON: {error}") from None
 
 
+def check_format(content: Any, current: int, path: Path) -> None:
+    """Raises UserError if a result is of another version of the command that writes such files."""
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != current:
+        raise UserError(
+            f"{path} has format {found}, this version writes and reads {current}: make it again, "
+            "with a new --output"
+        )
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a file of JSON lines.
 

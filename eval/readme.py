@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.files import read_json, write_text
+from eval.files import check_format, read_json, write_text
 from eval.markup import count, duration, seconds, size
+from eval.peers import FORMAT as PEERS_FORMAT
 from eval.peers.tables import to_summary
+from eval.report import FORMAT as REPORT_FORMAT
 from eval.runner import CONTROLS
 from vision_scan.errors import UserError
 
@@ -21,12 +23,14 @@ class Section:
     Attributes:
         start, end: the lines that it stands between.
         key: what only results of its kind have.
+        format: the version of such results that is understood.
         render: those results as markdown.
     """
 
     start: str
     end: str
     key: str
+    format: int
     render: Callable[[dict], str]
 
 
@@ -45,8 +49,10 @@ def render(report: dict) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-DEMO = Section(START, END, "verdict", render)
-PEERS = Section("<!-- peers results -->", "<!-- end of peers results -->", "contests", to_summary)
+DEMO = Section(START, END, "verdict", REPORT_FORMAT, render)
+PEERS = Section(
+    "<!-- peers results -->", "<!-- end of peers results -->", "contests", PEERS_FORMAT, to_summary
+)
 
 
 def read(path: Path) -> tuple[str, Section]:
@@ -58,6 +64,7 @@ def read(path: Path) -> tuple[str, Section]:
     report = read_json(path)
     for section in (DEMO, PEERS):
         if isinstance(report, dict) and section.key in report:
+            check_format(report, section.format, path)
             return section.render(report), section
     raise UserError(
         f"{path} is neither the report.json of a demo nor the result of a run beside peers; give "

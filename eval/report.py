@@ -8,8 +8,9 @@ from pathlib import Path
 import cobra
 from cobra.model import Cobra
 from eval.demo import MODELS, STATE_FILE
+from eval.efficiency import FORMAT as EFFICIENCY_FORMAT
 from eval.environment import describe_environment
-from eval.files import read_json, read_lines, write_json, write_text
+from eval.files import check_format, read_json, read_lines, write_json, write_text
 from eval.page import render
 from eval.runner import result_paths
 from eval.scoring import Z_95
@@ -19,6 +20,7 @@ from vision_scan.errors import UserError
 TASK = "digit_scenes"
 NUM_EXAMPLES = 6
 MAX_POINTS = 400  # of a loss curve
+FORMAT = 2  # as that of the efficiency within
 
 
 def write(path: Path) -> tuple[Path, Path]:
@@ -39,6 +41,7 @@ def write(path: Path) -> tuple[Path, Path]:
         raise UserError(
             f"{numbers} is not a report of this command; give a demo's directory or its report.json"
         )
+    check_format(report, FORMAT, numbers)
     page = numbers.with_suffix(".html")
     write_text(page, render(report))
     return numbers, page
@@ -56,9 +59,11 @@ def collect(root: Path) -> dict:
     state = read_json(root / STATE_FILE)
     models = {key: cobra.load(root / key) for key in MODELS}
     scanned = models["cobra"].config
+    efficiency = read_json(root / "efficiency.json")
+    check_format(efficiency, EFFICIENCY_FORMAT, root / "efficiency.json")
     results = {key: {part: _result(root, key, part) for part in ("questions", "control")} for key in MODELS}
     report = {
-        "format": 1,
+        "format": FORMAT,
         "quick": state["quick"],
         "created": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "settings": state["settings"],
@@ -71,7 +76,7 @@ def collect(root: Path) -> dict:
             key: {part: result["summary"] for part, result in parts.items()} for key, parts in results.items()
         },
         "comparison": _compare({key: _records(root, key) for key in MODELS}),
-        "efficiency": read_json(root / "efficiency.json"),
+        "efficiency": efficiency,
         "scan": {
             "order": scanned.connector.order,
             "height": scanned.grid[0],

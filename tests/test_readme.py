@@ -252,12 +252,15 @@ def test_results_need_both_markers(text):
         readme.replace_results(page, "new\n", "page.md")
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "no JSON"])
-def test_results_of_something_else(tmp_path, capsys, content):
+@pytest.mark.parametrize("command", ["readme", "report"])
+@pytest.mark.parametrize("content", ["[]", "{}", "no JSON", '{"verdict": [], "format": 1}'])
+def test_results_of_something_else(tmp_path, capsys, content, command):
     path = tmp_path / "other.json"
     path.write_text(content)
-    assert eval.__main__.main(["readme", str(path)]) == 2
-    assert str(path) in capsys.readouterr().err
+    assert eval.__main__.main([command, str(path)]) == 2
+    told = capsys.readouterr().err
+    assert str(path) in told and told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_readme_shows_the_measured_results():

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .precision import Projection, product_dtype
 
-PIECE_ELEMENTS = 1 << 24  # logits that exist at once in `LMHead.loss`
+PIECE_ELEMENTS = 1 << 24  # logits that exist at once in the loss
 
 
 class LMHead(Projection):

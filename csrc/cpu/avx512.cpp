@@ -1,5 +1,5 @@
 // The kernels for AVX-512. With EMULATE_AVX512, which `make wide` sets, they are the same vectors of 16 in
-// instructions of AVX2, slowly, so that their code can be tested on a machine that lacks AVX-512.
+// instructions of AVX2, by GCC and slowly, so that their code can be tested on a machine that lacks AVX-512.
 #include "parallel.h"
 
 #define SIMD_NAME avx512

@@ -15,14 +15,15 @@ using OptionalTensor = std::optional<Tensor>;
 // The kernels for this machine, or null if it has not even AVX2.
 inline const Kernels* kernels() {
   static const Kernels* found = [] {
-    const std::string capability = at::get_cpu_capability();  // honours ATEN_CPU_CAPABILITY
-    const bool wide = capability.find("AVX512") == 0;
 #ifdef EMULATE_AVX512
     return &kAvx512Kernels;
-#endif
+#else
+    const std::string capability = at::get_cpu_capability();  // honours ATEN_CPU_CAPABILITY
+    const bool wide = capability.find("AVX512") == 0;
     if (wide && __builtin_cpu_supports("avx512vnni")) return &kAvx512Kernels;
     if (wide || capability.find("AVX2") == 0) return &kAvx2Kernels;
     return static_cast<const Kernels*>(nullptr);
+#endif
   }();
   return found;
 }

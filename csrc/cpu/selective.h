@@ -149,67 +149,97 @@ std::vector<SelectiveLanes<N>> make_lanes(const SelectiveList& list, const Selec
   return lanes;
 }
 
-// The channels [first, first + count) of one group, token by token, because a token's numbers stand together in
-// memory, and in batches of vectors, because a processor works on several at once. kWhole: `count` is a multiple of a
-// batch.
-template <int N, bool kWhole>
-void scan_list(const SelectiveList& list, const SelectiveUnit& unit) {
-  constexpr int kBatch = kSelectiveBlock / kWidth;
-  const Selective& a = list.a;
-  const auto lanes = make_lanes<N>(list, unit);
-  const int n = N ? N : lanes[0].n, vectors = static_cast<int>(lanes.size());
-  const int64_t count = unit.count;
-  const bool is_merged = a.merged_output, has_softplus = a.dt_softplus;
-  const auto read = [count](const float* p, int v) {
-    return kWhole ? load(p + v * kWidth) : load_some(p + v * kWidth, count - v * kWidth);
-  };
-  VecArray memory(2 * vectors * (n + 1));
-  Vec *bias = memory.at(0), *skip = bias + vectors, *A = skip + vectors, *states = A + vectors * n;
-  for (int v = 0; v < vectors; ++v) {
-    for (int i = 0; i < n; ++i) A[v * n + i] = splat(1.44269504f) * lanes[v].A[i];  // e^x = 2^(x / ln2)
-    bias[v] = lanes[v].bias;
-    skip[v] = lanes[v].skip;
-    if (a.initial_state) lanes[v].gather(a.initial_state + list.state(lanes[v].channel), states + v * n);
-  }
-  for (const Segment& segment : list.row.segments) {
-    if (segment.begin > 0)
-      for (int i = 0; i < vectors * n; ++i) states[i] = Vec{};
-    for (int64_t place = segment.begin; place < segment.end; ++place) {
-      if (const int64_t next = place + kAhead; next < segment.end) {  // an order may jump as no processor foresees
-        prefetch(a.dt + list.own(next) + unit.first, sizeof(float) * count);
-        prefetch(a.u + list.input(next) + unit.first, sizeof(float) * count);
-        prefetch(a.y + list.output(next) + unit.first, sizeof(float) * count);
-      }
-      const float *B = lanes[0].B(place), *C = lanes[0].C(place);
-      const float *dt = a.dt + list.own(place) + unit.first, *input = a.u + list.input(place) + unit.first;
-      float* output = a.y + list.output(place) + unit.first;
-      for (int first = 0; first < vectors; first += kBatch) {
-        const int end = kWhole ? first + kBatch : std::min(first + kBatch, vectors);
-        Vec steps[kBatch];
-        for (int v = first; v < end; ++v) steps[v - first] = read(dt, v) + bias[v];
-        if (has_softplus)
-          for (int v = first; v < end; ++v) steps[v - first] = softplus(steps[v - first]);
-        for (int v = first; v < end; ++v) {
-          const Vec u = read(input, v), step = steps[v - first], inflow = step * u;
-          Vec y = skip[v] * u;
-          for (int i = 0; i < n; ++i) {
-            Vec& h = states[v * n + i];
-            const Vec next = exp2(step * A[v * n + i]) * h + inflow * splat(B[i]);
-            y += next * splat(C[i]);
-            h = next;
-          }
-          if (is_merged) y += read(output, v);
-          if constexpr (kWhole)
-            store(output + v * kWidth, y);
-          else
-            store_some(output + v * kWidth, y, count - v * kWidth);
-        }
-      }
+// Forward through one list: a unit's channels token by token, because a token's numbers stand together in memory, and a
+// block of them at a time, because a processor works on several vectors at once. What a channel gets does not depend on
+// the other channels of its unit.
+template <int N>
+class SelectiveForward {
+ public:
+  SelectiveForward(const SelectiveList& list, const SelectiveUnit& unit)
+      : list(list), a(list.a), unit(unit), lanes(make_lanes<N>(list, unit)), n(N ? N : static_cast<int>(a.d_state)),
+        vectors(static_cast<int>(lanes.size())), bias(vectors), skip(vectors), A(vectors * n), states(vectors * n) {
+    for (int v = 0; v < vectors; ++v) {
+      for (int i = 0; i < n; ++i) A[v * n + i] = splat(1.44269504f) * lanes[v].A[i];  // e^x = 2^(x / ln2)
+      bias[v] = lanes[v].bias;
+      skip[v] = lanes[v].skip;
+      if (a.initial_state) lanes[v].gather(a.initial_state + list.state(lanes[v].channel), states.at(v * n));
     }
   }
-  for (int v = 0; v < vectors; ++v)
-    lanes[v].scatter(states + v * n, a.final_state + list.state(lanes[v].channel));
-}
+
+  void run() {
+    const int whole = static_cast<int>(unit.count / kWidth);
+    for (const Segment& segment : list.row.segments) {
+      if (segment.begin > 0) states.clear();
+      for (int64_t place = segment.begin; place < segment.end; ++place) {
+        if (place + kAhead < segment.end) prefetch_token(place + kAhead);
+        const Token token{a.dt + list.own(place) + unit.first, a.u + list.input(place) + unit.first, lanes[0].B(place),
+                          lanes[0].C(place), a.y + list.output(place) + unit.first};
+        int first = 0;
+        for (; first + kBatch <= whole; first += kBatch) advance<true>(token, first);
+        if (first < vectors) advance<false>(token, first);
+      }
+    }
+    for (int v = 0; v < vectors; ++v)
+      lanes[v].scatter(states.at(v * n), a.final_state + list.state(lanes[v].channel));
+  }
+
+ private:
+  static constexpr int kBatch = kSelectiveBlock / kWidth;
+
+  // Where a token's numbers begin, dt, u and y at the unit's first channel.
+  struct Token {
+    const float *dt, *u, *B, *C;
+    float* y;
+  };
+
+  // An order may jump through memory as no processor foresees.
+  void prefetch_token(int64_t place) const {
+    const int64_t bytes = sizeof(float) * unit.count;
+    prefetch(a.dt + list.own(place) + unit.first, bytes);
+    prefetch(a.u + list.input(place) + unit.first, bytes);
+    prefetch(a.y + list.output(place) + unit.first, bytes);
+  }
+
+  // A token's step of the block of channels that begins at vector `first`; kWhole: the block is full.
+  template <bool kWhole>
+  void advance(const Token& token, int first) {
+    const int64_t count = unit.count - first * kWidth;
+    const int size = kWhole ? kBatch : vectors - first;
+    const auto read = [count](const float* p, int v) {
+      return kWhole ? load(p + v * kWidth) : load_some(p + v * kWidth, count - v * kWidth);
+    };
+    const bool is_merged = a.merged_output;
+    const float *dt = token.dt + first * kWidth, *input = token.u + first * kWidth, *B = token.B, *C = token.C;
+    float* output = token.y + first * kWidth;
+    const Vec *offsets = bias.at(first), *skips = skip.at(first), *rates = A.at(first * n);
+    Vec* h = states.at(first * n);
+    Vec steps[kBatch];
+    for (int v = 0; v < size; ++v) steps[v] = read(dt, v) + offsets[v];
+    if (a.dt_softplus)
+      for (int v = 0; v < size; ++v) steps[v] = softplus(steps[v]);
+    for (int v = 0; v < size; ++v, rates += N ? N : n, h += N ? N : n) {
+      const Vec u = read(input, v), step = steps[v], inflow = step * u;
+      Vec y = skips[v] * u;
+      for (int i = 0; i < (N ? N : n); ++i) {
+        const Vec next = exp2(step * rates[i]) * h[i] + inflow * splat(B[i]);
+        y += next * splat(C[i]);
+        h[i] = next;
+      }
+      if (is_merged) y += read(output, v);
+      if constexpr (kWhole)
+        store(output + v * kWidth, y);
+      else
+        store_some(output + v * kWidth, y, count - v * kWidth);
+    }
+  }
+
+  const SelectiveList& list;
+  const Selective& a;
+  const SelectiveUnit& unit;
+  const std::vector<SelectiveLanes<N>> lanes;
+  const int n, vectors;
+  VecArray bias, skip, A, states;
+};
 
 // Calls f.template run<N>() with the d_state that is compiled for, or 0.
 template <typename F>
@@ -232,10 +262,7 @@ void selective(const Selective& a) {
     for_each_selective_unit(a, (blocks + units - 1) / units, [&](const SelectiveUnit& unit) {
       for (int64_t k = 0; k < a.tokens.lists; ++k) {
         const SelectiveList list(a, unit.image, k);
-        if (unit.count % kSelectiveBlock == 0)
-          scan_list<decltype(n)::value, true>(list, unit);
-        else
-          scan_list<decltype(n)::value, false>(list, unit);
+        SelectiveForward<decltype(n)::value>(list, unit).run();
       }
     });
   });

@@ -159,7 +159,7 @@ struct Rounded {
     for (int i = 0; i < kWidth; ++i) most = std::max(most, largest[i]);
     const float scale = most / 127.f + sum(nothing);  // NaN, which max() hides, and infinity make it NaN
     scales[begin / group * rows + m] = scale;
-    const Vec inverse = splat(most > 0 ? 127.f / most : 0.f), magic = splat(12582912.f);
+    const Vec inverse = splat(most > 0 ? 127.f / most : 0.f), magic = splat(kRounder);
     for (int64_t step = begin; step < begin + group; step += kStep) {
       IntVec total{};
       for (int64_t k = step; k < step + kStep; k += kWidth) {

@@ -26,7 +26,7 @@ def make_report(quick: bool = False, shift: float = 0.0) -> dict:
     accuracy."""
     random.seed(0)
     report = {
-        "format": 1,
+        "format": 2,
         "quick": quick,
         "created": "2026-01-02 03:04 UTC",
         "settings": {"scenes": 6000, "test_scenes": 400, "finetune_steps": 2000, "seed": 0},
@@ -146,7 +146,7 @@ def _efficiency() -> dict:
         }
 
     return {
-        "format": 1,
+        "format": 2,
         "protocol": {
             "contexts": list(CONTEXTS),
             "rounds": 9,

@@ -118,16 +118,34 @@ def test_bits_do_not_depend_on_the_number_of_threads():
         y = vision_scan.causal_conv1d(y.transpose(1, 2), leaves[3], leaves[4], "silu")
         return [*run_ssd(sample, cotangents), y, *torch.autograd.grad(y.square().sum(), leaves)]
 
-    threads = torch.get_num_threads()
+    assert_same_on_any_number_of_threads(everything)
+
+
+@built
+@pytest.mark.parametrize(("channels", "d_state"), [(144, 1), (70, 16), (96, 3)])
+def test_bits_of_the_selective_scan_do_not_depend_on_how_channels_are_shared_out(channels, d_state):
+    """144 channels are 4 blocks and a half: which of them stand in one unit follows from the threads."""
+    u, dt, A = torch.randn(1, channels, 40), torch.randn(1, channels, 40), -torch.rand(channels, d_state)
+    B, C, D = torch.randn(1, d_state, 40), torch.randn(1, d_state, 40), torch.randn(channels)
+
+    def everything() -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (u, dt, A, B, C, D)]
+        y = vision_scan.selective_scan(*leaves, dt_softplus=True)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    assert_same_on_any_number_of_threads(everything)
+
+
+def assert_same_on_any_number_of_threads(everything) -> None:
+    threads, found = torch.get_num_threads(), []
     try:
-        torch.set_num_threads(1)
-        alone = everything()
-        torch.set_num_threads(2)
-        together = everything()
+        for number in (1, 2, 3, 5):
+            torch.set_num_threads(number)
+            found.append(everything())
     finally:
         torch.set_num_threads(threads)
-    for one, two in zip(alone, together, strict=True):
-        assert torch.equal(one, two)
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
 
 
 @built
