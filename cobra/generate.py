@@ -177,7 +177,7 @@ def answer_batch(
         except UserError as error:
             raise UserError(f"request {index}: {error}") from error
         lengths = (_num_tokens(model, tile) for tile in new)
-        rows.append(opening + body(marked, tokenizer, lengths) + closing)
+        rows.append([*opening, *body(marked, tokenizer, lengths), *closing])
         tiles += new
     input_ids, attention_mask = pad(rows, tokenizer.pad_id, "left")
     ids = generate(

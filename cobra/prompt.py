@@ -5,6 +5,7 @@ encoded on its own. So a prompt that is read in two parts has the same ids as on
 labels come from the pieces themselves, never from a second tokenisation.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,12 +45,13 @@ class Template:
     tokens: tuple[str, ...]
     empty_answer: str = ""
 
-    def encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
+    @functools.lru_cache(maxsize=64)  # noqa: B019 (templates are few, and never go)
+    def encode(self, text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Encodes one of the template's own strings."""
         ids: list[int] = []
         for piece in re.split(f"({'|'.join(map(re.escape, self.tokens))})", text):
             ids += [tokenizer.id_of(piece)] if piece in self.tokens else tokenizer.encode(piece)
-        return ids
+        return tuple(ids)
 
     def end_id(self, tokenizer: Tokenizer) -> int:
         """The id of the token that ends an answer."""
@@ -149,12 +151,12 @@ def open_turn(
         first: whether this is the first turn of the conversation.
     """
     opening = _open(template, tokenizer, first)
-    return opening + body(mark_images(text, len(image_tokens)), tokenizer, iter(image_tokens))
+    return [*opening, *body(mark_images(text, len(image_tokens)), tokenizer, iter(image_tokens))]
 
 
 def close_turn(template: Template, tokenizer: Tokenizer, question: str) -> list[int]:
     """Ids that end an open user turn with `question` and open the assistant's."""
-    return tokenizer.encode(question) + template.encode(template.user_close, tokenizer)
+    return [*tokenizer.encode(question), *template.encode(template.user_close, tokenizer)]
 
 
 def body(
@@ -195,6 +197,6 @@ def mark_images(text: str, num_images: int) -> str:
     return text
 
 
-def _open(template: Template, tokenizer: Tokenizer, first: bool) -> list[int]:
+def _open(template: Template, tokenizer: Tokenizer, first: bool) -> tuple[int, ...]:
     between = "" if first else template.between
     return template.encode(between + template.user_open, tokenizer)

@@ -1,6 +1,7 @@
 """The command line of evaluation: `python -m eval scenes | tasks | efficiency | report | readme | demo`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,6 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     scenes.add_argument(
         "--test-scenes", type=int, default=400, metavar="N", help="scenes to test on (default 400)"
+    )
+    scenes.add_argument(
+        "--workers", type=int, metavar="N", help="processes that draw the same scenes (default: one a core)"
     )
     scenes.add_argument("--seed", type=int, default=0, help="other seeds give other scenes (default 0)")
     scenes.add_argument(
@@ -181,6 +185,7 @@ def _scenes(options: argparse.Namespace) -> int:
             options.seed,
             tuple(options.size),
             on_progress=lambda done, total: advance(1),
+            workers=(os.cpu_count() or 1) if options.workers is None else options.workers,
         )
     print(f"{options.output}: {options.scenes:,} scenes to train on, {options.test_scenes:,} to test on")
     return DONE

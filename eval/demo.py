@@ -1,29 +1,23 @@
-"""The demo: data, training, evaluation, comparison and report, as the commands that a user would
-type.
+"""The demo: data, training, evaluation, comparison and report, as the commands that a user would type.
 
-Every step is a command of its own, printed before it runs. What is done is recorded in demo.json,
-with its time, so that an
-interrupted demo goes on where it stopped: finished steps are skipped, training resumes from its
-    last checkpoint.
+Every step is a command of its own, printed before it runs; pipeline.py runs them and records in demo.json
+what is done, so that an interrupted demo goes on where it stopped.
 """
 
 import functools
-import resource
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eval.files import read_json, write_json
+from eval.files import check_format, read_json, write_json
+from eval.pipeline import Lane, Pipeline, Stage, Step, clock
 from vision_scan.errors import UserError
 
 STATE_FILE = "demo.json"
-STOPPED, INTERRUPTED = 75, 130  # exit statuses of a command that was asked to stop
+FORMAT = 2  # of that file
 MODELS = {
     "cobra": {"name": "Cobra", "preset": "tiny", "what": "Mamba-2 layers", "constant_state": True},
     "transformer": {
@@ -33,8 +27,8 @@ MODELS = {
         "constant_state": False,
     },
 }
-# Rough seconds of a finetuning step on two cores, for the time that is left.
-STEP_S = {"cobra": 0.24, "transformer": 0.2}
+# Rough seconds of a finetuning step, for the time that is left: side by side on two cores.
+STEP_S = {"cobra": 0.4, "transformer": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +58,8 @@ class Settings:
     @classmethod
     def full(cls) -> "Settings":
         """What the report's claims are made with."""
-        steps = {"tower_steps": 1000, "naming_steps": 60, "align_steps": 400, "finetune_steps": 1000}
-        return cls(scenes=12000, test_scenes=400, **steps)
+        steps = {"tower_steps": 300, "naming_steps": 60, "align_steps": 320, "finetune_steps": 560}
+        return cls(scenes=9600, test_scenes=400, **steps)
 
     @classmethod
     def quick(cls) -> "Settings":
@@ -74,54 +68,30 @@ class Settings:
         return cls(scenes=300, test_scenes=40, longest_context=4096, rounds=5, prefill_rounds=1, **steps)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One command of the demo.
-
-    Attributes:
-        name: key in demo.json.
-        title: what it does, for people.
-        arguments: of `python -m`.
-        output: what the step leaves behind, if a second run would not just overwrite it.
-        is_resumable: whether it goes on from a half-made output; if not, that is removed first.
-        expected_s: rough seconds on two cores; only the ratios between steps matter, for the time
-            that is left.
-    """
-
-    name: str
-    title: str
-    arguments: tuple[str, ...]
-    output: Path | None = None
-    is_resumable: bool = False
-    expected_s: float
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        """As a user would type it; a training run that was begun is resumed."""
-        is_begun = self.is_resumable and self.output is not None and self.output.exists()
-        return ("python", "-m", *self.arguments, *(["--resume"] if is_begun else []))
-
-    def begin(self) -> dict:
-        """The step's record in demo.json."""
-        command = shlex.join(("python", "-m", *self.arguments))
-        return {"title": self.title, "command": command, "seconds": 0.0, "done": False}
+def stages(root: Path, settings: Settings) -> list[Stage]:
+    """The demo's commands; the two models are trained and questioned side by side."""
+    shared = "Pretrain the vision tower that both models share"
+    tower = _train(root, settings, "tower", shared, "tiny-tower", settings.tower_steps, step_s=0.15)
+    lanes = {
+        model["name"]: [*_train_model(root, settings, key), *_ask(root, settings, key)]
+        for key, model in MODELS.items()
+    }
+    report = ("eval", "report", str(root))
+    return [
+        {"data": [_draw(root, settings), tower]},
+        lanes,
+        {
+            "report": [
+                _measure(root, settings),
+                Step(name="report", title="Write the report", arguments=report, expected_s=5),
+            ]
+        },
+    ]
 
 
 def steps(root: Path, settings: Settings) -> list[Step]:
-    """The demo's commands, in order."""
-    shared = "Pretrain the vision tower that both models share"
-    tower = _train(root, settings, "tower", shared, "tiny-tower", settings.tower_steps, step_s=0.12)
-    training = [step for key in MODELS for step in _train_model(root, settings, key)]
-    questions = [step for key in MODELS for step in _ask(root, settings, key)]
-    report = ("eval", "report", str(root))
-    return [
-        _draw(root, settings),
-        tower,
-        *training,
-        *questions,
-        _measure(root, settings),
-        Step(name="report", title="Write the report", arguments=report, expected_s=5),
-    ]
+    """The demo's commands, one lane after the other."""
+    return [step for stage in stages(root, settings) for lane in stage.values() for step in lane]
 
 
 def _options(values: dict[str, object]) -> list[str]:
@@ -142,7 +112,7 @@ def _draw(root: Path, settings: Settings) -> Step:
         title="Draw the digit scenes",
         arguments=("eval", "scenes", *_options(options)),
         output=scenes,
-        expected_s=4 + 0.01 * (settings.scenes + settings.test_scenes),
+        expected_s=4 + 0.0015 * (settings.scenes + settings.test_scenes),
     )
 
 
@@ -176,7 +146,7 @@ def _train(
     )
 
 
-def _train_model(root: Path, settings: Settings, key: str) -> list[Step]:
+def _train_model(root: Path, settings: Settings, key: str) -> Lane:
     title, step_s = MODELS[key]["name"], STEP_S[key]
     preset = ("--set", f"model.preset={MODELS[key]['preset']}")
 
@@ -190,13 +160,13 @@ def _train_model(root: Path, settings: Settings, key: str) -> list[Step]:
     frozen = (*start(aligned), "--set", "train.freeze=vision_encoder")
     finetune = (key, f"{title}: finetune", "tiny", settings.finetune_steps, *frozen)
     return [
-        _train(root, settings, *naming, step_s=0.1),
+        _train(root, settings, *naming, step_s=0.2),
         _train(root, settings, *align, data="align.json", step_s=0.8 * step_s),
         _train(root, settings, *finetune, step_s=step_s),
     ]
 
 
-def _ask(root: Path, settings: Settings, key: str) -> list[Step]:
+def _ask(root: Path, settings: Settings, key: str) -> Lane:
     options = {
         "model": root / key,
         "task": "digit_scenes",
@@ -204,7 +174,7 @@ def _ask(root: Path, settings: Settings, key: str) -> list[Step]:
         "output": root / "tasks" / key,
     }
     title, plain = MODELS[key]["name"], ("eval", "tasks", *_options(options))
-    expected_s = 4 + 0.06 * settings.test_scenes
+    expected_s = 6 + 0.04 * settings.test_scenes
     return [
         Step(name=f"{key}-{name}", title=f"{title}: {about}", arguments=words, expected_s=expected_s)
         for name, about, words in (
@@ -226,7 +196,7 @@ def _measure(root: Path, settings: Settings) -> Step:
         name="efficiency",
         title="Decoding against context length",
         arguments=("eval", "efficiency", *models, *_options(options)),
-        expected_s=5 + settings.longest_context * settings.prefill_rounds / 500,
+        expected_s=5 + settings.longest_context * settings.prefill_rounds / 1000,
     )
 
 
@@ -244,40 +214,17 @@ def run(root: Path, settings: Settings, quick: bool, say: Callable[[str], None] 
         UserError: if `root` holds something else.
     """
     say = say or functools.partial(print, flush=True)  # in order with what the steps print
-    state = _open(root, settings, quick)
-    todo = steps(root, settings)
-    for number, step in enumerate(todo, start=1):
-        record = state["steps"].setdefault(step.name, step.begin())
-        if record["done"]:
-            continue
-        place = f"{number}/{len(todo)}"
-        say(f"\n[{place}] {step.title}   ({_clock(todo, state)})")
-        if step.output and step.output.exists() and not step.is_resumable:
-            shutil.rmtree(step.output)
-        command = step.command
-        say(f"$ {shlex.join(command)}")
-        start = time.monotonic()
-        status, is_stopped = _run_command([sys.executable, *command[1:]])
-        record["seconds"] += time.monotonic() - start
-        record["done"] = status == 0
-        # Of the largest step so far: the system counts the maximum over all children.
-        record["peak_rss_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        write_json(root / STATE_FILE, state)
-        if is_stopped or status in (STOPPED, INTERRUPTED):
-            say(f"Stopped at step {place}; the same command goes on from here.")
-            return STOPPED
-        if status:
-            say(f"Step {place} ended with status {status}; once that is mended, the same command")
-            say("goes on from here.")
-            return status if status > 0 else 1
-    _say_goodbye(root, state, say)
-    return 0
+    record = _open(root, settings, quick)
+    status = Pipeline(stages(root, settings), record, root / STATE_FILE, say).run()
+    if status == 0:
+        _say_goodbye(root, record, say)
+    return status
 
 
 def _open(root: Path, settings: Settings, quick: bool) -> dict:
     """The state of the demo in `root`, which is made if it does not exist."""
     path = root / STATE_FILE
-    fresh = {"format": 1, "quick": quick, "settings": asdict(settings), "steps": {}}
+    fresh = {"format": FORMAT, "quick": quick, "settings": asdict(settings), "steps": {}, "seconds": 0.0}
     if not path.exists():
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise UserError(f"--output {root} exists and is no demo's directory; name another, or remove it")
@@ -285,6 +232,7 @@ def _open(root: Path, settings: Settings, quick: bool) -> dict:
         write_json(path, fresh)
         return fresh
     state = read_json(path)
+    check_format(state, FORMAT, path)
     try:
         same = state["settings"] == fresh["settings"] and state["quick"] == quick
     except (KeyError, TypeError):
@@ -296,48 +244,9 @@ def _open(root: Path, settings: Settings, quick: bool) -> dict:
     return state
 
 
-def _run_command(command: list[str]) -> tuple[int, bool]:
-    """Runs a command in this terminal: its exit status, and whether a signal asked to stop.
-
-    Ctrl-C reaches the command too, which saves what it has; SIGTERM is handed on to it.
-    """
-    is_stopped = False
-    process = subprocess.Popen(command)
-
-    def stop(number: int, frame) -> None:
-        nonlocal is_stopped
-        is_stopped = True
-        if number == signal.SIGTERM:
-            process.terminate()
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return process.wait(), is_stopped
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _clock(todo: list[Step], state: dict) -> str:
-    """Time spent and time left, at the pace against expectation of what is done."""
-    spent = sum(record["seconds"] for record in state["steps"].values())
-    done = {name for name, record in state["steps"].items() if record["done"]}
-    expected = {step.name: step.expected_s for step in todo}
-    finished = sum(expected[name] for name in done)
-    # Half a minute at the expected pace keeps the first short steps from deciding the estimate.
-    pace = (sum(state["steps"][name]["seconds"] for name in done) + 30) / (finished + 30)
-    left = pace * (sum(expected.values()) - finished)
-    return f"{_minutes(spent)} so far, about {_minutes(left)} to go"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
 def _say_goodbye(root: Path, state: dict, say: Callable[[str], None]) -> None:
     rows = read_json(root / "report.json")["verdict"]
-    total = sum(record["seconds"] for record in state["steps"].values())
-    say(f"\nThe demo is complete ({_minutes(total)}). What it shows:")
+    say(f"\nThe demo is complete ({clock(state['seconds'])}). What it shows:")
     marks = {True: "+", False: "-", None: " "}
     for row in rows:
         say(f"  {marks[row['reached']]} {row['claim']}: {row['measured']}")

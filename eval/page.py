@@ -70,7 +70,7 @@ def _header(report: dict, names: dict[str, str]) -> Markup:
         "Two vision-language models that differ only in their language layers, ",
         join((models[0], " and ", models[1])),
         ", trained from nothing on the same pictures in the same order, on ",
-        f"{_hardware(report['environment'])}: {duration(_total(report['stages']))} for everything "
+        f"{_hardware(report['environment'])}: {duration(report['seconds'])} for everything "
         "on this page.",
     )
     title, banner = "Pictures in, answers out", Markup()
@@ -247,7 +247,7 @@ def _training(report: dict, names: dict[str, str]) -> Markup:
         "The small vision tower is trained first and shared; then each model is aligned and finetuned.",
         tag("div", figure(drawing, caption), parameters, class_="pair"),
         details(
-            f"Time of each step, {duration(_total(stages))} in all",
+            f"Time of each step; the two models side by side, {duration(report['seconds'])} in all",
             tag("div", *bars, class_="times"),
             is_open=True,
         ),
@@ -297,7 +297,3 @@ def _machine(environment: dict) -> list[tuple[str, str]]:
 
 def _hardware(environment: dict) -> str:
     return environment["gpu"] or f"{count(environment['cores'], 'core')} of {environment['cpu']}"
-
-
-def _total(stages: list[dict]) -> float:
-    return sum(stage["seconds"] for stage in stages)

@@ -44,7 +44,7 @@ def render(report: dict) -> str:
         _accuracy(report["accuracy"], names),
         _efficiency(report["efficiency"], names),
         _findings(report["verdict"]),
-        _times(report["stages"]),
+        _times(report),
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -111,7 +111,7 @@ def _trained(report: dict, names: dict[str, str]) -> str:
         f"Measured {report['created']} on {machine}, {count(environment['threads'], 'thread')}, "
         f"{environment['system']}, {software}, commit {environment['commit'] or 'unknown'}, "
         f"{compiled} of {len(environment['backend'])} operators compiled. "
-        f"The largest step took {size(report['peak_rss_bytes'])} of memory."
+        f"At most {size(report['peak_rss_bytes'])} of memory were taken at a time."
     )
 
 
@@ -170,9 +170,9 @@ def _findings(verdict: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _times(stages: Sequence[dict]) -> str:
-    rows = [[stage["title"], duration(stage["seconds"])] for stage in stages]
-    rows.append(["together", duration(sum(stage["seconds"] for stage in stages))])
+def _times(report: dict) -> str:
+    rows = [[stage["title"], duration(stage["seconds"])] for stage in report["stages"]]
+    rows.append(["all, the two models side by side", duration(report["seconds"])])
     return _table(["step", "time"], rows)
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import cobra
 from cobra.model import Cobra
+from eval.demo import FORMAT as STATE_FORMAT
 from eval.demo import MODELS, STATE_FILE
 from eval.efficiency import FORMAT as EFFICIENCY_FORMAT
 from eval.environment import describe_environment
 from eval.files import check_format, read_json, read_lines, write_json, write_text
 from eval.page import render
+from eval.pipeline import peak_memory
 from eval.runner import result_paths
 from eval.scoring import Z_95
 from eval.verdict import verdict
@@ -20,7 +22,7 @@ from vision_scan.errors import UserError
 TASK = "digit_scenes"
 NUM_EXAMPLES = 6
 MAX_POINTS = 400  # of a loss curve
-FORMAT = 2  # as that of the efficiency within
+FORMAT = 3  # as that of the efficiency within
 
 
 def write(path: Path) -> tuple[Path, Path]:
@@ -54,9 +56,11 @@ def collect(root: Path) -> dict:
         A JSON-able dict: quick, created, settings, environment, models (name, what, constant_state,
         parameters per part), training (loss curves per stage), accuracy (the task's summaries, with
         and without pictures), comparison (paired difference of the models), efficiency, scan,
-        examples, peak_rss_bytes, stages (title, command, seconds), verdict.
+        examples, peak_rss_bytes (of what runs at the same time), seconds (by the clock), stages (title,
+        command, seconds), verdict.
     """
     state = read_json(root / STATE_FILE)
+    check_format(state, STATE_FORMAT, root / STATE_FILE)
     models = {key: cobra.load(root / key) for key in MODELS}
     scanned = models["cobra"].config
     efficiency = read_json(root / "efficiency.json")
@@ -83,7 +87,8 @@ def collect(root: Path) -> dict:
             "width": scanned.grid[1],
         },
         "examples": _examples(root),
-        "peak_rss_bytes": max(step["peak_rss_bytes"] for step in state["steps"].values()),
+        "peak_rss_bytes": peak_memory(state),
+        "seconds": state["seconds"],
         "stages": [
             {key: step[key] for key in ("title", "command", "seconds")} for step in state["steps"].values()
         ],

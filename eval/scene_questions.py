@@ -22,16 +22,18 @@ CELLS = (
 DRILL_PAIRS = 6
 RELATION_GAP = 0.14  # of the canvas's shorter side
 
-# Where a question tends to stand in a conversation: mentions give presence away, so presence comes
-# early; counting and reading give nearly everything away, so they come last.
+# Where a question tends to stand in a conversation: mentions give presence and the count away, so these come
+# early; reading gives nearly everything away, so it comes last.
 _TURN = {
     "presence": 0.0,
     "position": 0.5,
     "relation": 0.5,
     "colour": 0.5,
-    "count": 1.5,
+    "count": 0.0,
     "read": 1.5,
 }
+# How often a kind opens a conversation, against the others: reading is learned from the picture only there.
+_OPENS = {"read": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,9 @@ def order_turns(rng: np.random.Generator, questions: Iterable[Question]) -> list
     Every kind opens some conversations, for that is how a user asks.
     """
     turns = sorted(questions, key=lambda question: _TURN[question.kind] + rng.random())
-    kind = rng.choice(sorted({question.kind for question in turns}))
+    kinds = sorted({question.kind for question in turns})
+    odds = np.array([_OPENS.get(kind, 1) for kind in kinds])
+    kind = rng.choice(kinds, p=odds / odds.sum())
     opening = next(i for i, question in enumerate(turns) if question.kind == kind)
     return [turns[opening], *turns[:opening], *turns[opening + 1 :]]
 

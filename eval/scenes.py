@@ -10,11 +10,16 @@ near a border of the 3 x 3 cells that positions are named after; see scene_quest
 asked.
 """
 
+import contextlib
 import functools
 import json
+import math
+import multiprocessing
+import signal
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -28,7 +33,7 @@ from vision_scan.errors import UserError
 
 Split = Literal["train", "test"]
 
-VERSION = 2  # of the pictures and questions that a seed stands for
+VERSION = 3  # of the pictures and questions that a seed stands for
 COLOURS = {
     "red": (240, 45, 45),
     "green": (50, 215, 70),
@@ -50,6 +55,7 @@ _MISSING = (
     "pip install 'cobra-vlm[eval]'"
 )
 TEST_SHARE = 0.2  # of the scans
+SCENES_PER_TASK = 64  # of a process
 
 # Lengths in pixels of a canvas whose shorter side is 64; larger canvases scale them.
 HEIGHTS = {1: (16, 26), 2: (16, 26), 3: (15, 24), 4: (15, 22), 5: (14, 20), 6: (14, 18)}
@@ -240,6 +246,7 @@ def build(
     seed: int,
     canvas: tuple[int, int] = (MIN_SIDE, MIN_SIDE),
     on_progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
 ) -> dict:
     """Writes a data set of digit scenes; nothing is left behind if it does not end well.
 
@@ -252,6 +259,8 @@ def build(
         scenes, test_scenes: how many scenes to train on and to test on, each at least 1.
         canvas: height and width in pixels.
         on_progress: called with (done, total) after every scene.
+        workers: processes that draw; what they draw does not depend on their number. With more than
+            one, a script needs the usual `if __name__ == "__main__":`.
     Returns:
         The contents of meta.json.
     Raises:
@@ -259,6 +268,8 @@ def build(
     """
     if scenes < 1 or test_scenes < 1:
         raise UserError(f"{scenes} scenes and {test_scenes} test scenes: each must be 1 or more")
+    if workers < 1:
+        raise UserError(f"{workers} workers: must be 1 or more")
     if seed < 0:
         raise UserError(f"seed {seed}: must be 0 or more")
     _check_canvas(canvas)
@@ -268,7 +279,8 @@ def build(
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
         draft = Path(temporary) / "scenes"
-        meta = _write(draft, {"train": scenes, "test": test_scenes}, seed, canvas, on_progress)
+        counts: dict[Split, int] = {"train": scenes, "test": test_scenes}
+        meta = _write(draft, counts, seed, canvas, on_progress or (lambda done, total: None), workers)
         draft.replace(output)
     return meta
 
@@ -278,30 +290,20 @@ def _write(
     counts: dict[Split, int],
     seed: int,
     canvas: tuple[int, int],
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: Callable[[int, int], None],
+    workers: int,
 ) -> dict:
     rows: dict[str, list[dict]] = {"align": [], "train": [], "test": []}
     asked: dict[str, list[Question]] = {"train": [], "test": []}
-    plan: list[tuple[Split, int]] = [
-        (split, index) for split, count in counts.items() for index in range(count)
-    ]
+    plan = [(split, index) for split, count in counts.items() for index in range(count)]
     for split in counts:
         (draft / "images" / split).mkdir(parents=True)
-    for done, (split, index) in enumerate(plan, start=1):
-        scene = make_scene(seed, split, index, canvas)
-        name = f"{split}/{index:06d}"
-        Image.fromarray(scene.image).save(draft / f"images/{name}.png", compress_level=1)
-        if split == "train":
-            questions = scene.questions
-            rng = np.random.default_rng([seed, 2, index])
-            rows["train"].append(_train_row(name, scene, rng))
-            if len(scene.digits) <= EASY_DIGITS:
-                rows["align"].append(_row(name, drill(rng, scene.digits, canvas)))
-        else:
-            questions = _first_of_each_kind(scene.questions)
-            rows["test"] += [_test_row(name, question) for question in questions]
-        asked[split] += questions
-        if on_progress:
+    with _pool(min(workers, math.ceil(len(plan) / SCENES_PER_TASK))) as draw_all:
+        drawn = draw_all(functools.partial(_draw_scene, draft / "images", seed, canvas), plan)
+        for done, ((split, _), (questions, new_rows)) in enumerate(zip(plan, drawn, strict=True), start=1):
+            asked[split] += questions
+            for file, some in new_rows.items():
+                rows[file] += some
             on_progress(done, len(plan))
     meta = {
         "version": VERSION,
@@ -318,6 +320,42 @@ def _write(
         (draft / f"{file}.json").write_text(json.dumps(content), encoding="utf-8")
     (draft / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return meta
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[Callable]:
+    """A `map` over that many processes; what has not begun when the block fails is dropped."""
+    if workers == 1:
+        yield map
+        return
+    interrupts_are_for_us = signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), *interrupts_are_for_us)
+    try:
+        yield functools.partial(pool.map, chunksize=SCENES_PER_TASK)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _draw_scene(
+    images: Path, seed: int, canvas: tuple[int, int], place: tuple[Split, int]
+) -> tuple[list[Question], dict[str, list[dict]]]:
+    """Draws a scene into a file below `images`.
+
+    Returns:
+        the questions that stand in the data, and the scene's rows for each file of rows.
+    """
+    split, index = place
+    scene = make_scene(seed, split, index, canvas)
+    name = f"{split}/{index:06d}"
+    Image.fromarray(scene.image).save(images / f"{name}.png", compress_level=1)
+    if split == "test":
+        questions = _first_of_each_kind(scene.questions)
+        return questions, {"test": [_test_row(name, question) for question in questions]}
+    rng = np.random.default_rng([seed, 2, index])
+    rows = {"train": [_train_row(name, scene, rng)]}
+    if len(scene.digits) <= EASY_DIGITS:
+        rows["align"] = [_row(name, drill(rng, scene.digits, canvas))]
+    return list(scene.questions), rows
 
 
 def _first_of_each_kind(questions: Iterable[Question]) -> list[Question]:

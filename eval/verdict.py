@@ -30,7 +30,7 @@ def verdict(report: dict) -> list[dict]:
     rows.append(
         _row(
             "8 GiB of memory are enough for the demo",
-            f"the largest step took {size(peak)}",
+            f"at most {size(peak)} were taken at a time",
             peak <= MEMORY,
         )
     )

@@ -1,4 +1,5 @@
 """Muon, for matrices from features to features: a step is the nearly orthogonal matrix next to the momentum.
+A kernel of a convolution is taken as the matrix from the inputs of all its places to its outputs.
 
 Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; steps as large as
 AdamW's, so that one learning rate serves both: Liu et al. 2025 (arXiv:2502.16982).
@@ -22,7 +23,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, with decoupled weight decay.
 
     Args:
-        params: matrices, or groups of them.
+        params: matrices or kernels (outputs, inputs, ...), or groups of them.
         lr, momentum, weight_decay: as those of torch.optim.Muon with adjust_lr_fn="match_rms_adamw".
     """
 
@@ -42,17 +43,17 @@ class Muon(torch.optim.Optimizer):
                 self._step(parameters, group)
 
     def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """One step of matrices of one shape."""
+        """One step of parameters of one shape."""
         gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        steps = orthogonalize(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))
-        size = (
-            0.2 * max(parameters[0].shape) ** 0.5
-        )  # the root mean square of an update of AdamW is about 0.2
+        nesterov = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])).flatten(2)
+        steps = orthogonalize(nesterov).view(-1, *parameters[0].shape)
+        # The root mean square of an update of AdamW is about 0.2.
+        size = 0.2 * max(nesterov.shape[1:]) ** 0.5
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, list(steps.unbind()), alpha=-group["lr"] * size)
 

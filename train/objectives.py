@@ -1,5 +1,6 @@
 """What a run minimises. An objective owns the model and turns a batch into a sum of losses."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -137,16 +138,21 @@ class PatchLabels(Objective):
         """The class of each patch for each kind of label, (height, width, kinds), int64, 0 for
         none."""
         targets = torch.zeros(self.height, self.width, len(self.classes), dtype=torch.long)
-        y = (torch.arange(self.height) + 0.5) / self.height
-        x = (torch.arange(self.width) + 0.5) / self.width
+
+        def first(edge: float, size: int) -> int:
+            """The first of `size` patches whose centre lies at or behind an edge."""
+            return max(0, math.ceil(edge * size - 0.5))
+
         for region in row.regions or ():
             x0, y0, x1, y1 = region.box
-            inside = ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))
-            labels = [
-                names.index(region.labels[kind]) if kind in region.labels else 0
-                for kind, names in self.classes.items()
-            ]
-            targets[inside] = torch.tensor(labels)
+            rows = slice(first(y0, self.height), first(y1, self.height))
+            columns = slice(first(x0, self.width), first(x1, self.width))
+            targets[rows, columns] = torch.tensor(
+                [
+                    names.index(region.labels[kind]) if kind in region.labels else 0
+                    for kind, names in self.classes.items()
+                ]
+            )
         return targets
 
     def _balance(self, rows: Sequence[Row], num_rows: int = 512) -> float:

@@ -15,6 +15,9 @@ from train.recipes import OptimSettings
 NO_DECAY_NAMES = frozenset({"A_log", "D", "pos_embed", "cls_token", "reg_token"})
 
 
+PIXEL_CHANNELS = 3
+
+
 def decays(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
     """Whether weight decay applies: to matrices and convolution kernels, unless they are marked.
 
@@ -31,7 +34,10 @@ def decays(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
-    """Whether Muon can serve: matrices from features to features, not those from or to tokens."""
+    """Whether Muon can serve: matrices and kernels from features to features, not those from or to tokens or
+    pixels."""
+    if isinstance(owner, nn.Conv2d):
+        return owner.groups == 1 and owner.in_channels > PIXEL_CHANNELS and decays(name, parameter, owner)
     return parameter.ndim == 2 and decays(name, parameter, owner) and "lm_head" not in name.split(".")
 
 
@@ -123,12 +129,13 @@ class Together(torch.optim.Optimizer):
 
 
 def lr_factor(step: int, num_steps: int, settings: OptimSettings) -> float:
-    """Share of the peak learning rate at a step: a linear rise, then half a cosine down to
-    `min_lr_ratio`."""
+    """Share of the peak learning rate at a step: a linear rise, the peak, and half a cosine down to
+    `min_lr_ratio` over `decay_ratio` of the steps."""
     warmup = round(settings.warmup_ratio * num_steps)
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - 1 - warmup)
+    start = max(warmup, num_steps - round(settings.decay_ratio * num_steps))
+    progress = max(0, step - start) / max(1, num_steps - 1 - start)
     return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * 0.5 * (
         1 + math.cos(math.pi * progress)
     )

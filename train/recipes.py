@@ -59,6 +59,12 @@ class InitSettings:
     tokenizer: bool = True
     """Whether the tokenizer of `path` is taken too; the settings under `tokenizer` are then not
     used."""
+    residual: float = 1.0
+    """Factor on what each layer of a language model with random weights adds to the residual stream; 0: at
+    first every layer leaves it as it is."""
+
+    def __post_init__(self) -> None:
+        _require(self.residual >= 0, f"init.residual: got {self.residual}, allowed: 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +173,7 @@ class OptimSettings:
     """The optimizer, under a cosine schedule with linear warm-up."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices between features, AdamW for everything else."""
+    """muon: Muon for the matrices and kernels between features, AdamW for everything else."""
     lr: float = 1e-3
     """The peak learning rate."""
     lr_scale: LrScale = field(default_factory=LrScale)
@@ -181,6 +187,8 @@ class OptimSettings:
     eps: float = 1e-8
     warmup_ratio: float = 0.03
     """Share of the steps over which the learning rate rises."""
+    decay_ratio: float = 1.0
+    """Share of the steps, the last ones, over which it falls; 1: from the end of the rise on."""
     min_lr_ratio: float = 0.05
     """Learning rate of the last step, as a share of the peak."""
     clip: float = 1.0
@@ -192,7 +200,7 @@ class OptimSettings:
                 getattr(self, name) >= 0,
                 f"optim.{name}: got {getattr(self, name)}, allowed: 0 or more",
             )
-        for name in ("momentum", "beta1", "beta2", "warmup_ratio", "min_lr_ratio"):
+        for name in ("momentum", "beta1", "beta2", "warmup_ratio", "decay_ratio", "min_lr_ratio"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"optim.{name}: got {value}, allowed: 0 to 1")
 
@@ -245,6 +253,10 @@ def change(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
     return config
 
 
+# Of Muon in runs of a few hundred steps, where .95 and .9 learned more slowly.
+SHORT_MOMENTUM = 0.8
+
+
 def tiny_tower() -> RunConfig:
     """Pretrains the vision tower on what stands in each patch (rows with `regions`), as a stand-in
     for the pretrained towers of published models. Connector and language model are left as they
@@ -252,9 +264,9 @@ def tiny_tower() -> RunConfig:
     return RunConfig(
         recipe="tiny-tower",
         train=TrainSettings(
-            objective="regions", freeze=("connector", "lm"), steps=1000, batch_size=32, dtype="float32"
+            objective="regions", freeze=("connector", "lm"), steps=300, batch_size=32, dtype="float32"
         ),
-        optim=OptimSettings(lr=2e-3),
+        optim=OptimSettings(kind="muon", lr=8e-3, momentum=SHORT_MOMENTUM),
     )
 
 
@@ -263,7 +275,7 @@ def tiny_naming() -> RunConfig:
     with `regions`), so that a word in a question resembles what it asks for. Takes seconds."""
     return RunConfig(
         recipe="tiny-naming",
-        init=InitSettings(parts=("vision_encoder",)),
+        init=InitSettings(parts=("vision_encoder",), residual=0.0),
         train=TrainSettings(
             objective="naming",
             freeze=("vision_encoder",),
@@ -271,7 +283,9 @@ def tiny_naming() -> RunConfig:
             batch_size=32,
             dtype="float32",
         ),
-        optim=OptimSettings(kind="muon", lr=2e-3, warmup_ratio=0.3, min_lr_ratio=1.0),
+        optim=OptimSettings(
+            kind="muon", lr=2e-3, momentum=SHORT_MOMENTUM, warmup_ratio=0.3, min_lr_ratio=1.0
+        ),
     )
 
 
@@ -281,8 +295,9 @@ def tiny_align() -> RunConfig:
     pretrained it."""
     return RunConfig(
         recipe="tiny-align",
-        train=TrainSettings(freeze=("vision_encoder",), steps=400, batch_size=16, dtype="float32"),
-        optim=OptimSettings(kind="muon", lr=2e-3),
+        init=InitSettings(residual=0.0),
+        train=TrainSettings(freeze=("vision_encoder",), steps=320, batch_size=16, dtype="float32"),
+        optim=OptimSettings(kind="muon", lr=4e-3, momentum=SHORT_MOMENTUM),
     )
 
 
@@ -291,8 +306,16 @@ def tiny() -> RunConfig:
     return RunConfig(
         recipe="tiny",
         data=DataSettings(length_group=4),
-        train=TrainSettings(steps=1000, batch_size=16, dtype="float32"),
-        optim=OptimSettings(kind="muon", lr=1.5e-3, lr_scale=LrScale(vision_encoder=0.3), warmup_ratio=0.01),
+        init=InitSettings(residual=0.0),
+        train=TrainSettings(steps=560, batch_size=16, dtype="float32"),
+        optim=OptimSettings(
+            kind="muon",
+            lr=2.5e-3,
+            lr_scale=LrScale(vision_encoder=0.3),
+            momentum=SHORT_MOMENTUM,
+            warmup_ratio=0.01,
+            decay_ratio=0.7,
+        ),
     )
 
 

@@ -129,6 +129,7 @@ def build_model(config: RunConfig, rows: Rows) -> Cobra:
     vocab_size = max(model_config.lm.vocab_size, tokenizer.vocab_size)
     model_config = replace(model_config, lm=replace(model_config.lm, vocab_size=vocab_size))
     model = cobra.build(model_config, seed=config.train.seed, tokenizer=tokenizer)
+    model.lm.scale_residual(config.init.residual)
     if source is not None:
         tensors = cobra.checkpoint.read_tensors(source, config.init.parts)
         cobra.checkpoint.assign_tensors(model, tensors, source, config.init.parts)

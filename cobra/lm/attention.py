@@ -64,6 +64,7 @@ class Attention(nn.Module):
     dtype, keys already rotated, and `position` (batch, slots) int64."""
 
     Config = AttentionConfig
+    residual_projection = "o_proj"
     step_states = ("k", "v", "position")
     most_step_tokens = 1
 
@@ -75,6 +76,8 @@ class Attention(nn.Module):
         self.k_proj = Projection(d_model, keys)
         self.v_proj = Projection(d_model, keys)
         self.o_proj = Projection(queries, d_model)
+        for proj in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(proj.weight, std=d_model**-0.5)  # queries, keys and values of unit size
 
     def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
         slots = self._slots(max(capacity, 1))

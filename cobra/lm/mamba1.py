@@ -71,6 +71,7 @@ class Mamba1(Float32Parameters):
     `ssm` (batch, d_inner, d_state) in float32."""
 
     Config = Mamba1Config
+    residual_projection = "out_proj"
     float32_parameters = ("A_log", "D")
     step_states = ("conv", "ssm")
     most_step_tokens = UPDATE_TOKENS

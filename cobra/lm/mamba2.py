@@ -81,6 +81,7 @@ class Mamba2(Float32Parameters):
     `ssm` (batch, nheads, headdim, d_state) in float32."""
 
     Config = Mamba2Config
+    residual_projection = "out_proj"
     float32_parameters = ("dt_bias", "A_log", "D")
     step_states = ("conv", "ssm")
     most_step_tokens = UPDATE_TOKENS

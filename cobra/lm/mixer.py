@@ -5,6 +5,7 @@ A mixer is a module `Mixer(config, d_model)` with
     forward(x, state, segments) -> (y, state)     x, y (batch, seqlen, d_model), seqlen >= 1
     allocate(batch, capacity, device, dtype)      the state of a row that has read nothing
     Config                                        a frozen dataclass with a `kind`, and its costs
+    residual_projection                           optional: the name of the projection at its end
 
 `state` is a dict of tensors with batch first, or None for rows that have read nothing. It is never
 changed, unless `segments.overwrite` says that it may be. The stack knows nothing else of a layer, so a new

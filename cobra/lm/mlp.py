@@ -34,6 +34,7 @@ class MLP(nn.Module):
     """See the contract in mixer.py. It has no state."""
 
     Config = MLPConfig
+    residual_projection = "down_proj"
     step_states = ()
     most_step_tokens = UPDATE_TOKENS
 
@@ -42,6 +43,8 @@ class MLP(nn.Module):
         self.gate_proj = Projection(d_model, config.d_ff)
         self.up_proj = Projection(d_model, config.d_ff)
         self.down_proj = Projection(config.d_ff, d_model)
+        for proj in (self.gate_proj, self.up_proj):
+            nn.init.normal_(proj.weight, std=d_model**-0.5)  # of unit size, as an attention layer's
 
     def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
         return {}

@@ -74,14 +74,16 @@ class LanguageModel(nn.Module):
         self.lm_head = LMHead(config.d_model, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embedding.weight
-        self._scale_residual_projections()
+        # Keeps the variance of the residual stream at the start independent of depth (as GPT-2).
+        self.scale_residual(len(self.layers) ** -0.5)
 
-    def _scale_residual_projections(self) -> None:
-        """Keeps the variance of the residual stream at the start independent of depth (as GPT-2)."""
+    @torch.no_grad()
+    def scale_residual(self, factor: float) -> None:
+        """Multiplies what the layers add to the residual stream, as far as they say how (mixer.py)."""
         for block in self.layers:
-            for name in ("out_proj", "o_proj", "down_proj"):
-                if hasattr(block.mixer, name):
-                    getattr(block.mixer, name).weight.data /= len(self.layers) ** 0.5
+            name = getattr(block.mixer, "residual_projection", None)
+            if name is not None:
+                getattr(block.mixer, name).weight.mul_(factor)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -26,7 +26,7 @@ def make_report(quick: bool = False, shift: float = 0.0) -> dict:
     accuracy."""
     random.seed(0)
     report = {
-        "format": 2,
+        "format": 3,
         "quick": quick,
         "created": "2026-01-02 03:04 UTC",
         "settings": {"scenes": 6000, "test_scenes": 400, "finetune_steps": 2000, "seed": 0},
@@ -49,6 +49,7 @@ def make_report(quick: bool = False, shift: float = 0.0) -> dict:
         "scan": {"order": "cross4", "height": 8, "width": 8},
         "examples": [_example(i) for i in range(4)],
         "peak_rss_bytes": 1_500_000_000,
+        "seconds": 590.0,
         "stages": [
             {"title": title, "seconds": seconds, "command": f"python -m train --recipe {title}"}
             for title, seconds in (

@@ -173,12 +173,16 @@ def test_statements_are_balanced(train_scenes):
     assert firsts == ["yes", "no"] * (NUM_SCENES // 2)
 
 
-def test_order_turns_opens_with_every_kind_and_ends_with_what_tells_most(train_scenes):
+def test_order_turns_opens_with_every_kind_counts_early_and_reads_last(train_scenes):
     rng = np.random.default_rng(0)
     turns = [order_turns(rng, scene.questions) for scene in train_scenes]
+    counted = []
     for scene, conversation in zip(train_scenes, turns, strict=True):
         assert sorted(map(str, conversation)) == sorted(map(str, scene.questions))
-        assert conversation[-1].kind in ("count", "read")
+        kinds = [question.kind for question in conversation]
+        assert "read" in (kinds[0], kinds[-1])
+        counted.append(kinds.index("count") / len(kinds))
+    assert np.mean(counted) < 0.35
     openings = Counter(conversation[0].kind for conversation in turns)
     assert all(openings[kind] > 0.1 * NUM_SCENES for kind in KINDS)
 
@@ -295,7 +299,7 @@ def test_build_refuses_a_directory_that_holds_something(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"scenes": 0}, {"test_scenes": 0}, {"seed": -1}, {"canvas": (63, 64)}],
+    [{"scenes": 0}, {"test_scenes": 0}, {"seed": -1}, {"canvas": (63, 64)}, {"workers": 0}],
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_build_refuses_numbers_out_of_range(tmp_path, wrong):
@@ -304,14 +308,28 @@ def test_build_refuses_numbers_out_of_range(tmp_path, wrong):
     assert not list(tmp_path.iterdir())
 
 
+def test_build_does_not_depend_on_the_number_of_processes(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, "SCENES_PER_TASK", 3)
+    calls = []
+    build(tmp_path / "two", 12, 8, seed=3, on_progress=lambda *call: calls.append(call), workers=2)
+    assert calls == [(done, 20) for done in range(1, 21)]
+    files = {path.relative_to(data_dir): path.read_bytes() for path in data_dir.rglob("*.*")}
+    assert len(files) == 20 + 4
+    for name, content in files.items():
+        assert (tmp_path / "two" / name).read_bytes() == content, name
+
+
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
-def test_build_leaves_nothing_when_it_is_cut_short(tmp_path, failure):
+def test_build_leaves_nothing_when_it_is_cut_short(tmp_path, monkeypatch, failure, workers):
+    monkeypatch.setattr(scenes, "SCENES_PER_TASK", 1)
+
     def fail(done, total):
         if done == 3:
             raise failure
 
     with pytest.raises(failure):
-        build(tmp_path / "out", 4, 1, seed=0, on_progress=fail)
+        build(tmp_path / "out", 4, 1, seed=0, on_progress=fail, workers=workers)
     assert not list(tmp_path.iterdir())
 
 

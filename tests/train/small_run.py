@@ -30,6 +30,7 @@ SETTINGS = (
     'model.connector={"kind": "mlp"}',
     "model.lm.d_model=32",
     f"model.lm.layers={json.dumps(LAYERS)}",
+    "init.residual=1",  # so that the layers count from the first step on
     "tokenizer.kind=bytes",
     "train.dtype=float32",
     "train.steps=6",

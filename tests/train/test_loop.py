@@ -14,7 +14,7 @@ from train.loop import NonFiniteError
 from train.metrics import read_metrics
 from train.objectives import Conversation
 from train.resume import latest_checkpoint
-from train.run import run
+from train.run import build_model, run
 
 
 def test_conversation_loss_drops(tmp_path: Path) -> None:
@@ -35,6 +35,32 @@ def test_regions_loss_drops_and_accuracy_rises(tmp_path: Path) -> None:
     assert records[-1]["loss"] < 0.3
     assert records[-1]["patch_accuracy"] > 0.9
     assert records[-1]["colour_accuracy"] > 0.9
+
+
+def test_layers_of_a_new_model_may_begin_without_effect(data: Path) -> None:
+    def build(*changes: str) -> cobra.Cobra:
+        config = small_config(data, *changes)
+        return build_model(config, load(config))
+
+    ids = torch.arange(12)[None]
+    for scale in (0.0, 0.5):
+        model, usual = build(f"init.residual={scale}"), build("init.residual=1")
+        for block, other in zip(model.lm.layers, usual.lm.layers, strict=True):
+            name = block.mixer.residual_projection
+            ours, theirs = getattr(block.mixer, name).weight, getattr(other.mixer, name).weight
+            torch.testing.assert_close(ours, scale * theirs)
+            assert theirs.std() > 0.01
+    silent = build("init.residual=0")
+    expected = silent.lm.lm_head(silent.lm.norm_f(silent.lm.embedding(ids)))
+    torch.testing.assert_close(silent.lm(ids)[0], expected)
+
+
+def test_a_model_that_is_gone_on_with_keeps_its_layers(data: Path, tmp_path: Path) -> None:
+    cobra.save(cobra.build(small_config(data).model.build_config(), seed=7), tmp_path / "model")
+    config = small_config(data, f"init.path={tmp_path / 'model'}", "init.residual=0")
+    model, stored = build_model(config, load(config)), cobra.load(tmp_path / "model")
+    for name, tensor in stored.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 def test_finished_run_is_a_model_directory(data: Path, tmp_path: Path) -> None:

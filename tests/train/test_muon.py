@@ -54,6 +54,17 @@ def test_a_matrix_alone_is_what_it_is_beside_others():
     )
 
 
+def test_a_kernel_steps_as_the_matrix_from_all_its_places():
+    noise = torch.Generator().manual_seed(3)
+    value, gradient = torch.randn(2, 6, 4, 3, 3, generator=noise)
+    kernel, matrix = nn.Parameter(value.clone()), nn.Parameter(value.flatten(1).clone())
+    kernel.grad, matrix.grad = gradient, gradient.flatten(1)
+    Muon([kernel], lr=0.1).step()
+    Muon([matrix], lr=0.1).step()
+    assert kernel.shape == value.shape
+    torch.testing.assert_close(kernel.flatten(1), matrix, rtol=1e-6, atol=1e-7)
+
+
 def test_parameters_without_gradient_are_left_alone():
     parameters = matrices()
     before = copy.deepcopy(parameters)

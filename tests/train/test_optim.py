@@ -85,7 +85,10 @@ def test_muon_takes_the_matrices_between_features(preset: str) -> None:
         projects = name.endswith(("proj.weight", "qkv.weight")) or ".mlp." in name or "heads." in name
         if projects and parameter.ndim == 2:
             assert name in taken
-        assert parameter.ndim == 2 or name not in taken
+        # Kernels of the tower, but for the first, which reads pixels.
+        is_kernel = name.startswith("model.vision_encoder") and parameter.ndim == 4
+        if parameter.ndim != 2:
+            assert (name in taken) == (is_kernel and parameter.shape[1] > 3), name
     assert all(group["weight_decay"] == 0.1 for group in groups if group["muon"])
     everything = {names[id(p)] for group in groups for p in group["params"]}
     assert everything == set(names.values())
@@ -149,3 +152,12 @@ def test_schedule_rises_falls_and_ends_at_its_floor() -> None:
     assert all(before > after for before, after in pairwise(factors[10:]))
     assert factors[-1] == pytest.approx(0.2)
     assert lr_factor(0, 1, settings) == pytest.approx(1.0)
+
+
+def test_schedule_may_stay_at_its_peak_before_it_falls() -> None:
+    settings = OptimSettings(warmup_ratio=0.1, decay_ratio=0.4, min_lr_ratio=0.2)
+    factors = [lr_factor(step, 100, settings) for step in range(100)]
+    assert factors[10:61] == pytest.approx([1.0] * 51)
+    assert all(before > after for before, after in pairwise(factors[60:]))
+    assert factors[-1] == pytest.approx(0.2)
+    assert lr_factor(99, 100, OptimSettings(decay_ratio=0.0)) == 1.0

@@ -54,6 +54,7 @@ def test_change_reaches_the_model_through_its_preset() -> None:
         ("optim.lr", "section.field=value"),
         ("optim.lr=fast", "'fast'"),
         ("optim.beta1=1.5", "0 to 1"),
+        ("init.residual=-1", "0 or more"),
         ("train.batch_size=0", "1 or more"),
         ("train.dtype=fp16", "float32"),
         ("train.freeze=vision_encoder,connector,lm", "nothing would learn"),
