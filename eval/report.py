@@ -90,7 +90,8 @@ def collect(root: Path) -> dict:
         "peak_rss_bytes": peak_memory(state),
         "seconds": state["seconds"],
         "stages": [
-            {key: step[key] for key in ("title", "command", "seconds")} for step in state["steps"].values()
+            {key: step[key] for key in ("title", "command", "seconds")}
+            for step in sorted(state["steps"].values(), key=lambda step: (step["stage"], step["lane"]))
         ],
     }
     report["verdict"] = verdict(report)
