@@ -32,7 +32,7 @@ _TURN = {
     "count": 0.0,
     "read": 1.5,
 }
-# How often a kind opens a conversation, against the others: reading is learned from the picture only there.
+# How often a kind opens a conversation, against the others: there, reading has only the picture to go by.
 _OPENS = {"read": 2}
 
 

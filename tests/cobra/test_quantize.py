@@ -198,9 +198,10 @@ def small(stack="hybrid", is_tied=True, d_model=44, vocab=269) -> cobra.Cobra:
     lm = LMConfig(d_model=d_model, vocab_size=vocab, layers=STACKS[stack], tie_word_embeddings=is_tied)
     connector = replace(tiny.connector, mixer=replace(tiny.connector.mixer, headdim=4))
     model = cobra.build(replace(tiny, connector=connector, lm=lm), seed=1)
+    unit = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # begin larger than torch's by sqrt(3)
     for name, parameter in model.lm.named_parameters():
         if parameter.dim() == 2 and "layers" in name and "A_log" not in name:
-            parameter.data *= 2
+            parameter.data *= 2 / 3**0.5 if name.split(".")[-2] in unit else 2
     return model
 
 

@@ -140,7 +140,7 @@ def test_other_settings_are_refused_unless_they_move_no_number(data: Path, tmp_p
     config = small_config(data, "train.engine=plain")
     output = tmp_path / "run"
     assert run(config, output)
-    with pytest.raises(UserError, match=r"optim.lr was 0.0015, is 0.1; train.steps was 6, is 9"):
+    with pytest.raises(UserError, match=r"optim.lr was 0.0025, is 0.1; train.steps was 6, is 9"):
         run(change(config, ["optim.lr=0.1", "train.steps=9"]), output, resume=True)
     assert run(change(config, ["log.every=2", "train.keep=1"]), output, resume=True)
 
