@@ -233,13 +233,7 @@ def _open(root: Path, settings: Settings, quick: bool) -> dict:
         return fresh
     state = read_json(path)
     check_format(state, FORMAT, path)
-    try:
-        same = state["settings"] == fresh["settings"] and state["quick"] == quick
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{path} is not the record of a demo; name another --output, or remove {root}"
-        ) from None
-    if not same:
+    if (state["settings"], state["quick"]) != (fresh["settings"], quick):
         raise UserError(f"{root} holds a demo with other settings; name another --output, or remove it")
     return state
 

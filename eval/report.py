@@ -22,7 +22,7 @@ from vision_scan.errors import UserError
 TASK = "digit_scenes"
 NUM_EXAMPLES = 6
 MAX_POINTS = 400  # of a loss curve
-FORMAT = 3  # as that of the efficiency within
+FORMAT = 3  # of report.json
 
 
 def write(path: Path) -> tuple[Path, Path]:

@@ -13,8 +13,6 @@ from train.recipes import OptimSettings
 # locates. Weight decay would drag each towards a value that means something else: A_log = 0 is a
 # decay rate of one.
 NO_DECAY_NAMES = frozenset({"A_log", "D", "pos_embed", "cls_token", "reg_token"})
-
-
 PIXEL_CHANNELS = 3
 
 

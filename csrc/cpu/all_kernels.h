@@ -1,7 +1,7 @@
 // All kernels for the instruction set of the file that includes this, and the table of them.
 #include "conv.h"
 #include "decode.h"
-#include "selective.h"
+#include "selective_backward.h"
 #include "ssd_backward.h"
 
 #define SIMD_STRING_OF(name) #name
