@@ -73,14 +73,15 @@ struct SelectiveList {
 };
 
 // log(1 + e^x), the logarithm as a polynomial that is fitted to it between 0 and 1.
-inline Vec softplus(Vec x) {
+ALWAYS_INLINE Vec softplus(Vec x) {
   const Vec e = exp(-max(x, -x)), e2 = e * e, e4 = e2 * e2;
   const Vec low = (splat(-0.24844369f) * e + splat(0.33319271f)) * e2 + (splat(-0.49999502f) * e + splat(1.f));
   const Vec high = (splat(-0.02958851f) * e + splat(0.07836167f)) * e2 + (splat(-0.13674770f) * e + splat(0.19111431f));
   return max(splat(0.f), x) + e * ((splat(0.00525346f) * e4 + high) * e4 + low);
 }
 
-// A vector of channels of one list: its parameters and its state, (d_state) vectors.
+// A vector of channels of one list: its parameters and its state, (d_state) vectors. The rates are A / ln2, so that a
+// step's decay is 2^(step * rate).
 template <int N>
 struct SelectiveLanes {
   const SelectiveList& list;
@@ -88,14 +89,15 @@ struct SelectiveLanes {
   const int64_t channel, count, group;
   const int n;
   Vec bias, skip;
-  VecArray A;
+  VecArray rates;
 
   SelectiveLanes(const SelectiveList& list, int64_t channel, int64_t count, int64_t group)
       : list(list), a(list.a), channel(channel), count(std::min<int64_t>(count, kWidth)), group(group),
-        n(N ? N : static_cast<int>(a.d_state)), bias{}, skip{}, A(n) {
+        n(N ? N : static_cast<int>(a.d_state)), bias{}, skip{}, rates(n) {
     if (a.dt_bias) bias = load_lanes(a.dt_bias + list.parameter(channel));
     if (a.D) skip = load_lanes(a.D + list.parameter(channel));
-    gather(a.A + list.parameter(channel) * a.d_state, A.at(0));
+    gather(a.A + list.parameter(channel) * a.d_state, rates.at(0));
+    for (int i = 0; i < n; ++i) rates[i] = splat(1.44269504f) * rates[i];
   }
 
   Vec load_lanes(const float* p) const {
@@ -156,9 +158,9 @@ class SelectiveForward {
  public:
   SelectiveForward(const SelectiveList& list, const SelectiveUnit& unit)
       : list(list), a(list.a), unit(unit), lanes(make_lanes<N>(list, unit)), n(N ? N : static_cast<int>(a.d_state)),
-        vectors(static_cast<int>(lanes.size())), bias(vectors), skip(vectors), A(vectors * n), states(vectors * n) {
+        vectors(static_cast<int>(lanes.size())), bias(vectors), skip(vectors), rates(vectors * n), states(vectors * n) {
     for (int v = 0; v < vectors; ++v) {
-      for (int i = 0; i < n; ++i) A[v * n + i] = splat(1.44269504f) * lanes[v].A[i];  // e^x = 2^(x / ln2)
+      std::memcpy(rates.at(v * n), lanes[v].rates.at(0), sizeof(Vec) * n);
       bias[v] = lanes[v].bias;
       skip[v] = lanes[v].skip;
       if (a.initial_state) lanes[v].gather(a.initial_state + list.state(lanes[v].channel), states.at(v * n));
@@ -170,12 +172,10 @@ class SelectiveForward {
     for (const Segment& segment : list.row.segments) {
       if (segment.begin > 0) states.clear();
       for (int64_t place = segment.begin; place < segment.end; ++place) {
-        if (place + kAhead < segment.end) prefetch_token(place + kAhead);
-        const Token token{a.dt + list.own(place) + unit.first, a.u + list.input(place) + unit.first, lanes[0].B(place),
-                          lanes[0].C(place), a.y + list.output(place) + unit.first};
+        const Token token = token_at(place), ahead = token_at(std::min(place + kAhead, segment.end - 1));
         int first = 0;
-        for (; first + kBatch <= whole; first += kBatch) advance<true>(token, first);
-        if (first < vectors) advance<false>(token, first);
+        for (; first + kBatch <= whole; first += kBatch) advance<true>(token, ahead, first);
+        if (first < vectors) advance<false>(token, ahead, first);
       }
     }
     for (int v = 0; v < vectors; ++v)
@@ -191,17 +191,15 @@ class SelectiveForward {
     float* y;
   };
 
-  // An order may jump through memory as no processor foresees.
-  void prefetch_token(int64_t place) const {
-    const int64_t bytes = sizeof(float) * unit.count;
-    prefetch(a.dt + list.own(place) + unit.first, bytes);
-    prefetch(a.u + list.input(place) + unit.first, bytes);
-    prefetch(a.y + list.output(place) + unit.first, bytes);
+  Token token_at(int64_t place) const {
+    return {a.dt + list.own(place) + unit.first, a.u + list.input(place) + unit.first, lanes[0].B(place),
+            lanes[0].C(place), a.y + list.output(place) + unit.first};
   }
 
-  // A token's step of the block of channels that begins at vector `first`; kWhole: the block is full.
+  // A token's step of the block of channels that begins at vector `first`; kWhole: the block is full. It asks for
+  // the memory of the token `ahead`, because an order jumps through memory as no processor foresees.
   template <bool kWhole>
-  void advance(const Token& token, int first) {
+  void advance(const Token& token, const Token& ahead, int first) {
     const int64_t count = unit.count - first * kWidth;
     const int size = kWhole ? kBatch : vectors - first;
     const auto read = [count](const float* p, int v) {
@@ -210,17 +208,19 @@ class SelectiveForward {
     const bool is_merged = a.merged_output;
     const float *dt = token.dt + first * kWidth, *input = token.u + first * kWidth, *B = token.B, *C = token.C;
     float* output = token.y + first * kWidth;
-    const Vec *offsets = bias.at(first), *skips = skip.at(first), *rates = A.at(first * n);
+    for (const float* p : {ahead.dt, ahead.u, static_cast<const float*>(ahead.y)})
+      prefetch(p + first * kWidth, sizeof(float) * (kWhole ? kSelectiveBlock : count));
+    const Vec *offsets = bias.at(first), *skips = skip.at(first), *rate = rates.at(first * n);
     Vec* h = states.at(first * n);
     Vec steps[kBatch];
     for (int v = 0; v < size; ++v) steps[v] = read(dt, v) + offsets[v];
     if (a.dt_softplus)
       for (int v = 0; v < size; ++v) steps[v] = softplus(steps[v]);
-    for (int v = 0; v < size; ++v, rates += N ? N : n, h += N ? N : n) {
+    for (int v = 0; v < size; ++v, rate += N ? N : n, h += N ? N : n) {
       const Vec u = read(input, v), step = steps[v], inflow = step * u;
       Vec y = skips[v] * u;
       for (int i = 0; i < (N ? N : n); ++i) {
-        const Vec next = exp2(step * rates[i]) * h[i] + inflow * splat(B[i]);
+        const Vec next = exp2(step * rate[i]) * h[i] + inflow * splat(B[i]);
         y += next * splat(C[i]);
         h[i] = next;
       }
@@ -237,7 +237,7 @@ class SelectiveForward {
   const SelectiveUnit& unit;
   const std::vector<SelectiveLanes<N>> lanes;
   const int n, vectors;
-  VecArray bias, skip, A, states;
+  VecArray bias, skip, rates, states;
 };
 
 // Calls f.template run<N>() with the d_state that is compiled for, or 0.

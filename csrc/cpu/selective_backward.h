@@ -6,15 +6,16 @@ namespace SIMD_NAME {
 
 constexpr int kSteps = 32;  // tokens whose states are held at a time
 
-// Backward through one list: forward over the row to keep the state at the entry of every chunk, then back through
-// the chunks, each run forward once more with all its states kept.
+// Backward through one list: forward over a segment to keep all steps, and the state at the entry of every chunk;
+// then back through the chunks, each run forward once more with all its states kept.
 template <int N>
 class SelectiveBackward {
  public:
   SelectiveBackward(const SelectiveList& list, const SelectiveGradients& g, const SelectiveUnit& unit)
       : list(list), a(list.a), g(g), unit(unit), n(N ? N : static_cast<int>(a.d_state)),
-        lanes(make_lanes<N>(list, unit)), vectors(static_cast<int>(lanes.size())), states((kSteps + 1) * n), decays(kSteps * n),
-        dB(kSteps * n), dC(kSteps * n), dh(vectors * n), dA(vectors * n), dD(vectors), ddt_bias(vectors) {}
+        lanes(make_lanes<N>(list, unit)), vectors(static_cast<int>(lanes.size())), states((kSteps + 1) * n),
+        decays(kSteps * n), dB(kSteps * n), dC(kSteps * n), dh(vectors * n), dA(vectors * n), dD(vectors),
+        ddt_bias(vectors) {}
 
   void run() {
     for (int v = 0; v < vectors; ++v)
@@ -23,51 +24,73 @@ class SelectiveBackward {
     for (auto segment = segments.rbegin(); segment != segments.rend(); ++segment) {
       const bool is_first = segment->begin == 0;
       keep_entries(*segment, is_first);
-      const int64_t chunks = (segment->end - segment->begin + kSteps - 1) / kSteps;
-      for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-        const int64_t begin = segment->begin + chunk * kSteps;
-        back(begin, static_cast<int>(std::min<int64_t>(kSteps, segment->end - begin)), chunk);
-      }
+      for (int64_t chunk = chunks_of(*segment) - 1; chunk >= 0; --chunk) back(*segment, chunk);
       if (!is_first) dh.clear();
     }
     finish();
   }
 
  private:
-  void advance(const SelectiveLanes<N>& lane, int64_t place, const Vec* from, Vec* to, Vec* decay) const {
-    const Vec step = lane.step(lane.raw_step(place)), inflow = step * lane.input(place);
-    const float* B = lane.B(place);
-    for (int i = 0; i < (N ? N : n); ++i) {
-      decay[i] = exp(step * lane.A[i]);
-      to[i] = decay[i] * from[i] + inflow * splat(B[i]);
-    }
+  static int64_t chunks_of(const Segment& segment) {
+    return (segment.end - segment.begin + kSteps - 1) / kSteps;
   }
 
   void keep_entries(const Segment& segment, bool is_first) {
-    const int64_t chunks = (segment.end - segment.begin + kSteps - 1) / kSteps;
+    const int64_t chunks = chunks_of(segment);
     entries.assign(chunks * vectors * n);
+    steps.assign((segment.end - segment.begin) * vectors);
     if (chunks == 0) return;
-    VecArray h(n), scratch(n);
-    for (int v = 0; v < vectors; ++v) {
-      h.clear();
-      if (is_first && a.initial_state) lanes[v].gather(a.initial_state + list.state(lanes[v].channel), h.at(0));
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        std::memcpy(entries.at((chunk * vectors + v) * n), h.at(0), sizeof(Vec) * n);
-        if (chunk + 1 == chunks) break;
-        for (int step = 0; step < kSteps; ++step)
-          advance(lanes[v], segment.begin + chunk * kSteps + step, h.at(0), h.at(0), scratch.at(0));
+    if (is_first && a.initial_state)
+      for (int v = 0; v < vectors; ++v)
+        lanes[v].gather(a.initial_state + list.state(lanes[v].channel), entries.at(v * n));
+    VecArray h(vectors * n);
+    for (int64_t t = 0; t < segment.end - segment.begin; ++t) {
+      if (t == 0)
+        std::memcpy(h.at(0), entries.at(0), sizeof(Vec) * vectors * n);
+      else if (t % kSteps == 0)
+        std::memcpy(entries.at(t / kSteps * vectors * n), h.at(0), sizeof(Vec) * vectors * n);
+      const int64_t place = segment.begin + t, ahead = std::min(place + kAhead, segment.end - 1);
+      for (const float* p : {a.dt + list.own(ahead), a.u + list.input(ahead)}) ask_for(p);
+      for (int v = 0; v < vectors; ++v) {
+        const Vec step = lanes[v].step(lanes[v].raw_step(place));
+        steps[t * vectors + v] = step;
+        advance(lanes[v], place, step, h.at(v * n), h.at(v * n), [](int, Vec) {});
       }
     }
   }
 
-  void back(int64_t begin, int len, int64_t chunk) {
+  // Asks for the memory of the unit's channels, given where a token's begin.
+  void ask_for(const float* token) const {
+    prefetch(token + unit.first, sizeof(float) * unit.count);
+  }
+
+  // From the state before a token to the one behind it; `keep` gets the decays.
+  template <typename F>
+  ALWAYS_INLINE void advance(const SelectiveLanes<N>& lane, int64_t place, Vec step, const Vec* from, Vec* to, F keep)
+      const {
+    const Vec inflow = step * lane.input(place);
+    const float* B = lane.B(place);
+    for (int i = 0; i < (N ? N : n); ++i) {
+      const Vec decay = exp2(step * lane.rates[i]);
+      keep(i, decay);
+      to[i] = decay * from[i] + inflow * splat(B[i]);
+    }
+  }
+
+  void back(const Segment& segment, int64_t chunk) {
+    const int64_t first = chunk * kSteps, begin = segment.begin + first;
+    const int len = static_cast<int>(std::min<int64_t>(kSteps, segment.end - begin));
     dB.clear();
     dC.clear();
     for (int v = 0; v < vectors; ++v) {
       std::memcpy(states.at(0), entries.at((chunk * vectors + v) * n), sizeof(Vec) * n);
-      for (int t = 0; t < len; ++t)
-        advance(lanes[v], begin + t, states.at(t * n), states.at((t + 1) * n), decays.at(t * n));
-      for (int t = len - 1; t >= 0; --t) back_token(v, begin + t, t);
+      for (int t = 0; t < len; ++t) {
+        if (v == 0 && chunk > 0) ask_for_gradients(begin + t - kSteps);
+        Vec* decay = decays.at(t * n);
+        advance(lanes[v], begin + t, steps[(first + t) * vectors + v], states.at(t * n), states.at((t + 1) * n),
+                [decay](int i, Vec value) { decay[i] = value; });
+      }
+      for (int t = len - 1; t >= 0; --t) back_token(v, begin + t, t, steps[(first + t) * vectors + v]);
     }
     const int64_t size = a.tokens.batch * a.tokens.lists * a.tokens.cells * a.ngroups * a.d_state;
     for (int t = 0; t < len; ++t) {
@@ -79,27 +102,34 @@ class SelectiveBackward {
     }
   }
 
-  void back_token(int v, int64_t place, int t) {
+  // What going back over a token reads and writes.
+  void ask_for_gradients(int64_t place) const {
+    for (const float* p : {a.dt + list.own(place), a.u + list.input(place), g.dy + list.output(place),
+                           static_cast<const float*>(g.ddt) + list.own(place),
+                           static_cast<const float*>(g.du) + list.input(place)})
+      ask_for(p);
+  }
+
+  ALWAYS_INLINE void back_token(int v, int64_t place, int t, Vec step) {
     const SelectiveLanes<N>& lane = lanes[v];
     const Vec dy = lane.load_lanes(g.dy + list.output(place) + lane.channel);
-    const Vec u = lane.input(place), raw = lane.raw_step(place), step = lane.step(raw), inflow = step * u;
+    const Vec u = lane.input(place), inflow = step * u;
     const float *B = lane.B(place), *C = lane.C(place);
-    Vec dinflow{}, dstep{};
+    const Vec *decay = decays.at(t * n), *before = states.at(t * n), *after = before + n;
+    Vec *d = dh.at(v * n), *to_A = dA.at(v * n), *to_B = dB.at(t * n), *to_C = dC.at(t * n);
+    Vec dinflow{}, dpower{};
     for (int i = 0; i < (N ? N : n); ++i) {
-      const Vec decay = decays[t * n + i], before = states[t * n + i];
-      Vec& d = dh[v * n + i];
-      d += dy * splat(C[i]);
-      dC[t * n + i] += dy * states[(t + 1) * n + i];
-      dB[t * n + i] += d * inflow;
-      dinflow += d * splat(B[i]);
-      const Vec dlog = d * decay * before;
-      dstep += dlog * lane.A[i];
-      dA[v * n + i] += dlog * step;
-      d = d * decay;
+      const Vec dstate = d[i] + dy * splat(C[i]), passed = dstate * decay[i], dlog = passed * before[i];
+      to_C[i] += dy * after[i];
+      to_B[i] += dstate * inflow;
+      dinflow += dstate * splat(B[i]);
+      dpower += dlog * lane.rates[i];
+      to_A[i] += dlog * step;
+      d[i] = passed;
     }
     dD[v] += dy * u;
-    dstep += dinflow * u;
-    if (a.dt_softplus) dstep = dstep * sigmoid(raw);
+    Vec dstep = dinflow * u + dpower * splat(0.69314718f);
+    if (a.dt_softplus) dstep = dstep * sigmoid(lane.raw_step(place));
     ddt_bias[v] += dstep;
     lane.store_lanes(g.ddt + list.own(place) + lane.channel, dstep);
     float* du = g.du + list.input(place) + lane.channel;
@@ -125,7 +155,7 @@ class SelectiveBackward {
   const int n;
   const std::vector<SelectiveLanes<N>> lanes;
   const int vectors;
-  VecArray states, decays, dB, dC, dh, dA, dD, ddt_bias, entries;
+  VecArray states, decays, dB, dC, dh, dA, dD, ddt_bias, entries, steps;
 };
 
 void selective_backward(const Selective& a, const SelectiveGradients& g) {

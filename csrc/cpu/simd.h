@@ -9,12 +9,16 @@ namespace SIMD_NAME {
 
 constexpr int kWidth = SIMD_BYTES / 4;
 
+// For what is called inside of the innermost loops: a call would save all vectors before it.
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
 typedef float Vec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 
-// Asks for memory, a line at a time. Always inline: GCC takes a function that does nothing else for one without effect.
-__attribute__((always_inline)) inline void prefetch(const void* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T0);
+// Asks for memory, a line at a time. In assembler, because GCC takes a function that does nothing but call
+// _mm_prefetch for one without effect, and leaves out its calls.
+inline void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) asm volatile("prefetcht0 %0" : : "m"(static_cast<const char*>(p)[i]));
 }
 
 inline Vec load(const float* p) {
@@ -77,7 +81,7 @@ constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: a number added to it is r
 
 // (1 + c1 r + ... + c6 r^6) 2^n, with `shifted` = n + kRounder; 0 for n = -127, infinity for n = 128. The powers in
 // pairs, so that few steps wait for each other.
-inline Vec times_power(Vec r, float c1, float c2, float c3, float c4, float c5, float c6, Vec shifted) {
+ALWAYS_INLINE Vec times_power(Vec r, float c1, float c2, float c3, float c4, float c5, float c6, Vec shifted) {
   const Vec low = splat(c1) * r + splat(1.f), middle = splat(c3) * r + splat(c2), high = splat(c5) * r + splat(c4);
   const Vec q = r * r, p = ((splat(c6) * q + high) * q + middle) * q + low;
   IntVec bits;
@@ -90,7 +94,7 @@ inline Vec times_power(Vec r, float c1, float c2, float c3, float c4, float c5, 
 
 // 2^x to within 2 units in the last place; 0 below -126.5, infinity above 127.5. NaN stays NaN. The polynomial has the
 // least relative error for |r| <= 1/2.
-inline Vec exp2(Vec x) {
+ALWAYS_INLINE Vec exp2(Vec x) {
   const Vec clamped = min(splat(128.f), max(splat(-127.f), x)), shifted = clamped + splat(kRounder);
   const Vec r = clamped - (shifted - splat(kRounder));
   return times_power(r, 6.9314718246e-01f, 2.4022647738e-01f, 5.5503323674e-02f, 9.6184369177e-03f,
@@ -99,7 +103,7 @@ inline Vec exp2(Vec x) {
 
 // e^x to within 2 units in the last place; 0 below -87.7, so that a decay underflows to nothing, infinity above 88.3.
 // NaN stays NaN.
-inline Vec exp(Vec x) {
+ALWAYS_INLINE Vec exp(Vec x) {
   const Vec clamped = min(splat(89.f), max(splat(-88.f), x));
   const Vec shifted = clamped * splat(1.44269504f) + splat(kRounder), n = shifted - splat(kRounder);
   const Vec r = (clamped - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);  // of ln2's two parts
@@ -107,7 +111,7 @@ inline Vec exp(Vec x) {
                      1.3843646739e-03f, shifted);
 }
 
-inline Vec sigmoid(Vec x) {
+ALWAYS_INLINE Vec sigmoid(Vec x) {
   return splat(1.f) / (splat(1.f) + exp(-x));
 }
 
