@@ -206,7 +206,7 @@ def order(
             raise UserError(f"{name!r} is made for its own grid and takes no options, "
                             f"not {height}x{width} {options or ''}; make another by name")
         return name if depth is None else name.at(depth)
-    name, in_brackets = _parse(name)
+    name, in_brackets = _parse(str(name))
     make = choose("scan order", name, SCAN_ORDERS)
     if twice := in_brackets.keys() & options.keys():
         raise UserError(f"give option {min(twice)!r} of scan order {name!r} once, not twice")
@@ -235,10 +235,11 @@ def _integer(what: str, value: Any, least: int) -> int:
     return number
 
 
+@functools.lru_cache(maxsize=128)
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
     """Split "name(option=value, ...)" into the name and its options; a bare word is a string."""
     try:
-        tree = ast.parse(str(text).strip(), mode="eval").body
+        tree = ast.parse(text.strip(), mode="eval").body
         call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
         options = {str(word.arg): _value(word.value) for word in call.keywords}
         if isinstance(call.func, ast.Name) and len(options) == len(call.args + call.keywords):
@@ -257,6 +258,8 @@ def _value(tree: ast.expr) -> Any:
 
 def _check_options(name: str, make: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
     """The options, each known to `make` and of the type of its default (an int may be a float)."""
+    if not options:  # inspection takes as long as a small scan
+        return {}
     parameters = inspect.signature(make).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     defaults.pop("depth", None)

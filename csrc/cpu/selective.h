@@ -37,6 +37,11 @@ void for_each_selective_unit(const Selective& a, int64_t blocks_each, const F& f
   });
 }
 
+// Where a token's numbers begin: in dt (and all that has an axis of lists), in u, in y, in B and C.
+struct SelectiveToken {
+  int64_t own, input, output, group;
+};
+
 // One list of an image, and the addresses of its tokens.
 struct SelectiveList {
   const Selective& a;
@@ -46,20 +51,12 @@ struct SelectiveList {
   SelectiveList(const Selective& a, int64_t image, int64_t list)
       : a(a), number(a.tokens.cu_seqlens ? image : image * a.tokens.lists + list), row(a.tokens, number) {}
 
-  int64_t input(int64_t place) const {
-    return a.shared_input ? (row.batch * a.tokens.cells + row.cells[place]) * a.channels : own(place);
-  }
-
-  int64_t output(int64_t place) const {
-    return a.merged_output ? (row.batch * a.tokens.cells + row.cells[place]) * a.channels : own(place);
-  }
-
-  int64_t own(int64_t place) const {
-    return row.offset(a.tokens, place, a.channels);
-  }
-
-  int64_t group_offset(int64_t place, int64_t group) const {
-    return row.offset(a.tokens, place, a.ngroups * a.d_state) + group * a.d_state;
+  SelectiveToken token(int64_t place, const SelectiveUnit& unit) const {
+    const int64_t cell = row.batch * a.tokens.cells + row.cells[place];
+    const int64_t listed = (row.batch * a.tokens.lists + row.list) * a.tokens.cells + row.cells[place];
+    return {listed * a.channels + unit.first, (a.shared_input ? cell : listed) * a.channels + unit.first,
+            (a.merged_output ? cell : listed) * a.channels + unit.first,
+            (listed * a.ngroups + unit.group) * a.d_state};
   }
 
   // Of a parameter (lists, channels).
@@ -74,7 +71,7 @@ struct SelectiveList {
 
 // log(1 + e^x), the logarithm as a polynomial that is fitted to it between 0 and 1.
 ALWAYS_INLINE Vec softplus(Vec x) {
-  const Vec e = exp(-max(x, -x)), e2 = e * e, e4 = e2 * e2;
+  const Vec e = exp(min(x, -x)), e2 = e * e, e4 = e2 * e2;
   const Vec low = (splat(-0.24844369f) * e + splat(0.33319271f)) * e2 + (splat(-0.49999502f) * e + splat(1.f));
   const Vec high = (splat(-0.02958851f) * e + splat(0.07836167f)) * e2 + (splat(-0.13674770f) * e + splat(0.19111431f));
   return max(splat(0.f), x) + e * ((splat(0.00525346f) * e4 + high) * e4 + low);
@@ -84,15 +81,15 @@ ALWAYS_INLINE Vec softplus(Vec x) {
 // step's decay is 2^(step * rate).
 template <int N>
 struct SelectiveLanes {
-  const SelectiveList& list;
   const Selective& a;
-  const int64_t channel, count, group;
+  const int64_t channel, offset, count;
   const int n;
   Vec bias, skip;
   VecArray rates;
 
-  SelectiveLanes(const SelectiveList& list, int64_t channel, int64_t count, int64_t group)
-      : list(list), a(list.a), channel(channel), count(std::min<int64_t>(count, kWidth)), group(group),
+  // The vector that begins `offset` channels behind the unit's first.
+  SelectiveLanes(const SelectiveList& list, const SelectiveUnit& unit, int64_t offset)
+      : a(list.a), channel(unit.first + offset), offset(offset), count(std::min<int64_t>(unit.count - offset, kWidth)),
         n(N ? N : static_cast<int>(a.d_state)), bias{}, skip{}, rates(n) {
     if (a.dt_bias) bias = load_lanes(a.dt_bias + list.parameter(channel));
     if (a.D) skip = load_lanes(a.D + list.parameter(channel));
@@ -121,24 +118,16 @@ struct SelectiveLanes {
       for (int64_t lane = 0; lane < count; ++lane) to[lane * a.d_state + i] = from[i][lane];
   }
 
-  Vec raw_step(int64_t place) const {
-    return load_lanes(a.dt + list.own(place) + channel) + bias;
+  Vec raw_step(const SelectiveToken& token) const {
+    return load_lanes(a.dt + token.own + offset) + bias;
   }
 
   Vec step(Vec raw) const {
     return a.dt_softplus ? softplus(raw) : raw;
   }
 
-  Vec input(int64_t place) const {
-    return load_lanes(a.u + list.input(place) + channel);
-  }
-
-  const float* B(int64_t place) const {
-    return a.B + list.group_offset(place, group);
-  }
-
-  const float* C(int64_t place) const {
-    return a.C + list.group_offset(place, group);
+  Vec input(const SelectiveToken& token) const {
+    return load_lanes(a.u + token.input + offset);
   }
 };
 
@@ -146,19 +135,20 @@ template <int N>
 std::vector<SelectiveLanes<N>> make_lanes(const SelectiveList& list, const SelectiveUnit& unit) {
   std::vector<SelectiveLanes<N>> lanes;
   for (int64_t c = 0; c < unit.count; c += kWidth)
-    lanes.emplace_back(list, unit.first + c, unit.count - c, unit.group);
+    lanes.emplace_back(list, unit, c);
   return lanes;
 }
 
-// Forward through one list: a unit's channels token by token, because a token's numbers stand together in memory, and a
-// block of them at a time, because a processor works on several vectors at once. What a channel gets does not depend on
-// the other channels of its unit.
+// Forward through one list, token by token, because a token's numbers stand together in memory, and in loops over all
+// channels of a unit, because a processor works on several vectors at once. What a channel gets does not depend on the
+// other channels of its unit.
 template <int N>
 class SelectiveForward {
  public:
   SelectiveForward(const SelectiveList& list, const SelectiveUnit& unit)
       : list(list), a(list.a), unit(unit), lanes(make_lanes<N>(list, unit)), n(N ? N : static_cast<int>(a.d_state)),
-        vectors(static_cast<int>(lanes.size())), bias(vectors), skip(vectors), rates(vectors * n), states(vectors * n) {
+        vectors(static_cast<int>(lanes.size())), bias(vectors), skip(vectors), steps(vectors), rates(vectors * n),
+        states(vectors * n) {
     for (int v = 0; v < vectors; ++v) {
       std::memcpy(rates.at(v * n), lanes[v].rates.at(0), sizeof(Vec) * n);
       bias[v] = lanes[v].bias;
@@ -172,10 +162,10 @@ class SelectiveForward {
     for (const Segment& segment : list.row.segments) {
       if (segment.begin > 0) states.clear();
       for (int64_t place = segment.begin; place < segment.end; ++place) {
-        const Token token = token_at(place), ahead = token_at(std::min(place + kAhead, segment.end - 1));
-        int first = 0;
-        for (; first + kBatch <= whole; first += kBatch) advance<true>(token, ahead, first);
-        if (first < vectors) advance<false>(token, ahead, first);
+        ask_for(std::min(place + kAhead, segment.end - 1));
+        const SelectiveToken token = list.token(place, unit);
+        advance<true>(token, 0, whole);
+        if (whole < vectors) advance<false>(token, whole, vectors);
       }
     }
     for (int v = 0; v < vectors; ++v)
@@ -183,44 +173,35 @@ class SelectiveForward {
   }
 
  private:
-  static constexpr int kBatch = kSelectiveBlock / kWidth;
-
-  // Where a token's numbers begin, dt, u and y at the unit's first channel.
-  struct Token {
-    const float *dt, *u, *B, *C;
-    float* y;
-  };
-
-  Token token_at(int64_t place) const {
-    return {a.dt + list.own(place) + unit.first, a.u + list.input(place) + unit.first, lanes[0].B(place),
-            lanes[0].C(place), a.y + list.output(place) + unit.first};
+  // Asks for the memory of a token, because an order jumps through memory as no processor foresees.
+  void ask_for(int64_t place) const {
+    const SelectiveToken token = list.token(place, unit);
+    for (const float* p : {a.dt + token.own, a.u + token.input, static_cast<const float*>(a.y) + token.output})
+      prefetch(p, sizeof(float) * unit.count);
   }
 
-  // A token's step of the block of channels that begins at vector `first`; kWhole: the block is full. It asks for
-  // the memory of the token `ahead`, because an order jumps through memory as no processor foresees.
+  // A token's step for the vectors from `first` to before `last`; kWhole: they are full.
   template <bool kWhole>
-  void advance(const Token& token, const Token& ahead, int first) {
-    const int64_t count = unit.count - first * kWidth;
-    const int size = kWhole ? kBatch : vectors - first;
-    const auto read = [count](const float* p, int v) {
-      return kWhole ? load(p + v * kWidth) : load_some(p + v * kWidth, count - v * kWidth);
+  void advance(const SelectiveToken& token, int first, int last) {
+    const auto read = [this](const float* p, int v) {
+      return kWhole ? load(p + v * kWidth) : load_some(p + v * kWidth, unit.count - v * kWidth);
     };
+    const float *dt = a.dt + token.own, *input = a.u + token.input, *B = a.B + token.group, *C = a.C + token.group;
+    float* output = a.y + token.output;
     const bool is_merged = a.merged_output;
-    const float *dt = token.dt + first * kWidth, *input = token.u + first * kWidth, *B = token.B, *C = token.C;
-    float* output = token.y + first * kWidth;
-    for (const float* p : {ahead.dt, ahead.u, static_cast<const float*>(ahead.y)})
-      prefetch(p + first * kWidth, sizeof(float) * (kWhole ? kSelectiveBlock : count));
-    const Vec *offsets = bias.at(first), *skips = skip.at(first), *rate = rates.at(first * n);
-    Vec* h = states.at(first * n);
-    Vec steps[kBatch];
-    for (int v = 0; v < size; ++v) steps[v] = read(dt, v) + offsets[v];
+    const Vec* offsets = bias.at(0);
+    Vec* step = steps.at(0);
     if (a.dt_softplus)
-      for (int v = 0; v < size; ++v) steps[v] = softplus(steps[v]);
-    for (int v = 0; v < size; ++v, rate += N ? N : n, h += N ? N : n) {
-      const Vec u = read(input, v), step = steps[v], inflow = step * u;
+      for (int v = first; v < last; ++v) step[v] = softplus(read(dt, v) + offsets[v]);
+    else
+      for (int v = first; v < last; ++v) step[v] = read(dt, v) + offsets[v];
+    const Vec *skips = skip.at(0), *rate = rates.at(first * n);
+    Vec* h = states.at(first * n);
+    for (int v = first; v < last; ++v, rate += N ? N : n, h += N ? N : n) {
+      const Vec u = read(input, v), inflow = step[v] * u;
       Vec y = skips[v] * u;
       for (int i = 0; i < (N ? N : n); ++i) {
-        const Vec next = exp2(step * rate[i]) * h[i] + inflow * splat(B[i]);
+        const Vec next = exp2(step[v] * rate[i]) * h[i] + inflow * splat(B[i]);
         y += next * splat(C[i]);
         h[i] = next;
       }
@@ -228,7 +209,7 @@ class SelectiveForward {
       if constexpr (kWhole)
         store(output + v * kWidth, y);
       else
-        store_some(output + v * kWidth, y, count - v * kWidth);
+        store_some(output + v * kWidth, y, unit.count - v * kWidth);
     }
   }
 
@@ -237,7 +218,7 @@ class SelectiveForward {
   const SelectiveUnit& unit;
   const std::vector<SelectiveLanes<N>> lanes;
   const int n, vectors;
-  VecArray bias, skip, rates, states;
+  VecArray bias, skip, steps, rates, states;
 };
 
 // Calls f.template run<N>() with the d_state that is compiled for, or 0.

@@ -49,27 +49,29 @@ class SelectiveBackward {
         std::memcpy(h.at(0), entries.at(0), sizeof(Vec) * vectors * n);
       else if (t % kSteps == 0)
         std::memcpy(entries.at(t / kSteps * vectors * n), h.at(0), sizeof(Vec) * vectors * n);
-      const int64_t place = segment.begin + t, ahead = std::min(place + kAhead, segment.end - 1);
-      for (const float* p : {a.dt + list.own(ahead), a.u + list.input(ahead)}) ask_for(p);
+      const int64_t place = segment.begin + t;
+      const SelectiveToken token = list.token(place, unit);
+      const SelectiveToken ahead = list.token(std::min(place + kAhead, segment.end - 1), unit);
+      for (const float* p : {a.dt + ahead.own, a.u + ahead.input}) ask_for(p);
       for (int v = 0; v < vectors; ++v) {
-        const Vec step = lanes[v].step(lanes[v].raw_step(place));
+        const Vec step = lanes[v].step(lanes[v].raw_step(token));
         steps[t * vectors + v] = step;
-        advance(lanes[v], place, step, h.at(v * n), h.at(v * n), [](int, Vec) {});
+        advance(lanes[v], token, step, h.at(v * n), h.at(v * n), [](int, Vec) {});
       }
     }
   }
 
-  // Asks for the memory of the unit's channels, given where a token's begin.
-  void ask_for(const float* token) const {
-    prefetch(token + unit.first, sizeof(float) * unit.count);
+  // Asks for the memory of the unit's channels.
+  void ask_for(const float* channels) const {
+    prefetch(channels, sizeof(float) * unit.count);
   }
 
   // From the state before a token to the one behind it; `keep` gets the decays.
   template <typename F>
-  ALWAYS_INLINE void advance(const SelectiveLanes<N>& lane, int64_t place, Vec step, const Vec* from, Vec* to, F keep)
-      const {
-    const Vec inflow = step * lane.input(place);
-    const float* B = lane.B(place);
+  ALWAYS_INLINE void advance(const SelectiveLanes<N>& lane, const SelectiveToken& token, Vec step, const Vec* from,
+                             Vec* to, F keep) const {
+    const Vec inflow = step * lane.input(token);
+    const float* B = a.B + token.group;
     for (int i = 0; i < (N ? N : n); ++i) {
       const Vec decay = exp2(step * lane.rates[i]);
       keep(i, decay);
@@ -82,19 +84,23 @@ class SelectiveBackward {
     const int len = static_cast<int>(std::min<int64_t>(kSteps, segment.end - begin));
     dB.clear();
     dC.clear();
+    SelectiveToken tokens[kSteps];
+    for (int t = 0; t < len; ++t) {
+      tokens[t] = list.token(begin + t, unit);
+      if (chunk > 0) ask_for_gradients(list.token(begin + t - kSteps, unit));
+    }
     for (int v = 0; v < vectors; ++v) {
       std::memcpy(states.at(0), entries.at((chunk * vectors + v) * n), sizeof(Vec) * n);
       for (int t = 0; t < len; ++t) {
-        if (v == 0 && chunk > 0) ask_for_gradients(begin + t - kSteps);
         Vec* decay = decays.at(t * n);
-        advance(lanes[v], begin + t, steps[(first + t) * vectors + v], states.at(t * n), states.at((t + 1) * n),
+        advance(lanes[v], tokens[t], steps[(first + t) * vectors + v], states.at(t * n), states.at((t + 1) * n),
                 [decay](int i, Vec value) { decay[i] = value; });
       }
-      for (int t = len - 1; t >= 0; --t) back_token(v, begin + t, t, steps[(first + t) * vectors + v]);
+      for (int t = len - 1; t >= 0; --t) back_token(v, tokens[t], t, steps[(first + t) * vectors + v]);
     }
     const int64_t size = a.tokens.batch * a.tokens.lists * a.tokens.cells * a.ngroups * a.d_state;
     for (int t = 0; t < len; ++t) {
-      const int64_t at = unit.block * size + list.group_offset(begin + t, unit.group);
+      const int64_t at = unit.block * size + tokens[t].group;
       for (int i = 0; i < n; ++i) {
         g.dB[at + i] = sum(dB[t * n + i]);
         g.dC[at + i] = sum(dC[t * n + i]);
@@ -103,18 +109,17 @@ class SelectiveBackward {
   }
 
   // What going back over a token reads and writes.
-  void ask_for_gradients(int64_t place) const {
-    for (const float* p : {a.dt + list.own(place), a.u + list.input(place), g.dy + list.output(place),
-                           static_cast<const float*>(g.ddt) + list.own(place),
-                           static_cast<const float*>(g.du) + list.input(place)})
+  void ask_for_gradients(const SelectiveToken& token) const {
+    for (const float* p : {a.dt + token.own, a.u + token.input, g.dy + token.output,
+                           static_cast<const float*>(g.ddt) + token.own, static_cast<const float*>(g.du) + token.input})
       ask_for(p);
   }
 
-  ALWAYS_INLINE void back_token(int v, int64_t place, int t, Vec step) {
+  ALWAYS_INLINE void back_token(int v, const SelectiveToken& token, int t, Vec step) {
     const SelectiveLanes<N>& lane = lanes[v];
-    const Vec dy = lane.load_lanes(g.dy + list.output(place) + lane.channel);
-    const Vec u = lane.input(place), inflow = step * u;
-    const float *B = lane.B(place), *C = lane.C(place);
+    const Vec dy = lane.load_lanes(g.dy + token.output + lane.offset);
+    const Vec u = lane.input(token), inflow = step * u;
+    const float *B = a.B + token.group, *C = a.C + token.group;
     const Vec *decay = decays.at(t * n), *before = states.at(t * n), *after = before + n;
     Vec *d = dh.at(v * n), *to_A = dA.at(v * n), *to_B = dB.at(t * n), *to_C = dC.at(t * n);
     Vec dinflow{}, dpower{};
@@ -129,10 +134,10 @@ class SelectiveBackward {
     }
     dD[v] += dy * u;
     Vec dstep = dinflow * u + dpower * splat(0.69314718f);
-    if (a.dt_softplus) dstep = dstep * sigmoid(lane.raw_step(place));
+    if (a.dt_softplus) dstep = dstep * sigmoid(lane.raw_step(token));
     ddt_bias[v] += dstep;
-    lane.store_lanes(g.ddt + list.own(place) + lane.channel, dstep);
-    float* du = g.du + list.input(place) + lane.channel;
+    lane.store_lanes(g.ddt + token.own + lane.offset, dstep);
+    float* du = g.du + token.input + lane.offset;
     const Vec own = dinflow * step + lane.skip * dy;
     lane.store_lanes(du, a.shared_input ? lane.load_lanes(du) + own : own);
   }
