@@ -59,34 +59,53 @@ inline void multiply_row(const Stored* weights, int64_t in, const float* x, floa
   put<kAdd>(y, sum((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 
+// Holds a vector in a register here, so that the compiler keeps the order of what is around: it would rather load early,
+// and run out of registers.
+ALWAYS_INLINE void hold(Vec& v) {
+#if SIMD_BYTES == 64
+  asm volatile("" : "+v"(v));
+#else
+  asm volatile("" : "+x"(v));
+#endif
+}
+
+// Before a loop over vectors that are meant to stay in registers: the compiler gives them some only if it has no loop.
+#define UNROLL _Pragma("GCC unroll 8")
+
+constexpr int64_t kAskEach = 64;  // columns between asking for memory
+
 // Memory is fastest when it is read in one stream; a product that works on several rows of weights at once, or on
 // one for long, has to ask for what comes next itself.
 //
 // kRows rows of weights times kInputs rows of x, y (kInputs, y_stride). `ahead` is what to have ready next, of which
-// each 2 kWidth columns ask for `ahead_bytes`.
+// each kAskEach columns ask for `ahead_bytes`.
 template <typename Stored, int kRows, int kInputs, bool kAdd>
 inline void multiply_rows(const Stored* weights, int64_t in, const float* x, float* y, int64_t y_stride,
                           const char* ahead, int64_t ahead_bytes) {
   Vec sums[kRows][kInputs];
-  for (int i = 0; i < kRows; ++i)
-    for (int m = 0; m < kInputs; ++m) sums[i][m] = Vec{};
-  const auto add = [&](auto&& load_at) {
-    Vec inputs[kInputs];
-    for (int m = 0; m < kInputs; ++m) inputs[m] = load_at(x + m * in);
-    for (int i = 0; i < kRows; ++i) {
-      const Vec row = load_at(weights + i * in);
-      for (int m = 0; m < kInputs; ++m) sums[i][m] += row * inputs[m];
+  UNROLL for (int i = 0; i < kRows; ++i)
+    UNROLL for (int m = 0; m < kInputs; ++m) sums[i][m] = Vec{};
+  const auto add = [&](auto&& load_at) __attribute__((always_inline)) {
+    Vec rows[kRows];
+    UNROLL for (int i = 0; i < kRows; ++i) {
+      rows[i] = load_at(weights + i * in);
+      hold(rows[i]);
+    }
+    UNROLL for (int m = 0; m < kInputs; ++m) {
+      Vec input = load_at(x + m * in);
+      hold(input);
+      UNROLL for (int i = 0; i < kRows; ++i) sums[i][m] += rows[i] * input;
     }
   };
-  int64_t k = 0;
-  for (; k + 2 * kWidth <= in; k += 2 * kWidth, ahead += ahead_bytes) {
+  const int64_t whole = in / kWidth * kWidth;
+  for (int64_t k = 0; k < whole; ahead += ahead_bytes) {
     prefetch(ahead, ahead_bytes);
-    add([k](const auto* p) { return load(p + k); });
-    add([k](const auto* p) { return load(p + k + kWidth); });
+    for (const int64_t end = std::min(k + kAskEach, whole); k < end; k += kWidth)
+      add([k](const auto* p) { return load(p + k); });
   }
-  for (; k < in; k += kWidth) add([k, in](const auto* p) { return load_some(p + k, in - k); });
-  for (int i = 0; i < kRows; ++i)
-    for (int m = 0; m < kInputs; ++m) put<kAdd>(y + m * y_stride + i, sum(sums[i][m]));
+  if (whole < in) add([whole, in](const auto* p) { return load_some(p + whole, in - whole); });
+  UNROLL for (int i = 0; i < kRows; ++i)
+    UNROLL for (int m = 0; m < kInputs; ++m) put<kAdd>(y + m * y_stride + i, sum(sums[i][m]));
 }
 
 // The same for all rows of x; while these pass, the weights stay in the nearest cache.
@@ -95,12 +114,12 @@ inline void multiply_inputs(const Stored* weights, int64_t in, const float* x, i
                             int64_t y_stride) {
   const char* ahead = reinterpret_cast<const char*>(weights + kRows * in);
   const int64_t passes = rows / 4 + rows % 4 / 2 + rows % 2;
-  const int64_t bytes = kRows * 2 * kWidth * static_cast<int64_t>(sizeof(Stored)) / passes;
+  const int64_t bytes = kRows * kAskEach * static_cast<int64_t>(sizeof(Stored)) / passes;
   const auto next = [&](int inputs) {
     x += inputs * in;
     y += inputs * y_stride;
     rows -= inputs;
-    ahead += in / (2 * kWidth) * bytes;
+    ahead += in / kAskEach * bytes;
   };
   for (; rows >= 4; next(4)) multiply_rows<Stored, kRows, 4, kAdd>(weights, in, x, y, y_stride, ahead, bytes);
   if (rows >= 2) {
