@@ -23,7 +23,7 @@ class Line {
 
   int64_t input(int64_t place) const {
     const Tokens& t = a.tokens;
-    return a.shared_input ? (row.batch * t.cells + row.cells[place]) * a.channels : row.offset(t, place, a.channels);
+    return a.shared_input ? (row.batch * t.cells + row.cells[place]) * a.x_stride : row.offset(t, place, a.x_stride);
   }
 
   // Input `place` (may lie before the segment) of the segment that begins at `begin`.

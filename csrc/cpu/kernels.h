@@ -30,7 +30,8 @@ struct Ssd {
   int64_t skip_dims;  // of D behind the lists: 0 none, 1 (nheads), 2 (nheads, headdim)
   bool dt_softplus;
   float dt_min, dt_max;
-  // (batch, lists, cells, ...) contiguous; A, D, dt_bias (lists, ...); states (rows, nheads, headdim, d_state).
+  int64_t x_stride, dt_stride, B_stride, C_stride;  // between cells, so that these may be pieces of wider tensors
+  // (batch, lists, cells, ...); A, D, dt_bias (lists, ...); states (rows, nheads, headdim, d_state).
   const float *x, *dt, *A, *B, *C, *D, *dt_bias, *initial_state;
   float *y, *final_state;
 };
@@ -53,6 +54,7 @@ struct Conv {
   Tokens tokens;
   int64_t channels, width;
   bool silu, shared_input;  // shared_input: x has no axis of lists
+  int64_t x_stride;         // between cells
   // x, y (batch, lists, cells, channels); weight (lists, width, channels), the last row weighs the current
   // token; bias (lists, channels) or null; states (rows, width - 1, channels), the oldest first.
   const float *x, *weight, *bias, *initial_state;
@@ -67,7 +69,7 @@ struct ConvGradients {
 };
 
 struct Norm {
-  int64_t rows, channels, group_size;
+  int64_t rows, channels, group_size, x_stride, z_stride;  // strides: between rows
   float eps;
   bool norm_before_gate;
   const float *x, *z, *weight;  // z may be null

@@ -53,8 +53,7 @@ inline void normalize_row(const Norm& a, const float* x, const float* z, float* 
 void norm(const Norm& a) {
   for_each_row_block(a, [&](int64_t, int64_t first, int64_t end) {
     for (int64_t row = first; row < end; ++row) {
-      const int64_t at = row * a.channels;
-      normalize_row(a, a.x + at, a.z ? a.z + at : nullptr, a.y + at);
+      normalize_row(a, a.x + row * a.x_stride, a.z ? a.z + row * a.z_stride : nullptr, a.y + row * a.channels);
     }
   });
 }
@@ -67,7 +66,8 @@ void norm_backward(const Norm& a, const NormGradients& g) {
     for (int64_t row = first; row < end; ++row) {
       for (int64_t group = 0; group < a.channels; group += a.group_size) {
         const int64_t at = row * a.channels + group;
-        const float *x = a.x + at, *z = a.z ? a.z + at : nullptr, *dy = g.dy + at, *weight = a.weight + group;
+        const float *x = a.x + row * a.x_stride + group, *z = a.z ? a.z + row * a.z_stride + group : nullptr;
+        const float *dy = g.dy + at, *weight = a.weight + group;
         const float r = inverse_root(a, x, z);
         const bool gate_first = z && !a.norm_before_gate, gate_last = z && a.norm_before_gate;
         Vec product{};

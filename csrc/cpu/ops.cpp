@@ -1,5 +1,5 @@
-// The kernels as operators of the library `vision_scan_cpu`, for contiguous float32 tensors: here convolution and
-// norm, the scans in scan_ops.cpp. What PyTorch calls is in vision_scan/ops/compiled.py, which brings other dtypes
+// The kernels as operators of the library `vision_scan_cpu`, for float32 tensors: here convolution and norm, the
+// scans in scan_ops.cpp. What PyTorch calls is in vision_scan/ops/compiled.py, which brings other dtypes
 // and layouts into this form.
 #include <Python.h>
 
@@ -22,9 +22,9 @@ Conv make_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
   a.silu = silu;
   a.shared_input = x.dim() == 3;
   if (a.shared_input)
-    check("x", x, {batch, cells, channels});
+    a.x_stride = check_cells("x", x, {batch, cells, channels}, 2);
   else
-    check("x", x, {batch, lists, cells, channels});
+    a.x_stride = check_cells("x", x, {batch, lists, cells, channels}, 3);
   check("weight", weight, {lists, a.width, channels});
   if (bias) check("bias", *bias, {lists, channels});
   if (initial_state) check("initial_state", *initial_state, {a.tokens.rows(), a.width - 1, channels});
@@ -97,17 +97,17 @@ Norm make_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& z, d
   const int64_t rows = x.size(0), channels = x.size(1);
   TORCH_CHECK_VALUE(group_size > 0 && channels % group_size == 0, "channels ", channels,
                     " must be a multiple of group_size ", group_size);
-  check("x", x, {rows, channels});
+  const int64_t x_stride = check_cells("x", x, {rows, channels}, 1);
+  const int64_t z_stride = z ? check_cells("z", *z, {rows, channels}, 1) : 0;
   check("weight", weight, {channels});
-  if (z) check("z", *z, {rows, channels});
-  return {rows, channels, group_size, static_cast<float>(eps), norm_before_gate,
+  return {rows, channels, group_size, x_stride, z_stride, static_cast<float>(eps), norm_before_gate,
           x.const_data_ptr<float>(), data(z), weight.const_data_ptr<float>(), nullptr};
 }
 
 Tensor norm(const Tensor& x, const Tensor& weight, const OptionalTensor& z, double eps, int64_t group_size,
             bool norm_before_gate) {
   Norm a = make_norm(x, weight, z, eps, group_size, norm_before_gate);
-  Tensor y = at::empty_like(x);
+  Tensor y = at::empty(x.sizes(), x.options());
   a.y = y.data_ptr<float>();
   kernels()->norm(a);
   return y;
@@ -118,7 +118,7 @@ std::vector<Tensor> norm_backward(const Tensor& dy, const Tensor& x, const Tenso
                                   double eps, int64_t group_size, bool norm_before_gate) {
   const Norm a = make_norm(x, weight, z, eps, group_size, norm_before_gate);
   check("dy", dy, x.sizes());
-  Tensor dx = at::empty_like(x), dz = z ? at::empty_like(x) : at::empty({0}, x.options());
+  Tensor dx = at::empty(x.sizes(), x.options()), dz = z ? at::empty_like(dx) : at::empty({0}, x.options());
   Tensor dweight = at::zeros({(a.rows + kNormRows - 1) / kNormRows, a.channels}, x.options());
   kernels()->norm_backward(a, {dy.const_data_ptr<float>(), dx.data_ptr<float>(), z ? dz.data_ptr<float>() : nullptr,
                                dweight.data_ptr<float>()});

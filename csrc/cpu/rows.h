@@ -39,9 +39,9 @@ struct Row {
     segments.push_back({start, static_cast<int64_t>(cells.size())});
   }
 
-  // Offset of (batch, list, cell) in a tensor (batch, lists, cells, width).
-  int64_t offset(const Tokens& tokens, int64_t place, int64_t width) const {
-    return ((batch * tokens.lists + list) * tokens.cells + cells[place]) * width;
+  // Offset of (batch, list, cell) in a tensor (batch, lists, cells, ...) whose cells are `stride` apart.
+  int64_t offset(const Tokens& tokens, int64_t place, int64_t stride) const {
+    return ((batch * tokens.lists + list) * tokens.cells + cells[place]) * stride;
   }
 };
 

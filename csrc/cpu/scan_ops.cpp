@@ -15,11 +15,11 @@ Ssd make_ssd(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B
   Ssd a{};
   a.tokens = make_tokens(batch, lists, cells, seq_idx, cu_seqlens, index);
   TORCH_CHECK_VALUE(ngroups > 0 && nheads % ngroups == 0, "nheads ", nheads, " must be a multiple of ngroups ", ngroups);
-  check("x", x, {batch, lists, cells, nheads, headdim});
-  check("dt", dt, {batch, lists, cells, nheads});
+  a.x_stride = check_cells("x", x, {batch, lists, cells, nheads, headdim}, 3);
+  a.dt_stride = check_cells("dt", dt, {batch, lists, cells, nheads}, 3);
+  a.B_stride = check_cells("B", B, {batch, lists, cells, ngroups, d_state}, 3);
+  a.C_stride = check_cells("C", C, {batch, lists, cells, ngroups, d_state}, 3);
   check("A", A, {lists, nheads});
-  check("B", B, {batch, lists, cells, ngroups, d_state});
-  check("C", C, {batch, lists, cells, ngroups, d_state});
   if (D && D->dim() == 2) check("D", *D, {lists, nheads});
   if (D && D->dim() != 2) check("D", *D, {lists, nheads, headdim});
   if (dt_bias) check("dt_bias", *dt_bias, {lists, nheads});
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> ssd(const Tensor& x, const Tensor& dt, const Tensor& 
                                const OptionalTensor& index) {
   Ssd a = make_ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens, index);
   // Padding and cells that no list visits stay zero.
-  Tensor y = seq_idx || index ? at::zeros_like(x) : at::empty_like(x);
+  Tensor y = seq_idx || index ? at::zeros(x.sizes(), x.options()) : at::empty(x.sizes(), x.options());
   Tensor final_state = at::empty({a.tokens.rows(), a.nheads, a.headdim, a.d_state}, x.options());
   a.y = y.data_ptr<float>();
   a.final_state = final_state.data_ptr<float>();

@@ -9,8 +9,6 @@
 namespace vision_scan {
 namespace SIMD_NAME {
 
-constexpr int64_t kAhead = 8;  // tokens between asking for memory and using it
-
 struct SelectiveUnit {
   int64_t image, group, first, count, block;
 };
@@ -68,14 +66,6 @@ struct SelectiveList {
     return (number * a.channels + channel) * a.d_state;
   }
 };
-
-// log(1 + e^x), the logarithm as a polynomial that is fitted to it between 0 and 1.
-ALWAYS_INLINE Vec softplus(Vec x) {
-  const Vec e = exp(min(x, -x)), e2 = e * e, e4 = e2 * e2;
-  const Vec low = (splat(-0.24844369f) * e + splat(0.33319271f)) * e2 + (splat(-0.49999502f) * e + splat(1.f));
-  const Vec high = (splat(-0.02958851f) * e + splat(0.07836167f)) * e2 + (splat(-0.13674770f) * e + splat(0.19111431f));
-  return max(splat(0.f), x) + e * ((splat(0.00525346f) * e4 + high) * e4 + low);
-}
 
 // A vector of channels of one list: its parameters and its state, (d_state) vectors. The rates are A / ln2, so that a
 // step's decay is 2^(step * rate).

@@ -21,6 +21,8 @@ inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) asm volatile("prefetcht0 %0" : : "m"(static_cast<const char*>(p)[i]));
 }
 
+constexpr int64_t kAhead = 8;  // tokens between asking for memory and using it
+
 inline Vec load(const float* p) {
   return *reinterpret_cast<const Vec*>(p);
 }
@@ -113,6 +115,14 @@ ALWAYS_INLINE Vec exp(Vec x) {
 
 ALWAYS_INLINE Vec sigmoid(Vec x) {
   return splat(1.f) / (splat(1.f) + exp(-x));
+}
+
+// log(1 + e^x), the logarithm as a polynomial that is fitted to it between 0 and 1.
+ALWAYS_INLINE Vec softplus(Vec x) {
+  const Vec e = exp(min(x, -x)), e2 = e * e, e4 = e2 * e2;
+  const Vec low = (splat(-0.24844369f) * e + splat(0.33319271f)) * e2 + (splat(-0.49999502f) * e + splat(1.f));
+  const Vec high = (splat(-0.02958851f) * e + splat(0.07836167f)) * e2 + (splat(-0.13674770f) * e + splat(0.19111431f));
+  return max(splat(0.f), x) + e * ((splat(0.00525346f) * e4 + high) * e4 + low);
 }
 
 // C (rows, cols) += A (rows, depth) B (depth, cols). A has any strides, B and C have contiguous rows, and

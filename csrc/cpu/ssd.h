@@ -46,9 +46,10 @@ struct SharedChunk {
 
   void read(const Ssd& a, const Sizes& s, const Row& row, int64_t begin, int len, int64_t group) {
     for (int i = 0; i < len; ++i) {
-      const int64_t at = row.offset(a.tokens, begin + i, a.ngroups * a.d_state) + group * a.d_state;
-      std::memcpy(B + i * s.n, a.B + at, sizeof(float) * s.d_state);
-      std::memcpy(C + i * s.n, a.C + at, sizeof(float) * s.d_state);
+      const float* from_B = a.B + row.offset(a.tokens, begin + i, a.B_stride) + group * a.d_state;
+      const float* from_C = a.C + row.offset(a.tokens, begin + i, a.C_stride) + group * a.d_state;
+      std::memcpy(B + i * s.n, from_B, sizeof(float) * s.d_state);
+      std::memcpy(C + i * s.n, from_C, sizeof(float) * s.d_state);
     }
   }
 
@@ -82,14 +83,18 @@ struct HeadChunk {
     const int64_t parameter = row.list * a.nheads + head;
     const float bias = a.dt_bias ? a.dt_bias[parameter] : 0.f, A = a.A[parameter];
     double sum = 0;
+    std::memset(raw, 0, sizeof raw);
+    for (int i = 0; i < len; ++i)
+      raw[i] = a.dt[row.offset(a.tokens, begin + i, a.dt_stride) + head] + bias;
+    for (int i = 0; i < kChunk; i += kWidth) store(step + i, a.dt_softplus ? softplus(load(raw + i)) : load(raw + i));
     for (int i = 0; i < len; ++i) {
-      const int64_t at = row.offset(a.tokens, begin + i, a.nheads) + head;
-      raw[i] = a.dt[at] + bias;
-      step[i] = a.dt_softplus && raw[i] <= 20.f ? std::log1p(std::exp(raw[i])) : raw[i];
       dt[i] = std::min(std::max(step[i], a.dt_min), a.dt_max);
       sum += dt[i] * A;
       total[i] = sum;
-      const float* x = a.x + at * a.headdim;
+      const float* x = a.x + head * a.headdim;
+      const int64_t ahead = begin + std::min<int64_t>(i + kAhead, len - 1);
+      prefetch(x + row.offset(a.tokens, ahead, a.x_stride), sizeof(float) * a.headdim);
+      x += row.offset(a.tokens, begin + i, a.x_stride);
       const Vec by = splat(dt[i]);
       for (int p = 0; p < s.p; p += kWidth) {
         const Vec value = load_some(x + p, s.headdim - p);

@@ -170,6 +170,46 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert torch.equal(found, expected)
 
 
+def mixed(wide: torch.Tensor, seq_idx: torch.Tensor, copied: bool) -> list[torch.Tensor]:
+    """Convolution, scan and norm of pieces of a projection, copied or where they lie, and its gradient."""
+    leaf = wide.clone().requires_grad_()
+    pieces = leaf[:, :, 0].split([48, 48, 10, 10, 6, 5], dim=-1)
+    x, z, B, C, dt, _ = (piece.contiguous() if copied else piece for piece in pieces)
+    weight = torch.linspace(-1, 1, 48 * 4).view(48, 4)
+    y = vision_scan.causal_conv1d(x.transpose(1, 2), weight, None, "silu", seq_idx=seq_idx).transpose(1, 2)
+    x = x.unflatten(-1, (6, 8))
+    B, C = (t.unflatten(-1, (2, 5)) for t in (B, C))
+    outputs = [
+        vision_scan.ssd(x, dt, -torch.ones(6), B, C, dt_softplus=True, seq_idx=seq_idx),
+        vision_scan.gated_rmsnorm(y, torch.ones(48), z, group_size=16),
+    ]
+    cotangents = [torch.linspace(-1, 1, t.numel()).view(t.shape) for t in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, [leaf], cotangents)]
+
+
+@built
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("seqlen", [1, 70])
+@pytest.mark.parametrize("every", [1, 2])
+def test_pieces_of_a_projection_are_read_where_they_lie(batch, seqlen, every):
+    generator = torch.Generator().manual_seed(batch)
+    wide = torch.randn(batch, seqlen, every, 127, generator=generator)
+    seq_idx = torch.arange(seqlen).expand(batch, -1) // 20 - 1
+    piece = wide[:, :, 0, 48:96]
+    assert compiled._cells(piece, 2).data_ptr() == piece.data_ptr()
+    in_place, of_copies = (mixed(wide, seq_idx, copied) for copied in (False, True))
+    assert all(torch.equal(*pair) for pair in zip(in_place, of_copies, strict=True))
+
+
+@built
+def test_pieces_without_one_stride_are_copied():
+    wide = torch.randn(4, 9, 60)
+    for piece in (wide[::2, :, :48], wide[:, :5, :48], wide.transpose(0, 1)[..., :48], wide[..., ::2]):
+        cells = compiled._cells(piece, 2)
+        assert torch.equal(cells, piece)
+        assert cells.is_contiguous()
+
+
 @built
 @pytest.mark.parametrize(
     ("change", "told"),
@@ -178,6 +218,8 @@ def test_half_precision_is_computed_in_float32(dtype):
         ({"A": torch.randn(1, 3)}, r"A must have shape \[1, 2\], got \[1, 3\]"),
         ({"dt": torch.randn(1, 1, 5, 2).double()}, "dt must be Float, got Double"),
         ({"C": torch.randn(1, 1, 3, 1, 5).transpose(2, 4)}, "C must be contiguous"),
+        ({"B": torch.randn(2, 1, 5, 1, 3)[:, :, :, :, ::2]}, "B must have shape"),
+        ({"B": torch.randn(1, 1, 5, 1, 6)[..., ::2]}, "B must be contiguous behind its first 3 axes"),
         ({"index": torch.tensor([[0, 1, 2, 3, 5]])}, "index must be below 5"),
         ({"cu_seqlens": torch.tensor([0, 3, 2, 5])}, "cu_seqlens must rise from 0 to seqlen 5"),
     ],

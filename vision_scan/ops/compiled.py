@@ -1,8 +1,8 @@
 """Hands operators to the kernels of csrc/cpu, where these were built and the machine can run them.
 
-The kernels take contiguous float32 tensors in one layout, (batch, lists, cells, ...); here other dtypes and
-layouts are brought into it and back. float64 is left to the reference. `VISION_SCAN_REFERENCE=1` leaves
-everything to it.
+The kernels take float32 tensors in one layout, (batch, lists, cells, ...), contiguous or pieces of wider
+ones; here other dtypes and layouts are brought into it and back. float64 is left to the reference.
+`VISION_SCAN_REFERENCE=1` leaves everything to it.
 """
 
 import os
@@ -71,6 +71,19 @@ def _plain(t):
     return None if t is None else t.float().contiguous()
 
 
+@overload
+def _cells(t: Tensor, leading: int) -> Tensor: ...
+@overload
+def _cells(t: None, leading: int) -> None: ...
+def _cells(t, leading):
+    """Float32, as it lies if its first `leading` axes have one stride and the others are contiguous, like a
+    piece of what a projection gives; else contiguous."""
+    if t is None:
+        return None
+    cells = t.float().flatten(0, leading - 1)
+    return (cells if cells[0].is_contiguous() else cells.contiguous()).unflatten(0, t.shape[:leading])
+
+
 def _index(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.long().contiguous()
 
@@ -98,7 +111,7 @@ def _ssd_arguments(
     x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens
 ) -> tuple:
     """Sequences as grids of one list."""
-    tokens = [_plain(t)[:, None] for t in (x, dt, B, C)]
+    tokens = [_cells(t, 2)[:, None] for t in (x, dt, B, C)]
     parameters = [None if t is None else _plain(t)[None] for t in (A, D, dt_bias)]
     (x, dt, B, C), (A, D, dt_bias) = tokens, parameters
     return (
@@ -275,7 +288,7 @@ def _selective_2d_backward(grads, *args) -> list[Tensor]:
 def _conv_arguments(x, weight, bias, activation, initial_state, seq_idx, cu_seqlens) -> tuple:
     """Channels last."""
     return (
-        _plain(x.transpose(1, 2)),
+        _cells(x.transpose(1, 2), 2),
         _plain(weight.t())[None],
         None if bias is None else _plain(bias)[None],
         activation == "silu",
@@ -339,9 +352,8 @@ def _conv_2d_backward(grads, *args) -> list[Tensor]:
 
 
 def _norm_arguments(x, weight, z, eps, group_size, norm_before_gate) -> tuple:
-    d = x.shape[-1]
-    z = None if z is None else _plain(z).view(-1, d)
-    return _plain(x).view(-1, d), _plain(weight), z, eps, group_size, norm_before_gate
+    x, z = (None if t is None else _cells(t.reshape(-1, t.shape[-1]), 1) for t in (x, z))
+    return x, _plain(weight), z, eps, group_size, norm_before_gate
 
 
 def _norm(x, weight, z, eps, group_size, norm_before_gate) -> Tensor:
