@@ -28,18 +28,21 @@ inline const Kernels* kernels() {
   return found;
 }
 
-inline void check(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype = at::kFloat,
-                  bool contiguous = true) {
+inline void check_shape(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype = at::kFloat) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU, got ", tensor.device());
   TORCH_CHECK_VALUE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
-  TORCH_CHECK_VALUE(!contiguous || tensor.is_contiguous(), name, " must be contiguous");
+}
+
+inline void check(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype = at::kFloat) {
+  check_shape(name, tensor, shape, dtype);
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous");
 }
 
 // The same for a tensor that may be a piece of a wider one: its first `leading` axes, counted as one, may have any
 // stride, which is returned; what is behind them is contiguous.
 inline int64_t check_cells(const char* name, const Tensor& tensor, at::IntArrayRef shape, int64_t leading) {
-  check(name, tensor, shape, at::kFloat, false);
+  check_shape(name, tensor, shape);
   int64_t inner = 1, cells = 1, stride = -1;
   bool fits = true;
   for (int64_t axis = tensor.dim() - 1; axis >= 0; --axis) {
