@@ -60,11 +60,9 @@ inline void multiply_row(const Stored* weights, int64_t in, const float* x, floa
 }
 
 // Holds a vector in a register here, so that the compiler keeps the order of what is around: it would rather load early,
-// and run out of registers.
-ALWAYS_INLINE void hold(Vec& v) {
-#if SIMD_BYTES == 64
-  asm volatile("" : "+v"(v));
-#else
+// and run out of registers. AVX-512 has twice as many.
+ALWAYS_INLINE void hold([[maybe_unused]] Vec& v) {
+#if SIMD_BYTES == 32
   asm volatile("" : "+x"(v));
 #endif
 }
