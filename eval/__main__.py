@@ -1,7 +1,6 @@
 """The command line of evaluation: `python -m eval scenes | tasks | efficiency | report | readme | demo`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -174,6 +173,7 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _scenes(options: argparse.Namespace) -> int:
+    from eval.environment import num_cores
     from eval.progress import progress
     from eval.scenes import build
 
@@ -185,7 +185,7 @@ def _scenes(options: argparse.Namespace) -> int:
             options.seed,
             tuple(options.size),
             on_progress=lambda done, total: advance(1),
-            workers=(os.cpu_count() or 1) if options.workers is None else options.workers,
+            workers=num_cores() if options.workers is None else options.workers,
         )
     print(f"{options.output}: {options.scenes:,} scenes to train on, {options.test_scenes:,} to test on")
     return DONE

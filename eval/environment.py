@@ -42,7 +42,7 @@ def describe_environment(device: str = "cpu") -> dict:
     return {
         "device": device,
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
@@ -52,6 +52,11 @@ def describe_environment(device: str = "cpu") -> dict:
         "commit": _commit(),
         "backend": vision_scan.backend_report(),
     }
+
+
+def num_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_name() -> str:

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.environment import num_cores
 from eval.files import write_json
 
 STOPPED, INTERRUPTED = 75, 130  # exit statuses of a command that was asked to stop
@@ -239,7 +240,7 @@ def _num_threads() -> int:
     try:
         return int(os.environ.get(THREADS, ""))
     except ValueError:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return num_cores()
 
 
 def clock(seconds: float) -> str:

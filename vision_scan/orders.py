@@ -271,8 +271,7 @@ def _check_options(name: str, make: Callable[..., Any], options: dict[str, Any])
         if wanted is float and type(value) is int:
             value = float(value)
         if type(value) is not wanted:
-            raise UserError(f"option {key} of scan order {name!r} takes {wanted.__name__}, "
-                            f"not {value!r}")
+            raise UserError(f"option {key} of scan order {name!r} takes {wanted.__name__}, not {value!r}")
         checked[key] = value
     return checked
 
@@ -351,8 +350,7 @@ def _hilbert(grid: Tensor, free_end: bool = True) -> Tensor:
 
 
 def _order(
-    about: str, lists_of: Callable[..., Sequence[Tensor]],
-    merge: str = "sum", schedule: str = "together",
+    about: str, lists_of: Callable[..., Sequence[Tensor]], merge: str = "sum", schedule: str = "together",
 ) -> Callable[..., ScanOrder]:
     """From a function of the grid of cell ids to one of (height, width, depth=None, **options)."""
 
@@ -379,8 +377,7 @@ SCAN_ORDERS: dict[str, Callable[..., ScanOrder]] = {
     "column": _order("columns, top down, left to right", lambda g: [g.T.flatten()]),
     "column_rev": _order("column backwards", lambda g: [g.T.flatten().flip(0)]),
     "bi2": _order("raster both ways", lambda g: _both_ways(g.flatten())),
-    "cross4": _order("raster and column both ways",
-                     lambda g: _both_ways(g.flatten(), g.T.flatten())),
+    "cross4": _order("raster and column both ways", lambda g: _both_ways(g.flatten(), g.T.flatten())),
     "rot4": _order("raster of the grid after 0 to 3 quarter turns counter-clockwise",
                    lambda g: [g.rot90(k).flatten() for k in range(4)]),
     "snake_row_tl": _order("row snake from top left", lambda g: [_snake(g)]),

@@ -28,7 +28,8 @@ inline const Kernels* kernels() {
   return found;
 }
 
-inline void check_shape(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype = at::kFloat) {
+inline void check_shape(const char* name, const Tensor& tensor, at::IntArrayRef shape,
+                        at::ScalarType dtype = at::kFloat) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU, got ", tensor.device());
   TORCH_CHECK_VALUE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());

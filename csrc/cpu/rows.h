@@ -5,6 +5,8 @@
 
 namespace vision_scan {
 
+constexpr int64_t kAhead = 8;  // tokens between asking for memory and using it
+
 struct Segment {
   int64_t begin, end;  // in Row::cells
 };

@@ -166,7 +166,7 @@ class SelectiveForward {
   // Asks for the memory of a token, because an order jumps through memory as no processor foresees.
   void ask_for(int64_t place) const {
     const SelectiveToken token = list.token(place, unit);
-    for (const float* p : {a.dt + token.own, a.u + token.input, static_cast<const float*>(a.y) + token.output})
+    for (const float* p : std::initializer_list<const float*>{a.dt + token.own, a.u + token.input, a.y + token.output})
       prefetch(p, sizeof(float) * unit.count);
   }
 
@@ -211,7 +211,7 @@ class SelectiveForward {
   VecArray bias, skip, steps, rates, states;
 };
 
-// Calls f.template run<N>() with the d_state that is compiled for, or 0.
+// Calls f(d_state as a constant, or 0 if it is none that is compiled for).
 template <typename F>
 void with_d_state(int64_t d_state, const F& f) {
   switch (d_state) {

@@ -36,20 +36,15 @@ class SelectiveBackward {
   }
 
   void keep_entries(const Segment& segment, bool is_first) {
-    const int64_t chunks = chunks_of(segment);
-    entries.assign(chunks * vectors * n);
+    entries.assign(chunks_of(segment) * vectors * n);
     steps.assign((segment.end - segment.begin) * vectors);
-    if (chunks == 0) return;
+    VecArray h(vectors * n);
     if (is_first && a.initial_state)
       for (int v = 0; v < vectors; ++v)
-        lanes[v].gather(a.initial_state + list.state(lanes[v].channel), entries.at(v * n));
-    VecArray h(vectors * n);
-    for (int64_t t = 0; t < segment.end - segment.begin; ++t) {
-      if (t == 0)
-        std::memcpy(h.at(0), entries.at(0), sizeof(Vec) * vectors * n);
-      else if (t % kSteps == 0)
-        std::memcpy(entries.at(t / kSteps * vectors * n), h.at(0), sizeof(Vec) * vectors * n);
-      const int64_t place = segment.begin + t;
+        lanes[v].gather(a.initial_state + list.state(lanes[v].channel), h.at(v * n));
+    for (int64_t place = segment.begin; place < segment.end; ++place) {
+      const int64_t t = place - segment.begin;
+      if (t % kSteps == 0) std::memcpy(entries.at(t / kSteps * vectors * n), h.at(0), sizeof(Vec) * vectors * n);
       const SelectiveToken token = list.token(place, unit);
       const SelectiveToken ahead = list.token(std::min(place + kAhead, segment.end - 1), unit);
       for (const float* p : {a.dt + ahead.own, a.u + ahead.input}) ask_for(p);
@@ -110,8 +105,8 @@ class SelectiveBackward {
 
   // What going back over a token reads and writes.
   void ask_for_gradients(const SelectiveToken& token) const {
-    for (const float* p : {a.dt + token.own, a.u + token.input, g.dy + token.output,
-                           static_cast<const float*>(g.ddt) + token.own, static_cast<const float*>(g.du) + token.input})
+    for (const float* p : std::initializer_list<const float*>{
+             a.dt + token.own, a.u + token.input, g.dy + token.output, g.ddt + token.own, g.du + token.input})
       ask_for(p);
   }
 

@@ -21,8 +21,6 @@ inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) asm volatile("prefetcht0 %0" : : "m"(static_cast<const char*>(p)[i]));
 }
 
-constexpr int64_t kAhead = 8;  // tokens between asking for memory and using it
-
 inline Vec load(const float* p) {
   return *reinterpret_cast<const Vec*>(p);
 }

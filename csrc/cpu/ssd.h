@@ -82,6 +82,7 @@ struct HeadChunk {
   void read(const Ssd& a, const Sizes& s, const Row& row, int64_t begin, int len, int64_t head) {
     const int64_t parameter = row.list * a.nheads + head;
     const float bias = a.dt_bias ? a.dt_bias[parameter] : 0.f, A = a.A[parameter];
+    const float* channels = a.x + head * a.headdim;
     double sum = 0;
     std::memset(raw, 0, sizeof raw);
     for (int i = 0; i < len; ++i)
@@ -91,10 +92,9 @@ struct HeadChunk {
       dt[i] = std::min(std::max(step[i], a.dt_min), a.dt_max);
       sum += dt[i] * A;
       total[i] = sum;
-      const float* x = a.x + head * a.headdim;
       const int64_t ahead = begin + std::min<int64_t>(i + kAhead, len - 1);
-      prefetch(x + row.offset(a.tokens, ahead, a.x_stride), sizeof(float) * a.headdim);
-      x += row.offset(a.tokens, begin + i, a.x_stride);
+      prefetch(channels + row.offset(a.tokens, ahead, a.x_stride), sizeof(float) * a.headdim);
+      const float* x = channels + row.offset(a.tokens, begin + i, a.x_stride);
       const Vec by = splat(dt[i]);
       for (int p = 0; p < s.p; p += kWidth) {
         const Vec value = load_some(x + p, s.headdim - p);

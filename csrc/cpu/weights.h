@@ -59,8 +59,8 @@ inline void multiply_row(const Stored* weights, int64_t in, const float* x, floa
   put<kAdd>(y, sum((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 
-// Holds a vector in a register here, so that the compiler keeps the order of what is around: it would rather load early,
-// and run out of registers. AVX-512 has twice as many.
+// Holds a vector in a register here, so that the compiler keeps the order of what is around: it would rather load
+// early, and run out of registers. AVX-512 has twice as many.
 ALWAYS_INLINE void hold([[maybe_unused]] Vec& v) {
 #if SIMD_BYTES == 32
   asm volatile("" : "+x"(v));
@@ -117,7 +117,7 @@ inline void multiply_inputs(const Stored* weights, int64_t in, const float* x, i
     x += inputs * in;
     y += inputs * y_stride;
     rows -= inputs;
-    ahead += in / kAskEach * bytes;
+    ahead += (in + kAskEach - 1) / kAskEach * bytes;
   };
   for (; rows >= 4; next(4)) multiply_rows<Stored, kRows, 4, kAdd>(weights, in, x, y, y_stride, ahead, bytes);
   if (rows >= 2) {

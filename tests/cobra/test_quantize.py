@@ -30,9 +30,8 @@ SHAPES = [(8, 64), (1, 1), (7, 31), (9, 33), (20, 65), (16, 128), (37, 200)]  # 
 def linear(out: int, columns: int, dtype=torch.float32, seed: int = 0) -> nn.Linear:
     """Rows of very different sizes, one of them of zeros, and some large weights."""
     noise = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out, columns, generator=noise) * 10.0 ** torch.randint(
-        -3, 3, (out, 1), generator=noise
-    )
+    weight = torch.randn(out, columns, generator=noise)
+    weight *= 10.0 ** torch.randint(-3, 3, (out, 1), generator=noise)
     weight[:, ::29] *= 5
     weight[out // 2] *= 0 if out > 1 else 1
     module = nn.Linear(columns, out, bias=False, dtype=dtype)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vision_scan
@@ -139,7 +139,7 @@ def test_opcheck(name, make):
                 a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
                 for a in args
             ]
-        torch.library.opcheck(func, tuple(args))
+        library.opcheck(func, tuple(args))
 
 
 # Large enough for PyTorch to share out the work (32768 elements).

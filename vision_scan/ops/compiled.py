@@ -71,15 +71,9 @@ def _plain(t):
     return None if t is None else t.float().contiguous()
 
 
-@overload
-def _cells(t: Tensor, leading: int) -> Tensor: ...
-@overload
-def _cells(t: None, leading: int) -> None: ...
-def _cells(t, leading):
+def _cells(t: Tensor, leading: int) -> Tensor:
     """Float32, as it lies if its first `leading` axes have one stride and the others are contiguous, like a
     piece of what a projection gives; else contiguous."""
-    if t is None:
-        return None
     cells = t.float().flatten(0, leading - 1)
     return (cells if cells[0].is_contiguous() else cells.contiguous()).unflatten(0, t.shape[:leading])
 

@@ -10,9 +10,9 @@ reference differentiates the reference forward, recomputing it, so that only inp
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
-LIBRARY = torch.library.Library("vision_scan", "DEF")
+LIBRARY = library.Library("vision_scan", "DEF")
 OPERATORS: list[str] = []
 REFERENCES: dict[str, Callable] = {}  # of operators and their backward operators
 MISSING_KERNELS: dict[str, str] = {}  # device -> why it has no compiled kernels at all
@@ -39,7 +39,7 @@ def register(name: str, inputs: str, num_outputs: int, reference: Callable, fake
     outputs = "Tensor" if num_outputs == 1 else f"({', '.join(['Tensor'] * num_outputs)})"
     LIBRARY.define(f"{name}({inputs}) -> {outputs}")
     _implement(name, _in_full_precision(reference))
-    torch.library.register_fake(f"vision_scan::{name}", fake, lib=LIBRARY)
+    library.register_fake(f"vision_scan::{name}", fake, lib=LIBRARY)
     _register_backward(name, inputs, num_outputs, reference)
     OPERATORS.append(name)
     return _differentiate_directly(name, _in_full_precision(reference))
@@ -71,7 +71,7 @@ def register_inplace(name: str, inputs: str, reference: Callable, fake: Callable
     tensor. It has no gradient: it serves decoding."""
     LIBRARY.define(f"{name}({inputs}) -> Tensor")
     _implement(name, _in_full_precision(reference))
-    torch.library.register_fake(f"vision_scan::{name}", fake, lib=LIBRARY)
+    library.register_fake(f"vision_scan::{name}", fake, lib=LIBRARY)
     OPERATORS.append(name)
     return getattr(torch.ops.vision_scan, name).default
 
@@ -154,7 +154,7 @@ def _register_backward(name: str, inputs: str, num_outputs: int, reference: Call
         backward_name,
         lambda grads, *args: _in_full_precision(lambda *rest: gradients(grads, *rest))(*args),
     )
-    torch.library.register_fake(f"vision_scan::{backward_name}", fake_gradients, lib=LIBRARY)
+    library.register_fake(f"vision_scan::{backward_name}", fake_gradients, lib=LIBRARY)
     backward_op = getattr(torch.ops.vision_scan, backward_name).default
 
     def setup_context(ctx, inputs, output):
@@ -172,7 +172,7 @@ def _register_backward(name: str, inputs: str, num_outputs: int, reference: Call
         found = iter(backward_op(list(grads), *values, needs))
         return tuple(next(found) if need else None for need in needs)
 
-    torch.library.register_autograd(
+    library.register_autograd(
         f"vision_scan::{name}", backward, setup_context=setup_context, lib=LIBRARY
     )
 
