@@ -1,24 +1,44 @@
-"""Installs `cobra` and `vision_scan`, and builds the CPU kernels where that is possible; everything else is
-in pyproject.toml.
+"""Installs `cobra` and `vision_scan`, and builds the kernels where that is possible; everything else is in
+pyproject.toml.
 
-The kernels need torch, a C++ compiler and the headers of Python. Without one of them, or if they do not
-compile, the install still works, on the reference; `cobra doctor` says so.
+The CPU kernels need torch, a C++ compiler and the headers of Python, those for GPUs nvcc too. Without one of
+them, or if they do not compile, the install still works, on the reference; `cobra doctor` says so.
+
+COBRA_CUDA = auto (the default: the CUDA kernels where a GPU is visible) | 0 | 1 (they must be built) |
+             emulate (nothing but the CUDA kernels as a C++ program for tests: csrc/cuda/emulate.h)
+COBRA_CUDA_ARCHS = the GPUs to build for, for instance "8.0;9.0a"; the one at hand by default, else 9.0a
 """
 
 import os
 import platform
+import sys
 import warnings
+from pathlib import Path
 
 from setuptools import setup
 
+CUDA = os.environ.get("COBRA_CUDA", "auto")
+COMPILER_FLAGS = [
+    *os.environ.get("COBRA_KERNEL_FLAGS", "-O3").split(),
+    "-g0",
+    "-fopenmp",
+    "-Wno-psabi",
+    "-Wno-ignored-attributes",
+    "-Wno-maybe-uninitialized",
+    "-Wno-unknown-warning-option",  # of Clang, which does not know all of GCC's
+    "-Wno-for-loop-analysis",
+]
+
 
 def extension_arguments() -> dict:
-    """What setup() needs to build `vision_scan._C`; nothing where it cannot be built."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return {}
+    """What setup() needs to build the kernels; nothing where they cannot be built."""
+    if CUDA not in ("auto", "0", "1", "emulate"):
+        sys.exit(f"error: COBRA_CUDA is {CUDA!r}: allowed are auto, 0, 1 and emulate")
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension
     except ImportError:  # an isolated build: torch is not there
+        if CUDA == "1":
+            sys.exit("error: COBRA_CUDA=1 needs torch at build time: pip install --no-build-isolation -e .")
         return {}
 
     class Build(BuildExtension):
@@ -26,25 +46,66 @@ def extension_arguments() -> dict:
             try:
                 super().build_extensions()
             except Exception as error:  # the compiler's own message stands above it
-                warnings.warn(f"the CPU kernels were not built, the reference serves: {error}", stacklevel=1)
+                if CUDA in ("1", "emulate"):
+                    raise
+                warnings.warn(f"kernels were not built, the reference serves: {error}", stacklevel=1)
                 self.extensions = []  # so that nothing is looked for afterwards
 
-    kernels = CppExtension(
+    if CUDA == "emulate":
+        extensions = [emulated_kernels()]
+    else:
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        extensions = [*([cpu_kernels()] if x86 else []), *cuda_kernels()]
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}} if extensions else {}
+
+
+def cpu_kernels():
+    from torch.utils.cpp_extension import CppExtension
+
+    return CppExtension(
         "vision_scan._C",
         [f"csrc/cpu/{name}.cpp" for name in ("ops", "scan_ops", "decode_ops", "avx2", "avx512")],
-        extra_compile_args=[
-            *os.environ.get("COBRA_KERNEL_FLAGS", "-O3").split(),
-            "-g0",
-            "-fopenmp",
-            "-Wno-psabi",
-            "-Wno-ignored-attributes",
-            "-Wno-maybe-uninitialized",
-            "-Wno-unknown-warning-option",  # of Clang, which does not know all of GCC's
-            "-Wno-for-loop-analysis",
-        ],
+        extra_compile_args=COMPILER_FLAGS,
         extra_link_args=["-fopenmp"],
     )
-    return {"ext_modules": [kernels], "cmdclass": {"build_ext": Build}}
+
+
+def cuda_sources(*kinds: str) -> list[str]:
+    return sorted(str(path) for kind in kinds for path in Path("csrc/cuda").glob(kind))
+
+
+def cuda_kernels() -> list:
+    """The extension, or nothing where no GPU asks for it."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    if CUDA == "0" or (CUDA == "auto" and not (torch.cuda.is_available() and CUDA_HOME)):
+        return []
+    if CUDA_HOME is None:
+        sys.exit("error: COBRA_CUDA=1 needs nvcc: install the CUDA toolkit or set CUDA_HOME to it")
+    if archs := os.environ.get("COBRA_CUDA_ARCHS", "" if torch.cuda.is_available() else "9.0a"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+    return [
+        CUDAExtension(
+            "vision_scan._cuda",
+            cuda_sources("*.cu", "*_ops.cpp"),
+            extra_compile_args={
+                "cxx": COMPILER_FLAGS,
+                "nvcc": ["-O3", "-std=c++20", "-Xptxas=-v", "--expt-relaxed-constexpr", "-lineinfo"],
+            },
+        )
+    ]
+
+
+def emulated_kernels():
+    from torch.utils.cpp_extension import CppExtension
+
+    return CppExtension(
+        "vision_scan._cuda_emulated",
+        ["csrc/cuda/emulated.cpp", *cuda_sources("*_ops.cpp")],
+        depends=cuda_sources("*"),
+        extra_compile_args=["-O2", "-g0", "-DEMULATE_CUDA", "-Wno-unknown-pragmas", *os.environ.get("COBRA_KERNEL_FLAGS", "").split()],
+    )
 
 
 setup(**extension_arguments())

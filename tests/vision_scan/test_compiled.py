@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vision_scan
-from vision_scan.ops import compiled, register
+from vision_scan.ops import cpu, register
 from vision_scan.ops.reference.ssd import ssd_recurrent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,7 +196,7 @@ def test_pieces_of_a_projection_are_read_where_they_lie(batch, seqlen, every):
     wide = torch.randn(batch, seqlen, every, 127, generator=generator)
     seq_idx = torch.arange(seqlen).expand(batch, -1) // 20 - 1
     piece = wide[:, :, 0, 48:96]
-    assert compiled._cells(piece, 2).data_ptr() == piece.data_ptr()
+    assert cpu._cells(piece, 2).data_ptr() == piece.data_ptr()
     in_place, of_copies = (mixed(wide, seq_idx, copied) for copied in (False, True))
     assert all(torch.equal(*pair) for pair in zip(in_place, of_copies, strict=True))
 
@@ -205,7 +205,7 @@ def test_pieces_of_a_projection_are_read_where_they_lie(batch, seqlen, every):
 def test_pieces_without_one_stride_are_copied():
     wide = torch.randn(4, 9, 60)
     for piece in (wide[::2, :, :48], wide[:, :5, :48], wide.transpose(0, 1)[..., :48], wide[..., ::2]):
-        cells = compiled._cells(piece, 2)
+        cells = cpu._cells(piece, 2)
         assert torch.equal(cells, piece)
         assert cells.is_contiguous()
 
@@ -260,4 +260,4 @@ def test_reference_can_be_asked_for(monkeypatch):
     )
     assert "'cpu': 'reference'" in done.stdout and "VISION_SCAN_REFERENCE=1" in done.stdout
     monkeypatch.setenv("VISION_SCAN_REFERENCE", "1")
-    assert "asks for the reference" in compiled._why_missing()
+    assert "asks for the reference" in cpu._why_missing()

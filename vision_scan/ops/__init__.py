@@ -1,6 +1,6 @@
 """The operators: schema, fake and autograd here, references in `reference/`, compiled kernels in csrc."""
 
-from . import compiled
+from . import cpu, cuda
 from .causal_conv1d import causal_conv1d, causal_conv1d_2d, causal_conv1d_update
 from .gated_rmsnorm import gated_rmsnorm
 from .reference.segments import real_and_runs
@@ -8,7 +8,8 @@ from .register import backend_report
 from .selective_scan import selective_scan, selective_scan_2d, selective_scan_update
 from .ssd import ssd, ssd_2d, ssd_update
 
-compiled.take_over_all()  # once the others have registered their operators
+cpu.take_over_all()  # once the others have registered their operators
+cuda.take_over_all()
 
 __all__ = [
     "backend_report",

@@ -6,12 +6,11 @@ ones; here other dtypes and layouts are brought into it and back. float64 is lef
 """
 
 import os
-from collections.abc import Sequence
-from typing import overload
 
 import torch
 from torch import Tensor
 
+from .layout import plain, through_gate, wanted
 from .register import MISSING_KERNELS, take_over
 
 MOST_TAPS = 16  # kMostTaps in csrc/cpu/kernels.h
@@ -42,6 +41,8 @@ def take_over_all() -> None:
 def _why_missing() -> str:
     if os.environ.get("VISION_SCAN_REFERENCE") == "1":
         return "VISION_SCAN_REFERENCE=1 asks for the reference"
+    if os.environ.get("VISION_SCAN_EMULATE"):
+        return "VISION_SCAN_EMULATE runs the CUDA kernels in their place"
     try:
         import vision_scan._C  # noqa: F401 (registers the library vision_scan_cpu)
     except ImportError:
@@ -62,15 +63,6 @@ def _serves_update(state: Tensor, x: Tensor, *others) -> bool:
     return state.dtype == torch.float32 and state.is_contiguous() and _serves(x)
 
 
-@overload
-def _plain(t: Tensor) -> Tensor: ...
-@overload
-def _plain(t: None) -> None: ...
-def _plain(t):
-    """Contiguous float32."""
-    return None if t is None else t.float().contiguous()
-
-
 def _cells(t: Tensor, leading: int) -> Tensor:
     """Float32, as it lies if its first `leading` axes have one stride and the others are contiguous, like a
     piece of what a projection gives; else contiguous."""
@@ -82,35 +74,16 @@ def _index(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.long().contiguous()
 
 
-def _wanted(inputs: Sequence, gradients: dict[int, Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    """The gradients that are needed, each with the dtype and layout of its input."""
-    return [_like(inputs[i], gradients[i].reshape(inputs[i].shape)) for i, need in enumerate(needs) if need]
-
-
-def _like(value: Tensor, gradient: Tensor) -> Tensor:
-    target = torch.empty_like(value)
-    if target.stride() == gradient.stride() and target.dtype == gradient.dtype:
-        return gradient
-    return target.copy_(gradient)
-
-
-def _through_gate(dy: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of y and z, given that of y SiLU(z)."""
-    z = z.float()
-    gate = torch.sigmoid(z)
-    return dy * z * gate, dy * y * gate * (1 + z * (1 - gate))
-
-
 def _ssd_arguments(
     x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens
 ) -> tuple:
     """Sequences as grids of one list."""
     tokens = [_cells(t, 2)[:, None] for t in (x, dt, B, C)]
-    parameters = [None if t is None else _plain(t)[None] for t in (A, D, dt_bias)]
+    parameters = [None if t is None else plain(t)[None] for t in (A, D, dt_bias)]
     (x, dt, B, C), (A, D, dt_bias) = tokens, parameters
     return (
         x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max,
-        _plain(initial_state), _index(seq_idx), _index(cu_seqlens), None,
+        plain(initial_state), _index(seq_idx), _index(cu_seqlens), None,
     )  # fmt: skip
 
 
@@ -139,20 +112,20 @@ def _ssd_backward(grads, *args) -> list[Tensor]:
     dy, dz = grads[0].float(), None
     if z is not None:
         ungated, _ = torch.ops.vision_scan_cpu.ssd(*arguments)
-        dy, dz = _through_gate(dy, ungated[:, 0], z)
+        dy, dz = through_gate(dy, ungated[:, 0], z)
     dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial = torch.ops.vision_scan_cpu.ssd_backward(
-        dy.contiguous()[:, None], _plain(grads[1]), *arguments
+        dy.contiguous()[:, None], plain(grads[1]), *arguments
     )
     found = {0: dx, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: dz, 7: ddt_bias, 11: dinitial}
-    return _wanted(inputs, found, needs)
+    return wanted(inputs, found, needs)
 
 
 def _ssd_2d_arguments(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index) -> tuple:
     """Grids as rows of cells, each list with a grid of its own."""
     K = index.shape[0]
     x = x if x.dim() == 6 else x[:, None].expand(-1, K, *x.shape[1:])
-    x, dt, B, C = (_plain(t).flatten(2, 3) for t in (x, dt, B, C))
-    A, D, dt_bias = (_plain(t) for t in (A, D, dt_bias))
+    x, dt, B, C = (plain(t).flatten(2, 3) for t in (x, dt, B, C))
+    A, D, dt_bias = (plain(t) for t in (A, D, dt_bias))
     return x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, None, None, None, _index(index)
 
 
@@ -178,13 +151,13 @@ def _ssd_2d_backward(grads, *args) -> list[Tensor]:
         *_ssd_2d_arguments(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index),
     )
     dx = dx if x.dim() == 6 else dx.sum(1)
-    return _wanted(inputs, {0: dx, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: ddt_bias}, needs)
+    return wanted(inputs, {0: dx, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: ddt_bias}, needs)
 
 
 def _ssd_update(
     state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, seq_idx, state_indices
 ) -> Tensor:
-    tensors = [_plain(t) for t in (x, dt, A, B, C, D, z, dt_bias)]
+    tensors = [plain(t) for t in (x, dt, A, B, C, D, z, dt_bias)]
     y = torch.ops.vision_scan_cpu.ssd_update(
         state, *tensors, dt_softplus, dt_min, dt_max, _index(seq_idx), _index(state_indices)
     )
@@ -193,7 +166,7 @@ def _ssd_update(
 
 def _selective_update(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, state_indices) -> Tensor:
     B, C = (t[:, None] if t.dim() == 3 else t for t in (B, C))  # one group
-    tensors = [_plain(t) for t in (u, dt, A, B, C, D, z, dt_bias)]
+    tensors = [plain(t) for t in (u, dt, A, B, C, D, z, dt_bias)]
     y = torch.ops.vision_scan_cpu.selective_update(
         state, *tensors, dt_softplus, _index(seq_idx), _index(state_indices)
     )
@@ -202,7 +175,7 @@ def _selective_update(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx
 
 def _conv_update(state, x, weight, bias, activation, seq_idx, state_indices) -> Tensor:
     y = torch.ops.vision_scan_cpu.conv_update(
-        state, _plain(x), _plain(weight), _plain(bias), activation == "silu", _index(seq_idx),
+        state, plain(x), plain(weight), plain(bias), activation == "silu", _index(seq_idx),
         _index(state_indices),
     )  # fmt: skip
     return y.to(x.dtype)
@@ -212,13 +185,13 @@ def _selective_arguments(
     u, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, seq_idx, cu_seqlens
 ) -> tuple:
     """Sequences as grids of one list, channels last."""
-    u, dt = (_plain(t.transpose(1, 2))[:, None] for t in (u, dt))
+    u, dt = (plain(t.transpose(1, 2))[:, None] for t in (u, dt))
     B, C = (t[:, None] if t.dim() == 3 else t for t in (B, C))  # one group
-    B, C = (_plain(t.movedim(3, 1))[:, None] for t in (B, C))
-    A, D, dt_bias = (None if t is None else _plain(t)[None] for t in (A, D, dt_bias))
+    B, C = (plain(t.movedim(3, 1))[:, None] for t in (B, C))
+    A, D, dt_bias = (None if t is None else plain(t)[None] for t in (A, D, dt_bias))
     return (
         u, dt, A, B, C, D, dt_bias, dt_softplus, False,
-        _plain(initial_state), _index(seq_idx), _index(cu_seqlens), None,
+        plain(initial_state), _index(seq_idx), _index(cu_seqlens), None,
     )  # fmt: skip
 
 
@@ -243,21 +216,21 @@ def _selective_backward(grads, *args) -> list[Tensor]:
     dy, dz = grads[0].float(), None
     if z is not None:
         ungated, _ = torch.ops.vision_scan_cpu.selective(*arguments)
-        dy, dz = _through_gate(dy, ungated[:, 0].transpose(1, 2), z)
+        dy, dz = through_gate(dy, ungated[:, 0].transpose(1, 2), z)
     du, ddt, dA, dB, dC, dD, ddt_bias, dinitial = torch.ops.vision_scan_cpu.selective_backward(
-        dy.transpose(1, 2).contiguous()[:, None], _plain(grads[1]), *arguments
+        dy.transpose(1, 2).contiguous()[:, None], plain(grads[1]), *arguments
     )
     du, ddt = (t[:, 0].transpose(1, 2) for t in (du, ddt))
     dB, dC = (t[:, 0].movedim(1, 3) for t in (dB, dC))
     found = {0: du, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: dz, 7: ddt_bias, 9: dinitial}
-    return _wanted(inputs, found, needs)
+    return wanted(inputs, found, needs)
 
 
 def _selective_2d_arguments(u, dt, A, B, C, D, dt_bias, dt_softplus, index, merge) -> tuple:
     u, dt, B, C = (
-        _plain(t).flatten(first, first + 1) for t, first in ((u, u.dim() - 3), (dt, 2), (B, 2), (C, 2))
+        plain(t).flatten(first, first + 1) for t, first in ((u, u.dim() - 3), (dt, 2), (B, 2), (C, 2))
     )
-    A, D, dt_bias = (_plain(t) for t in (A, D, dt_bias))
+    A, D, dt_bias = (plain(t) for t in (A, D, dt_bias))
     return u, dt, A, B, C, D, dt_bias, dt_softplus, merge != "concat", None, None, None, _index(index)
 
 
@@ -272,21 +245,21 @@ def _selective_2d(u, dt, A, B, C, D, dt_bias, dt_softplus, index, merge) -> Tens
 def _selective_2d_backward(grads, *args) -> list[Tensor]:
     *inputs, needs = args
     index, merge = inputs[-2:]
-    dy = _plain(grads[0]).flatten(-3, -2)
+    dy = plain(grads[0]).flatten(-3, -2)
     du, ddt, dA, dB, dC, dD, ddt_bias, _ = torch.ops.vision_scan_cpu.selective_backward(
         dy / index.shape[0] if merge == "mean" else dy, None, *_selective_2d_arguments(*inputs)
     )
-    return _wanted(inputs, {0: du, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: ddt_bias}, needs)
+    return wanted(inputs, {0: du, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: ddt_bias}, needs)
 
 
 def _conv_arguments(x, weight, bias, activation, initial_state, seq_idx, cu_seqlens) -> tuple:
     """Channels last."""
     return (
         _cells(x.transpose(1, 2), 2),
-        _plain(weight.t())[None],
-        None if bias is None else _plain(bias)[None],
+        plain(weight.t())[None],
+        None if bias is None else plain(bias)[None],
         activation == "silu",
-        None if initial_state is None else _plain(initial_state.transpose(1, 2)),
+        None if initial_state is None else plain(initial_state.transpose(1, 2)),
         _index(seq_idx),
         _index(cu_seqlens),
         None,
@@ -303,12 +276,12 @@ def _conv(x, weight, bias, activation, initial_state, seq_idx, cu_seqlens) -> tu
 def _conv_backward(grads, *args) -> list[Tensor]:
     *inputs, needs = args
     dx, dweight, dbias, dinitial = torch.ops.vision_scan_cpu.conv_backward(
-        _plain(grads[0].transpose(1, 2))[:, None], _plain(grads[1].transpose(1, 2)), *_conv_arguments(*inputs)
+        plain(grads[0].transpose(1, 2))[:, None], plain(grads[1].transpose(1, 2)), *_conv_arguments(*inputs)
     )
     found = {0: dx.transpose(1, 2), 1: dweight[0].t(), 2: dbias}
     if inputs[4] is not None:
         found[4] = dinitial.transpose(1, 2)
-    return _wanted(inputs, found, needs)
+    return wanted(inputs, found, needs)
 
 
 def _conv_2d_arguments(x, weight, bias, activation, index) -> tuple:
@@ -316,9 +289,9 @@ def _conv_2d_arguments(x, weight, bias, activation, index) -> tuple:
     weight = weight.expand(K, -1, -1) if weight.dim() == 2 else weight
     bias = bias.expand(K, -1) if bias is not None and bias.dim() == 1 else bias
     return (
-        _plain(x).flatten(-3, -2),
-        _plain(weight.transpose(1, 2)),
-        _plain(bias),
+        plain(x).flatten(-3, -2),
+        plain(weight.transpose(1, 2)),
+        plain(bias),
         activation == "silu",
         None,
         None,
@@ -336,18 +309,18 @@ def _conv_2d_backward(grads, *args) -> list[Tensor]:
     *inputs, needs = args
     weight, bias = inputs[1:3]
     dx, dweight, dbias, _ = torch.ops.vision_scan_cpu.conv_backward(
-        _plain(grads[0]).flatten(2, 3), None, *_conv_2d_arguments(*inputs)
+        plain(grads[0]).flatten(2, 3), None, *_conv_2d_arguments(*inputs)
     )
     dweight = dweight.transpose(1, 2)
     found = {0: dx, 1: dweight.sum(0) if weight.dim() == 2 else dweight}
     if bias is not None:
         found[2] = dbias.sum(0) if bias.dim() == 1 else dbias
-    return _wanted(inputs, found, needs)
+    return wanted(inputs, found, needs)
 
 
 def _norm_arguments(x, weight, z, eps, group_size, norm_before_gate) -> tuple:
     x, z = (None if t is None else _cells(t.reshape(-1, t.shape[-1]), 1) for t in (x, z))
-    return x, _plain(weight), z, eps, group_size, norm_before_gate
+    return x, plain(weight), z, eps, group_size, norm_before_gate
 
 
 def _norm(x, weight, z, eps, group_size, norm_before_gate) -> Tensor:
@@ -358,6 +331,6 @@ def _norm(x, weight, z, eps, group_size, norm_before_gate) -> Tensor:
 def _norm_backward(grads, *args) -> list[Tensor]:
     *inputs, needs = args
     dx, dweight, dz = torch.ops.vision_scan_cpu.norm_backward(
-        _plain(grads[0]).view(-1, inputs[0].shape[-1]), *_norm_arguments(*inputs)
+        plain(grads[0]).view(-1, inputs[0].shape[-1]), *_norm_arguments(*inputs)
     )
-    return _wanted(inputs, {0: dx, 1: dweight, 2: dz}, needs)
+    return wanted(inputs, {0: dx, 1: dweight, 2: dz}, needs)

@@ -1,0 +1,12 @@
+// The kernels for a machine without a GPU: see emulate.h.
+#include <torch/library.h>
+
+#include "selective.cu"
+
+namespace vision_scan {
+
+TORCH_LIBRARY_FRAGMENT(vision_scan_cuda, m) {
+  m.def("descending(bool value) -> ()", [](bool value) { emulate::machine().descending = value; });
+}
+
+}  // namespace vision_scan

@@ -1,0 +1,98 @@
+// The selective scan as operators of the library `vision_scan_cuda`.
+#include "ops.h"
+#include "selective.h"
+
+namespace vision_scan {
+namespace {
+
+template <class T>
+Selective<T> make_selective(const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                            const OptionalTensor& D, const OptionalTensor& dt_bias, bool dt_softplus, bool merge,
+                            double scale, const OptionalTensor& initial_state, const OptionalTensor& index,
+                            const OptionalTensor& marks, const OptionalTensor& bounds) {
+  const int64_t batch = u.size(0), lists = A.size(0), cells = u.size(-2), channels = A.size(1), d_state = A.size(2);
+  const int64_t ngroups = B.size(3);
+  Selective<T> a{};
+  a.tokens = make_tokens(batch, lists, cells, index, marks, bounds);
+  a.channels = static_cast<int>(channels);
+  a.ngroups = static_cast<int>(ngroups);
+  a.d_state = static_cast<int>(d_state);
+  a.dt_softplus = dt_softplus;
+  a.shared_input = u.dim() == 3;
+  a.merged_output = merge;
+  a.output_scale = static_cast<float>(scale);
+  a.u = data<T>(u);
+  a.dt = data<T>(dt);
+  a.B = data<T>(B);
+  a.C = data<T>(C);
+  a.A = data<float>(A);
+  a.D = data<float>(D);
+  a.dt_bias = data<float>(dt_bias);
+  a.initial_state = data<float>(initial_state);
+  return a;
+}
+
+void check_selective(const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                     const OptionalTensor& D, const OptionalTensor& dt_bias, const OptionalTensor& initial_state,
+                     const OptionalTensor& bounds) {
+  TORCH_CHECK_VALUE(u.dim() == 3 || u.dim() == 4, "u must have 3 or 4 axes, got ", u.dim());
+  TORCH_CHECK_VALUE(A.dim() == 3, "A must have 3 axes, got ", A.dim());
+  TORCH_CHECK_VALUE(B.dim() == 5, "B must have 5 axes, got ", B.dim());
+  const int64_t batch = u.size(0), lists = A.size(0), cells = u.size(-2), channels = A.size(1), d_state = A.size(2);
+  const int64_t ngroups = B.size(3), rows = bounds ? bounds->numel() - 1 : batch * lists;
+  const auto dtype = u.scalar_type();
+  TORCH_CHECK_VALUE(ngroups > 0 && channels % ngroups == 0, "channels ", channels, " must be a multiple of ngroups ",
+                    ngroups);
+  TORCH_CHECK_VALUE(0 < d_state && d_state <= selective::kMostStates, "d_state must be from 1 to ",
+                    selective::kMostStates, ", got ", d_state);
+  if (u.dim() == 3)
+    check("u", u, {batch, cells, channels}, dtype);
+  else
+    check("u", u, {batch, lists, cells, channels}, dtype);
+  check("dt", dt, {batch, lists, cells, channels}, dtype);
+  check("A", A, {lists, channels, d_state}, at::kFloat);
+  check("B", B, {batch, lists, cells, ngroups, d_state}, dtype);
+  check("C", C, {batch, lists, cells, ngroups, d_state}, dtype);
+  check("D", D, {lists, channels}, at::kFloat);
+  check("dt_bias", dt_bias, {lists, channels}, at::kFloat);
+  check("initial_state", initial_state, {rows, channels, d_state}, at::kFloat);
+}
+
+std::tuple<Tensor, Tensor> scan(const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B,
+                                const Tensor& C, const OptionalTensor& D, const OptionalTensor& dt_bias,
+                                     bool dt_softplus, bool merge, double scale, const OptionalTensor& initial_state,
+                                const OptionalTensor& index, const OptionalTensor& marks,
+                                const OptionalTensor& bounds) {
+  check_selective(u, dt, A, B, C, D, dt_bias, initial_state, bounds);
+  const Here here(u);
+  const auto numbers = u.options().dtype(at::kFloat);
+  std::vector<int64_t> shape = merge ? std::vector<int64_t>{u.size(0), u.size(-2), u.size(-1)} : dt.sizes().vec();
+  // Without a merge, padding and cells that no list visits stay zero.
+  Tensor y = !merge && (index || marks) ? at::zeros(shape, u.options()) : at::empty(shape, u.options());
+  Tensor final_state, scratch;
+  with_type(u.scalar_type(), [&](auto kind) {
+    using T = decltype(kind);
+    Selective<T> a = make_selective<T>(u, dt, A, B, C, D, dt_bias, dt_softplus, merge, scale, initial_state, index,
+                                       marks, bounds);
+    final_state = at::empty({merge ? 0 : a.tokens.rows(), A.size(1), A.size(2)}, numbers);
+    a.final_state = merge ? nullptr : mutable_data<float>(final_state);
+    a.y = mutable_data<T>(y);
+    if (merge && !selective_merges_on_chip(a.d_state, a.tokens.cells, card(u.get_device()).most_shared)) {
+      scratch = at::empty(shape, numbers);
+      a.scratch = mutable_data<float>(scratch);
+    }
+    selective_forward(a, here.stream);
+  });
+  return {y, final_state};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(vision_scan_cuda, m) {
+  m.def(
+      "selective(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, "
+      "bool merge, float scale, Tensor? initial_state, Tensor? index, Tensor? marks, Tensor? bounds) -> (Tensor, Tensor)",
+      &scan);
+}
+
+}  // namespace vision_scan

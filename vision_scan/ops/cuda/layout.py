@@ -1,0 +1,33 @@
+"""How the CUDA kernels take tensors: visiting lists and segments as small integers, one dtype for a scan."""
+
+import torch
+from torch import Tensor
+
+from ..reference.segments import real_and_runs
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def serves(first: Tensor, *others) -> bool:
+    return first.dtype in DTYPES and first.numel() > 0
+
+
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which a kernel reads all of them without losing a digit; float64 becomes float32."""
+    dtype = tensors[0].dtype
+    for t in tensors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype if dtype in DTYPES else torch.float32
+
+
+def small_index(index: Tensor | None) -> Tensor | None:
+    return None if index is None else index.to(torch.int32).contiguous()
+
+
+def marks_of(seq_idx: Tensor | None) -> Tensor | None:
+    """(batch, seqlen) uint8 for csrc/cuda/tokens.h: 1 for padding, 2 where a new segment starts."""
+    if seq_idx is None:
+        return None
+    real, run = real_and_runs(seq_idx)
+    before = torch.nn.functional.pad(run[:, :-1], (1, 0))
+    return (~real).to(torch.uint8) + 2 * (run != before).to(torch.uint8)
