@@ -26,6 +26,7 @@ COMPILER_FLAGS = [
     "-fopenmp",
     "-Wno-psabi",
     "-Wno-ignored-attributes",
+    "-Wno-unknown-pragmas",  # "unroll", which is for nvcc
     "-Wno-maybe-uninitialized",
     "-Wno-unknown-warning-option",  # of Clang, which does not know all of GCC's
     "-Wno-for-loop-analysis",
@@ -119,7 +120,13 @@ def emulated_kernels():
         "vision_scan._cuda_emulated",
         ["csrc/cuda/emulated.cpp", *cuda_sources("*_ops.cpp")],
         depends=cuda_sources("*"),
-        extra_compile_args=["-O2", "-g0", "-DEMULATE_CUDA", "-Wno-unknown-pragmas", *os.environ.get("COBRA_KERNEL_FLAGS", "").split()],
+        extra_compile_args=[
+            "-O2",
+            "-g0",
+            "-DEMULATE_CUDA",
+            "-Wno-unknown-pragmas",
+            *os.environ.get("COBRA_KERNEL_FLAGS", "").split(),
+        ],
     )
 
 
