@@ -42,7 +42,7 @@ def extension_arguments() -> dict:
         from torch.utils.cpp_extension import BuildExtension
     except ImportError:  # an isolated build: torch is not there
         if MUST_BUILD:
-            sys.exit(f"error: COBRA_CUDA={CUDA} needs torch at build time: pip install --no-build-isolation -e .")
+            sys.exit(f"error: COBRA_CUDA={CUDA} needs torch to build: pip install --no-build-isolation -e .")
         return {}
 
     class Build(BuildExtension):
