@@ -145,12 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_device(efficiency)
 
     gpu = _command(commands, "gpu", _gpu, "build, test and time the CUDA kernels and the models on a GPU")
-    gpu.add_argument(
-        "parts",
-        nargs="*",
-        metavar="PART",
-        help="build peers test sanitize bench-scan bench-decode bench-train (all)",
-    )
+    gpu.add_argument("parts", nargs="*", metavar="PART", help="an unknown one lists them (default all)")
     gpu.add_argument(
         "--results", type=Path, metavar="DIR", help="where the results are kept (default benchmarks/results)"
     )

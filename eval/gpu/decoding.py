@@ -1,8 +1,8 @@
 """Part bench-decode: decoding and reading with `mamba2-2.7b`, its transformer twin against context length.
 
 Decoding goes through `LanguageModel.forward` with a state that may be overwritten, as `cobra.generate` does.
-A model that replays CUDA graphs by itself is timed as it is; otherwise a step is captured here. What the twin's
-cache holds is random: how fast it is read does not depend on that.
+A model that replays CUDA graphs by itself is timed as it is; otherwise a step is captured here. What the
+twin's cache holds is random: how fast it is read does not depend on that.
 """
 
 import gc
@@ -18,7 +18,7 @@ from cobra.config import PRESETS
 from cobra.cost import LMCost
 from cobra.lm.stack import LanguageModel
 from cobra.lm.state import State
-from eval.gpu.results import make_row, per_step
+from eval.gpu.results import attempt, make_row, per_step
 from eval.gpu.stopwatch import ROUNDS, Stopwatch, race, reason
 from eval.gpu.targets import CONTEXTS, MAMBA, PREFILLS, TRANSFORMER, decode_name, prefill_name
 from eval.peers.contest import TOLERANCE, make_check, rms_ratio
@@ -62,7 +62,7 @@ def run(stopwatch: Stopwatch, ceilings: dict, settings: Settings, keep: Callable
         for batch in settings.batches:
             name = decode_name(MAMBA, batch)
             keep(
-                _attempt(
+                attempt(
                     name,
                     lambda b=batch, n=name: _decode_mamba(stopwatch, ceilings, settings, lm, b, n, check),
                 )
@@ -70,7 +70,7 @@ def run(stopwatch: Stopwatch, ceilings: dict, settings: Settings, keep: Callable
         for seqlen in settings.prefills:
             name = prefill_name(seqlen)
             keep(
-                _attempt(
+                attempt(
                     name, lambda s=seqlen, n=name: _prefill(stopwatch, ceilings, settings, lm, s, n, check)
                 )
             )
@@ -80,18 +80,11 @@ def run(stopwatch: Stopwatch, ceilings: dict, settings: Settings, keep: Callable
         for context in settings.contexts:
             name = decode_name(TRANSFORMER, context=context)
             keep(
-                _attempt(
+                attempt(
                     name,
                     lambda c=context, n=name: _decode_twin(stopwatch, ceilings, settings, lm, c, n, check),
                 )
             )
-
-
-def _attempt(name: str, work: Callable[[], dict]) -> dict:
-    try:
-        return work()
-    except Exception as error:  # noted in the results, so that the rest is measured
-        return make_row(name, None, failed=reason(error))
 
 
 def build_lm(preset: str, device: torch.device, seed: int = 0) -> LanguageModel:

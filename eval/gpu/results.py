@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from eval.environment import describe_environment
 from eval.files import check_format, read_json, write_json
+from eval.gpu.stopwatch import reason
 
 FORMAT = 1
 FOLDER = Path("benchmarks/results")
@@ -176,6 +178,14 @@ def make_row(
         "times": _times(seconds, others or []),
         **facts,
     }
+
+
+def attempt(name: str, work: Callable[[], dict]) -> dict:
+    """A measurement, or if it fails a row that says why, so that the rest is measured."""
+    try:
+        return work()
+    except Exception as error:
+        return make_row(name, None, failed=reason(error))
 
 
 def per_step(seconds: dict | None, steps: int) -> dict | None:

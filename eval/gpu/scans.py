@@ -1,8 +1,9 @@
-"""Part bench-scan: the 2-D selective scan beside mamba_ssm's selective scan with explicit cross-scan and merge,
-and Mamba-2's scan beside `mamba_chunk_scan_combined`; both beside our own form in torch."""
+"""Part bench-scan: the 2-D selective scan beside mamba_ssm's with cross-scan and merge, and Mamba-2's
+scan beside `mamba_chunk_scan_combined`; both beside our own form in torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 import vision_scan
 from eval.gpu import rivals
 from eval.gpu.operators import FORWARD, Contest, Entrant, measure
+from eval.gpu.results import attempt
 from eval.gpu.stopwatch import ROUNDS, Stopwatch, nbytes
 from eval.gpu.targets import D_STATES, PASSES, scan_2d_name, ssd_name
 from eval.peers.scans import chunked, compiled, to_sequences
@@ -47,14 +49,15 @@ def run(stopwatch: Stopwatch, ceilings: dict, settings: Settings, keep: Callable
     """Measures all, and hands over each row as it is there."""
     for d_state in settings.d_states:
         for passes in PASSES:
-            contest = scan_2d_contest(stopwatch.device, settings, d_state)
-            name = scan_2d_name(d_state, passes)
-            keep(measure(stopwatch, ceilings, name, passes, contest, settings.rounds))
-            del contest
+            make = partial(scan_2d_contest, stopwatch.device, settings, d_state)
+            keep(_measure(stopwatch, ceilings, scan_2d_name(d_state, passes), passes, make, settings.rounds))
     for passes in PASSES:
-        contest = ssd_contest(stopwatch.device, settings)
-        keep(measure(stopwatch, ceilings, ssd_name(passes), passes, contest, settings.rounds))
-        del contest
+        make = partial(ssd_contest, stopwatch.device, settings)
+        keep(_measure(stopwatch, ceilings, ssd_name(passes), passes, make, settings.rounds))
+
+
+def _measure(stopwatch, ceilings, name: str, passes: str, make: Callable[[], Contest], rounds: int) -> dict:
+    return attempt(name, lambda: measure(stopwatch, ceilings, name, passes, make(), rounds))
 
 
 def scan_2d_contest(device: torch.device, settings: Settings, d_state: int) -> Contest:

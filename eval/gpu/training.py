@@ -73,7 +73,7 @@ def run(stopwatch: Stopwatch, ceilings: dict, settings: Settings, keep: Callable
 
 
 def backward(lm: LanguageModel, ids: Tensor, form: str) -> Tensor:
-    """The loss of ids (batch, seqlen), as `Cobra.loss` computes it; its gradients are left in the parameters."""
+    """The loss of ids (batch, seqlen), as `Cobra.loss` has it; its gradients are left in the parameters."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=form == "bfloat16"):
         hidden, _ = lm.read(ids)
         loss = lm.loss(hidden[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
