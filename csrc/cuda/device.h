@@ -100,24 +100,47 @@ __device__ __forceinline__ float reciprocal(float x) {
 #endif
 }
 
-// log(1 + exp(x)), exact to 3e-7 of itself, however small it is. The logarithm is a polynomial in exp(-|x|) of the
-// ordinary units, because those of special functions are what the scans wait for.
+// log(1 + exp(x)), to 3e-7 of itself, or 2e-6 where x comes as a number of 16 bits (T), however small the result is.
+// The logarithm is a polynomial in exp(-|x|) of the ordinary units: those of special functions are what scans wait for.
+template <class T>
 __device__ __forceinline__ float softplus(float x) {
   const float e = exp2_fast(-fabsf(x) * kLog2e);
-  float p = 0.00512610214f;
-  p = p * e - 0.0290740647f;
-  p = p * e + 0.0775160867f;
-  p = p * e - 0.136022476f;
-  p = p * e + 0.190768807f;
-  p = p * e - 0.24835399f;
-  p = p * e + 0.333181217f;
-  p = p * e - 0.49999445f;
-  p = p * e + 0.999999966f;
+  float p;
+  if constexpr (sizeof(T) == 4) {
+    p = 0.00512610214f;
+    p = p * e - 0.0290740647f;
+    p = p * e + 0.0775160867f;
+    p = p * e - 0.136022476f;
+    p = p * e + 0.190768807f;
+    p = p * e - 0.24835399f;
+    p = p * e + 0.333181217f;
+    p = p * e - 0.49999445f;
+    p = p * e + 0.999999966f;
+  } else {
+    p = 0.0141411947f;
+    p = p * e - 0.0664026563f;
+    p = p * e + 0.149225327f;
+    p = p * e - 0.235039709f;
+    p = p * e + 0.331094883f;
+    p = p * e - 0.499869715f;
+    p = p * e + 0.999998734f;
+  }
   return fmaxf(x, 0.0f) + e * p;
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1 + exp2_fast(-x * kLog2e)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+
+// ---- sums in memory -------------------------------------------------------------------------------------------
+
+// In one access where the GPU has it (sm_90 on).
+__device__ __forceinline__ void atomic_add(float* at, const Vec<float, 4>& x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float4*>(at), make_float4(x.at[0], x.at[1], x.at[2], x.at[3]));
+#else
+  for (int i = 0; i < 4; ++i) atomicAdd(at + i, x.at[i]);
+#endif
+}
 
 // ---- warps ----------------------------------------------------------------------------------------------------
 
