@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "selective.cu"
+#include "ssd.cu"
 
 namespace vision_scan {
 
