@@ -16,9 +16,10 @@
 namespace vision_scan {
 namespace ssd {
 
-// How exactly dt x enters the state, in numbers of T: 1 rounds it to T, as x itself was; 3 rounds nothing.
+// As the sum of how many numbers what is added to the state is taken: so many that the state is exact in float32,
+// whatever the dtype of x. With 1 it would have the digits of x, and a third of the products would go.
 template <class T>
-constexpr int kStatePlanes = sizeof(T) == 4 ? 3 : 1;
+constexpr int kStatePlanes = std::is_same_v<T, f16> ? 2 : 3;
 
 // Which part of the state, P channels x N, a warp has: `kDown` blocks of 16 channels and `kColumns` of N.
 template <int P, int N>
@@ -95,6 +96,17 @@ struct State : Part<P, N> {
   }
 };
 
+// Where a block's tokens lie, from the row's first cell and the head's first number on. It stands in shared memory,
+// for registers are scarce.
+template <class T>
+struct Places {
+  Row row;
+  double rate;  // A in powers of two
+  float bias;   // of dt
+  const T *x, *z, *B, *C;
+  T* y;
+};
+
 template <class T, int P, int N>
 struct Shared {
   static constexpr int kWide = N > P ? N : P;
@@ -104,6 +116,7 @@ struct Shared {
   Tile<T, kWide> C;  // a warp's own rows; its results stand in them on their way out
   Tile<T, N> S;      // P rows: the state that enters the chunk
   Times* times;      // of a chunk: number chunk % kSlots
+  Places<T>* places;
 
   __device__ __forceinline__ Shared(unsigned char* from) {
     X = {reinterpret_cast<T*>(from)};
@@ -111,10 +124,12 @@ struct Shared {
     C = {B.at + Tile<T, N>::size(kChunk)};
     S = {C.at + Tile<T, kWide>::size(kChunk)};
     times = reinterpret_cast<Times*>(S.at + Tile<T, N>::size(P));
+    places = reinterpret_cast<Places<T>*>(times + kSlots);
   }
   static constexpr size_t kBytes =
       sizeof(T) * (Tile<T, P>::size(kChunk) + Tile<T, N>::size(kChunk) + Tile<T, kWide>::size(kChunk) +
-                   Tile<T, N>::size(P)) + sizeof(Times) * kSlots;
+                   Tile<T, N>::size(P)) +
+      sizeof(Times) * kSlots + sizeof(Places<T>);
 };
 
 // A warp's 16 tokens of a chunk: y, without D and the gate.
@@ -173,13 +188,13 @@ __device__ __forceinline__ void write_outputs(const Ssd<T>& a, const Head& head,
                                               const Times& times, int first, float (&y)[P / 8][4]) {
   const int row = warp_id() * 16, lane_row = lane_id() / 4, lane_column = lane_id() % 4 * 2;
   const Tile<T, P> stage{shared.C.from_row(row).at};
-  const int64_t channels = static_cast<int64_t>(a.nheads) * a.headdim, offset = head.head * a.headdim + first;
+  const int64_t channels = static_cast<int64_t>(a.nheads) * a.headdim;
   __syncwarp();  // all lanes have read this warp's rows of C
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int token = row + lane_row + 8 * i, cell = times.cell[token];
-    T* to = a.y + (head.base + cell) * channels + offset;
-    const T* z = a.z && cell >= 0 ? a.z + (head.base + cell) * a.z_stride + offset : nullptr;
+    T* to = shared.places->y + cell * channels;
+    const T* z = a.z && cell >= 0 ? shared.places->z + cell * a.z_stride : nullptr;
 #pragma unroll
     for (int j = 0; j < P / 8; ++j) {
       const int p = 8 * j + lane_column;
@@ -205,7 +220,7 @@ __device__ __forceinline__ void write_outputs(const Ssd<T>& a, const Head& head,
   for (int i = lane_id(); i < 16 * kPieces; i += 32) {
     const int token = i / kPieces, p = i % kPieces * kPiece, cell = times.cell[row + token];
     if (cell >= 0 && first + p < a.headdim)
-      store<kPiece>(a.y + (head.base + cell) * channels + offset + p, load<kPiece>(stage.place(token, p)));
+      store<kPiece>(shared.places->y + cell * channels + p, load<kPiece>(stage.place(token, p)));
   }
   __syncwarp();
 }
@@ -216,11 +231,20 @@ template <class T, int P, int N, bool outputs_wanted>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 3) forward(Ssd<T> a) {
   const int blocks = (a.headdim + P - 1) / P, unit = blockIdx.x / blocks, first = blockIdx.x % blocks * P;
   const int segment = blockIdx.y;
+  const Shared<T, P, N> shared(shared_memory());
   const Row row = a.tokens.row(unit / a.nheads);
   const Head head(a, row, unit % a.nheads);
-  const Shared<T, P, N> shared(shared_memory());
-  const float bias = a.dt_bias ? a.dt_bias[head.parameter] : 0.0f;
-  const double rate = a.A[head.parameter] * 1.4426950408889634;
+  if (threadIdx.x == 0) {
+    const int64_t channel = static_cast<int64_t>(head.head) * a.headdim + first, state = static_cast<int64_t>(head.group) * a.d_state;
+    *shared.places = {row,
+                      a.A[head.parameter] * 1.4426950408889634,
+                      a.dt_bias ? a.dt_bias[head.parameter] : 0.0f,
+                      a.x + head.input * a.x_stride + channel,
+                      a.z ? a.z + head.base * a.z_stride + channel : nullptr,
+                      a.B + head.base * a.B_stride + state,
+                      a.C + head.base * a.C_stride + state,
+                      a.y + head.base * a.nheads * a.headdim + channel};
+  }
   const int chunks = (row.length + kChunk - 1) / kChunk, most = (chunks + a.segments - 1) / a.segments;
   const int begin = segment * most < chunks ? segment * most : chunks;
   const int end = begin + most < chunks ? begin + most : chunks;
@@ -228,24 +252,24 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 3) forward(Ssd<
 
   const auto times_of = [&](int chunk) -> Times& { return shared.times[chunk % shared.kSlots]; };
   const auto copy_in = [&](int chunk) {
-    const Times& times = times_of(chunk);
-    const int columns = a.headdim - first;
-    copy_rows(shared.X, times.cell, 0, kChunk, a.x + head.input * a.x_stride + head.head * a.headdim + first, a.x_stride,
-              columns < P ? columns : P, a.copy_x, threadIdx.x, kThreads);
-    copy_rows(shared.B, times.cell, 0, kChunk, a.B + head.base * a.B_stride + head.group * a.d_state, a.B_stride,
-              a.d_state, a.copy_B, threadIdx.x, kThreads);
+    const int* cells = times_of(chunk).cell;
+    const int columns = a.headdim - first < P ? a.headdim - first : P;
+    copy_rows(shared.X, cells, 0, kChunk, shared.places->x, a.x_stride, columns, a.copy_x, threadIdx.x, kThreads);
+    copy_rows(shared.B, cells, 0, kChunk, shared.places->B, a.B_stride, a.d_state, a.copy_B, threadIdx.x, kThreads);
     close_copies();
   };
   const auto copy_in_C = [&](int chunk) {
     if constexpr (outputs_wanted) {
-      copy_rows(shared.C, times_of(chunk).cell, warp_id() * 16, 16,
-                a.C + head.base * a.C_stride + head.group * a.d_state, a.C_stride, a.d_state, a.copy_C, lane_id(), 32);
+      copy_rows(shared.C, times_of(chunk).cell, warp_id() * 16, 16, shared.places->C, a.C_stride, a.d_state, a.copy_C,
+                lane_id(), 32);
       close_copies();
     }
   };
 
+  __syncthreads();
   if (warp_id() < 2 && begin + warp_id() < end)
-    write_times(a, read_times(a, row, head, begin + warp_id()), bias, rate, times_of(begin + warp_id()));
+    write_times(a, read_times(a, row, head, begin + warp_id()), shared.places->bias, shared.places->rate,
+                times_of(begin + warp_id()));
   State<P, N> state;
   state.read(a.initial_state ? a.initial_state + place * size : nullptr, first, a.headdim, a.d_state);
   float decay = 1;
@@ -257,10 +281,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 3) forward(Ssd<
   }
   for (int chunk = begin; chunk < end; ++chunk) {
     const Times& times = times_of(chunk);
-    // The first warp has the fewest products below the diagonal; it computes the decays of the chunk after the next.
-    const bool has_times = warp_id() == 0 && chunk + 2 < end;
-    RawTimes raw;
-    if (has_times) raw = read_times(a, row, head, chunk + 2);
     if (a.entries)
       state.write(a.entries + (static_cast<int64_t>(unit) * a.chunks() + chunk) * size, first, a.headdim, a.d_state);
     wait_for_copies<0>();
@@ -271,9 +291,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 3) forward(Ssd<
       write_outputs(a, head, shared, times, first, y);
       if (chunk + 1 < end) copy_in_C(chunk + 1);
     }
+    // The first warp has the fewest products below the diagonal; it computes the decays of the chunk after the next.
+    const bool has_times = warp_id() == 0 && chunk + 2 < end;
+    RawTimes raw;
+    if (has_times) raw = read_times(a, shared.places->row, head, chunk + 2);
     state.advance(shared.X, shared.B, times);
     decay *= times.through;
-    if (has_times) write_times(a, raw, bias, rate, times_of(chunk + 2));
+    if (has_times) write_times(a, raw, shared.places->bias, shared.places->rate, times_of(chunk + 2));
     __syncthreads();
     if (chunk + 1 < end) {
       copy_in(chunk + 1);
