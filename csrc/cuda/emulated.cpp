@@ -3,6 +3,7 @@
 
 #include "selective.cu"
 #include "selective_backward.cu"
+#include "ssd.cu"
 
 namespace vision_scan {
 
