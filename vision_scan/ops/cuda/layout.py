@@ -1,5 +1,7 @@
 """How the CUDA kernels take tensors: visiting lists and segments as small integers, one dtype for a scan."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -19,6 +21,22 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
     return dtype if dtype in DTYPES else torch.float32
+
+
+def cells(t: Tensor, leading: int) -> Tensor:
+    """As it lies if its first `leading` axes have one stride and the others are contiguous, like a piece of
+    what a projection gives; else contiguous."""
+    flat = t.flatten(0, leading - 1)
+    return (flat if flat[0].is_contiguous() else flat.contiguous()).unflatten(0, t.shape[:leading])
+
+
+@overload
+def parameter(t: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def parameter(t: None, dtype: torch.dtype) -> None: ...
+def parameter(t, dtype):
+    """Contiguous, and float32 or of the dtype of the tokens."""
+    return None if t is None else (t if t.dtype == dtype else t.float()).contiguous()
 
 
 _INDICES = WeakIdKeyDictionary()  # visiting lists -> what `lists_of` gives for them
