@@ -1,6 +1,6 @@
 // The gated RMS norm as operators of the library `vision_scan_cuda`.
-#include "norm.h"
 #include "ops.h"
+#include "norm.h"
 
 namespace vision_scan {
 namespace {
@@ -20,8 +20,8 @@ Norm<T> make_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& z
   a.rows = static_cast<int>(rows);
   a.channels = static_cast<int>(channels);
   a.group_size = static_cast<int>(group_size);
-  a.x_stride = check_cells("x", x, {rows, channels}, 1, dtype);
-  a.z_stride = z ? check_cells("z", *z, {rows, channels}, 1, dtype) : 0;
+  a.x_stride = check_cells("x", x, {rows, channels}, dtype, 1);
+  a.z_stride = z ? check_cells("z", *z, {rows, channels}, dtype, 1) : 0;
   a.eps = static_cast<float>(eps);
   a.norm_before_gate = norm_before_gate;
   a.x = data<T>(x);

@@ -44,14 +44,10 @@ inline void check(const char* name, const Tensor& tensor, at::IntArrayRef shape,
   TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous");
 }
 
-inline void check(const char* name, const OptionalTensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
-  if (tensor) check(name, *tensor, shape, dtype);
-}
-
 // The same for a tensor that may be a piece of a wider one: its first `leading` axes, counted as one, may have any
 // stride, which is returned; what is behind them is contiguous.
-inline int64_t check_cells(const char* name, const Tensor& tensor, at::IntArrayRef shape, int64_t leading,
-                           at::ScalarType dtype) {
+inline int64_t check_cells(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype,
+                           int64_t leading) {
   check_shape(name, tensor, shape, dtype);
   int64_t inner = 1, cells = 1, stride = -1;
   bool fits = true;
@@ -69,6 +65,10 @@ inline int64_t check_cells(const char* name, const Tensor& tensor, at::IntArrayR
   TORCH_CHECK_VALUE(fits || tensor.numel() == 0, name, " must be contiguous behind its first ", leading,
                     " axes, which have one stride, got strides ", tensor.strides());
   return stride < 0 ? inner : stride;
+}
+
+inline void check(const char* name, const OptionalTensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
+  if (tensor) check(name, *tensor, shape, dtype);
 }
 
 template <class T>
