@@ -1,5 +1,7 @@
 #include "norm.h"
 
+#include <algorithm>
+
 namespace vision_scan {
 namespace {
 

@@ -10,9 +10,10 @@ import os
 import torch
 
 from ..register import MISSING_KERNELS, take_over
-from . import gated_rmsnorm, selective_scan
+from . import causal_conv1d, gated_rmsnorm, selective_scan
 
-OPERATORS = {**selective_scan.KERNELS, **gated_rmsnorm.KERNELS}  # name -> (kernel, whether it serves a call)
+# name -> (kernel, whether it serves a call)
+OPERATORS = {**selective_scan.KERNELS, **causal_conv1d.KERNELS, **gated_rmsnorm.KERNELS}
 
 
 def take_over_all() -> None:
