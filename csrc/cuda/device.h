@@ -64,6 +64,42 @@ __device__ __forceinline__ void store(T* to, const Vec<T, n>& value) {
   *reinterpret_cast<Vec<T, n>*>(to) = value;
 }
 
+// `n` numbers as they lie in memory, for kernels that hold many: two of 16 bits stay in one register, and each is
+// converted where it is used.
+template <class T, int n>
+struct alignas(sizeof(T) * n) Packed {
+  using Word = std::conditional_t<sizeof(T) * n % 4 == 0, uint32_t, uint16_t>;
+  static constexpr int kPerWord = sizeof(Word) / sizeof(T), kWords = n / kPerWord;
+  Word words[kWords];
+
+  __device__ __forceinline__ float operator[](int i) const {
+    const Word word = words[i / kPerWord] >> (i % kPerWord * 16);
+#ifdef EMULATE_CUDA
+    T number;
+    memcpy(&number, &word, sizeof(T));
+    return to_float(number);
+#else
+    if constexpr (sizeof(T) == 4) return __uint_as_float(word);
+    else if constexpr (std::is_same_v<T, f16>) return __half2float(__ushort_as_half(static_cast<uint16_t>(word)));
+    else return __uint_as_float(i % kPerWord ? words[i / kPerWord] & 0xffff0000u : static_cast<uint32_t>(word) << 16);
+#endif
+  }
+
+  // Makes the compiler convert the numbers again from here on, instead of keeping results in registers.
+  __device__ __forceinline__ void forget() {
+#ifndef EMULATE_CUDA
+    if constexpr (sizeof(Word) == 4)
+#pragma unroll
+      for (Word& word : words) asm volatile("" : "+r"(word));
+#endif
+  }
+};
+
+template <int n, class T>
+__device__ __forceinline__ Packed<T, n> load_packed(const T* from) {
+  return *reinterpret_cast<const Packed<T, n>*>(from);
+}
+
 // Two numbers of 16 bits in a register, the first in the lower half, as the tensor cores take them.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -96,7 +132,9 @@ __device__ __forceinline__ float reciprocal(float x) {
 #ifdef EMULATE_CUDA
   return 1 / x;
 #else
-  return __frcp_rn(x);
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // to one unit of the last place
+  return y;
 #endif
 }
 

@@ -1,6 +1,8 @@
 // The kernels for a machine without a GPU: see emulate.h.
 #include <torch/library.h>
 
+#include "conv.cu"
+#include "norm.cu"
 #include "selective.cu"
 #include "selective_backward.cu"
 #include "ssd.cu"

@@ -9,6 +9,7 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#include "parameters.h"
 #include "tokens.h"
 
 namespace vision_scan {
@@ -81,6 +82,18 @@ const T* data(const OptionalTensor& tensor) {
 template <class T>
 T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// A parameter of a layer: float32, or of the dtype that its tokens have.
+template <class T>
+Parameter<T> parameter(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
+  const bool is_float = tensor.scalar_type() == at::kFloat;
+  check(name, tensor, shape, is_float ? at::kFloat : dtype);
+  return {tensor.const_data_ptr(), is_float};
+}
+template <class T>
+Parameter<T> parameter(const char* name, const OptionalTensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
+  return tensor ? parameter<T>(name, *tensor, shape, dtype) : Parameter<T>{};
 }
 
 // Calls `run` with a value of the kernels' type for a dtype.
