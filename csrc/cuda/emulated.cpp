@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "selective.cu"
+#include "update.cu"
 
 namespace vision_scan {
 

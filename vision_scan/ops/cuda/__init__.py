@@ -10,9 +10,9 @@ import os
 import torch
 
 from ..register import MISSING_KERNELS, take_over
-from . import selective_scan
+from . import selective_scan, update
 
-OPERATORS = {**selective_scan.KERNELS}  # name -> (kernel, whether it serves a call)
+OPERATORS = {**selective_scan.KERNELS, **update.KERNELS}  # name -> (kernel, whether it serves a call)
 
 
 def take_over_all() -> None:
