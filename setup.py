@@ -104,7 +104,13 @@ def emulated_kernels():
         "vision_scan._cuda_emulated",
         ["csrc/cuda/emulated.cpp", *cuda_sources("*_ops.cpp")],
         depends=cuda_sources("*"),
-        extra_compile_args=["-O2", "-g0", "-DEMULATE_CUDA", "-Wno-unknown-pragmas", *os.environ.get("COBRA_KERNEL_FLAGS", "").split()],
+        extra_compile_args=[
+            "-O2",
+            "-g0",
+            "-DEMULATE_CUDA",
+            "-Wno-unknown-pragmas",
+            *os.environ.get("COBRA_KERNEL_FLAGS", "").split(),
+        ],
     )
 
 

@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "selective.cu"
+#include "selective_backward.cu"
 #include "update.cu"
 
 namespace vision_scan {

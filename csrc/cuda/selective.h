@@ -358,11 +358,6 @@ __global__ void __launch_bounds__(kThreads) forward(Selective<T> a) {
 
 }  // namespace selective
 
-// Whether the K results of a grid are added up in shared memory.
-inline bool selective_merges_on_chip(int d_state, int cells, size_t most_shared) {
-  return selective::Shared::bytes(d_state, cells) <= most_shared;
-}
-
 template <class T>
 void selective_forward(const Selective<T>& a, cudaStream_t stream);
 

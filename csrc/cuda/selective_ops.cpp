@@ -1,6 +1,6 @@
 // The selective scan as operators of the library `vision_scan_cuda`.
 #include "ops.h"
-#include "selective.h"
+#include "selective_backward.h"
 
 namespace vision_scan {
 namespace {
@@ -58,17 +58,17 @@ void check_selective(const Tensor& u, const Tensor& dt, const Tensor& A, const T
   check("initial_state", initial_state, {rows, channels, d_state}, at::kFloat);
 }
 
+// `everywhere`: the lists visit every cell and there is no padding; else what is not visited becomes zero.
 std::tuple<Tensor, Tensor> scan(const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B,
                                 const Tensor& C, const OptionalTensor& D, const OptionalTensor& dt_bias,
                                      bool dt_softplus, bool merge, double scale, const OptionalTensor& initial_state,
                                 const OptionalTensor& index, const OptionalTensor& marks,
-                                const OptionalTensor& bounds) {
+                                const OptionalTensor& bounds, bool everywhere) {
   check_selective(u, dt, A, B, C, D, dt_bias, initial_state, bounds);
   const Here here(u);
   const auto numbers = u.options().dtype(at::kFloat);
   std::vector<int64_t> shape = merge ? std::vector<int64_t>{u.size(0), u.size(-2), u.size(-1)} : dt.sizes().vec();
-  // Without a merge, padding and cells that no list visits stay zero.
-  Tensor y = !merge && (index || marks) ? at::zeros(shape, u.options()) : at::empty(shape, u.options());
+  Tensor y = merge || everywhere ? at::empty(shape, u.options()) : at::zeros(shape, u.options());
   Tensor final_state, scratch;
   with_type(u.scalar_type(), [&](auto kind) {
     using T = decltype(kind);
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> scan(const Tensor& u, const Tensor& dt, const Tensor&
     final_state = at::empty({merge ? 0 : a.tokens.rows(), A.size(1), A.size(2)}, numbers);
     a.final_state = merge ? nullptr : mutable_data<float>(final_state);
     a.y = mutable_data<T>(y);
-    if (merge && !selective_merges_on_chip(a.d_state, a.tokens.cells, card(u.get_device()).most_shared)) {
+    if (merge && selective::Shared::bytes(a.d_state, a.tokens.cells) > card(u.get_device()).most_shared) {
       scratch = at::empty(shape, numbers);
       a.scratch = mutable_data<float>(scratch);
     }
@@ -86,13 +86,79 @@ std::tuple<Tensor, Tensor> scan(const Tensor& u, const Tensor& dt, const Tensor&
   return {y, final_state};
 }
 
+// Gradients of u, dt, A, B, C, D, dt_bias and initial_state; those of A, D, dt_bias by row, (rows, ...).
+std::vector<Tensor> scan_backward(const Tensor& dy, const OptionalTensor& dfinal_state, const Tensor& u,
+                                  const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                                  const OptionalTensor& D, const OptionalTensor& dt_bias, bool dt_softplus, bool merge,
+                                  double scale, const OptionalTensor& initial_state, const OptionalTensor& index,
+                                  const OptionalTensor& marks, const OptionalTensor& bounds, bool everywhere) {
+  check_selective(u, dt, A, B, C, D, dt_bias, initial_state, bounds);
+  if (merge)
+    check("dy", dy, {u.size(0), u.size(-2), u.size(-1)}, u.scalar_type());
+  else
+    check("dy", dy, dt.sizes(), u.scalar_type());
+  const Here here(u);
+  const auto numbers = u.options().dtype(at::kFloat);
+  const auto make = [&](at::IntArrayRef shape, const at::TensorOptions& options) {
+    return everywhere ? at::empty(shape, options) : at::zeros(shape, options);
+  };
+  std::vector<Tensor> found;
+  with_type(u.scalar_type(), [&](auto kind) {
+    using T = decltype(kind);
+    Selective<T> a = make_selective<T>(u, dt, A, B, C, D, dt_bias, dt_softplus, merge, scale, initial_state, index,
+                                       marks, bounds);
+    const int64_t rows = a.tokens.rows(), channels = a.channels, d_state = a.d_state;
+    check("dfinal_state", dfinal_state, {rows, channels, d_state}, at::kFloat);
+    const int64_t tiles = (a.tokens.seqlen + selective::kTile - 1) / selective::kTile;
+    const Tensor entries = at::empty({rows, tiles, d_state, channels}, numbers);
+    a.entries = mutable_data<float>(entries);
+    a.states_only = true;
+    selective_forward(a, here.stream);
+
+    // One block of channels: its sums are the gradient. Several: they add, or in deterministic mode leave parts.
+    const int64_t parts = selective::Block::how_many(a.channels, a.ngroups) / a.ngroups;
+    const bool apart = parts == 1 || at::globalContext().deterministicAlgorithms();
+    std::vector<int64_t> shape = B.sizes().vec();
+    if (apart) shape.insert(shape.begin(), parts);
+    Tensor dB = apart ? make(shape, numbers) : at::zeros(shape, numbers);
+    Tensor dC = apart ? make(shape, numbers) : at::zeros(shape, numbers);
+    Tensor du = a.shared_input ? at::empty(u.sizes(), u.options()) : make(u.sizes(), u.options());
+    Tensor ddt = make(dt.sizes(), dt.options());
+    Tensor dA = at::empty({rows, channels, d_state}, numbers), dD = at::empty({rows, channels}, numbers);
+    Tensor ddt_bias = at::empty_like(dD), dinitial = initial_state ? at::empty_like(*initial_state) : Tensor();
+    Tensor scratch;
+    if (a.shared_input &&
+        selective::SharedBackward::bytes(a.d_state, a.tokens.cells) > card(u.get_device()).most_shared) {
+      scratch = at::empty(u.sizes(), numbers);
+      a.scratch = mutable_data<float>(scratch);
+    }
+    SelectiveGradients<T> g{};
+    g.dy = data<T>(dy);
+    g.dfinal_state = data<float>(dfinal_state);
+    g.du = mutable_data<T>(du);
+    g.ddt = mutable_data<T>(ddt);
+    g.dB = mutable_data<float>(dB);
+    g.dC = mutable_data<float>(dC);
+    g.part = apart ? B.numel() : 0;
+    g.dA = mutable_data<float>(dA);
+    g.dD = mutable_data<float>(dD);
+    g.ddt_bias = mutable_data<float>(ddt_bias);
+    g.dinitial_state = initial_state ? mutable_data<float>(dinitial) : nullptr;
+    selective_backward(a, g, here.stream);
+    if (apart) dB = parts == 1 ? dB[0] : dB.sum(0), dC = parts == 1 ? dC[0] : dC.sum(0);
+    found = {du, ddt, dA, dB, dC, dD, ddt_bias, initial_state ? dinitial : at::empty({0}, numbers)};
+  });
+  return found;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(vision_scan_cuda, m) {
-  m.def(
-      "selective(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, "
-      "bool merge, float scale, Tensor? initial_state, Tensor? index, Tensor? marks, Tensor? bounds) -> (Tensor, Tensor)",
-      &scan);
+  const std::string inputs =
+      "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, bool merge, "
+      "float scale, Tensor? initial_state, Tensor? index, Tensor? marks, Tensor? bounds, bool everywhere";
+  m.def(("selective(" + inputs + ") -> (Tensor, Tensor)").c_str(), &scan);
+  m.def(("selective_backward(Tensor dy, Tensor? dfinal_state, " + inputs + ") -> Tensor[]").c_str(), &scan_backward);
 }
 
 }  // namespace vision_scan

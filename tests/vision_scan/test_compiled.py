@@ -17,7 +17,7 @@ KERNELS = (
     *("selective_scan", "selective_scan_2d", "ssd", "ssd_2d", "ssd_update"),
     *("causal_conv1d", "causal_conv1d_2d", "causal_conv1d_update", "gated_rmsnorm"),
 )
-built = pytest.mark.skipif(bool(register.MISSING_KERNELS), reason=str(register.MISSING_KERNELS))
+built = pytest.mark.skipif("cpu" in register.MISSING_KERNELS, reason=str(register.MISSING_KERNELS))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="built on Linux")

@@ -73,4 +73,4 @@ def order_index(
         raise ValueError(
             f"order {order.name!r} is for a {order.height} x {order.width} grid, got {height} x {width}"
         )
-    return order, order.index.to(device)
+    return order, order.to(device).index  # moved once: the same tensor at every call

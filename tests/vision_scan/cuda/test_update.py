@@ -6,15 +6,12 @@ from torch import Tensor
 
 import vision_scan
 from tests.tolerance import assert_close
+from tests.vision_scan.cuda.loaded import EMULATED, in_any_order_of_threads, needs_kernels
 from vision_scan.ops.register import FALLBACKS, REFERENCES
 
 NATIVE = torch.ops.vision_scan_cuda
-IS_EMULATED = hasattr(NATIVE, "descending")
-DEVICE = "cpu" if IS_EMULATED else "cuda"
-pytestmark = [
-    pytest.mark.skipif(not hasattr(NATIVE, "ssd_update"), reason="the CUDA kernels are not loaded"),
-    pytest.mark.usefixtures("poison"),
-]
+DEVICE = "cpu" if EMULATED else "cuda"
+pytestmark = [needs_kernels, pytest.mark.usefixtures("poison")]
 
 
 def ssd_tokens(rows, seqlen, nheads, headdim, ngroups, d_state, dtype=torch.float32, seed=0) -> dict:
@@ -26,10 +23,10 @@ def ssd_tokens(rows, seqlen, nheads, headdim, ngroups, d_state, dtype=torch.floa
     z, x, B, C, dt = wide.split(sizes, dim=-1)
     x, z = (t.unflatten(-1, (nheads, headdim)) for t in (x, z))
     B, C = (t.unflatten(-1, (ngroups, d_state)) for t in (B, C))
-    draw = torch.randn(nheads, 2, generator=noise).to(DEVICE)
+    draw = torch.randn(2, nheads, generator=noise).to(DEVICE)
     return {
-        "x": x, "dt": dt, "A": -draw[:, 0].exp(), "B": B, "C": C, "D": draw[:, 1], "z": z,
-        "dt_bias": draw[:, 0], "dt_softplus": True,
+        "x": x, "dt": dt, "A": -draw[0].exp(), "B": B, "C": C, "D": draw[1], "z": z,
+        "dt_bias": draw[0], "dt_softplus": True,
     }  # fmt: skip
 
 
@@ -107,19 +104,16 @@ def test_convolution_in_place_in_a_projection():
             assert torch.equal(state, kept)
 
 
-@pytest.mark.skipif(not IS_EMULATED, reason="a GPU has its own order of threads")
 @pytest.mark.parametrize("size", SIZES)
 def test_the_order_of_threads_changes_no_bit(size):
-    nheads, headdim, ngroups, d_state = SIZES[size]
-    tokens, runs = ssd_tokens(2, 3, *SIZES[size]), []
-    try:
-        for descending in (False, True):
-            NATIVE.descending(descending)
-            state = random_state(2, nheads, headdim, d_state)
-            runs.append((vision_scan.ssd_update(state, **tokens), state))
-    finally:
-        NATIVE.descending(False)
-    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+    nheads, headdim, _, d_state = SIZES[size]
+    tokens = ssd_tokens(2, 3, *SIZES[size])
+
+    def update() -> list[Tensor]:
+        state = random_state(2, nheads, headdim, d_state)
+        return [vision_scan.ssd_update(state, **tokens), state]
+
+    in_any_order_of_threads(update)
 
 
 SPOILT = {

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..reference.segments import real_and_runs
 
@@ -20,8 +21,19 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype if dtype in DTYPES else torch.float32
 
 
-def small_index(index: Tensor | None) -> Tensor | None:
-    return None if index is None else index.to(torch.int32).contiguous()
+_INDICES = WeakIdKeyDictionary()  # visiting lists -> what `lists_of` gives for them
+
+
+def lists_of(index: Tensor) -> tuple[Tensor, bool]:
+    """Visiting lists as int32, and whether each of them is a permutation of as many cells as it is long. An
+    order's index is the same tensor at every call, so that the GPU is asked once."""
+    if index not in _INDICES:
+        _INDICES[index] = index.to(torch.int32).contiguous(), bool((index >= 0).all())
+    return _INDICES[index]
+
+
+def bounds_of(cu_seqlens: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
 
 
 def marks_of(seq_idx: Tensor | None) -> Tensor | None:
