@@ -53,7 +53,7 @@ SIZES = {  # nheads, headdim, ngroups, d_state: each way of giving a state to la
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_ssd_update_reads_pieces_of_a_projection(size, dtype):
-    nheads, headdim, ngroups, d_state = SIZES[size]
+    nheads, headdim, _, d_state = SIZES[size]
     tokens = ssd_tokens(2, 3, *SIZES[size], dtype)
     state = random_state(2, nheads, headdim, d_state)
     kept, before = state.clone(), FALLBACKS.get("ssd_update", 0)
