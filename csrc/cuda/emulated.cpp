@@ -3,9 +3,11 @@
 
 #include "conv.cu"
 #include "norm.cu"
+#include "project.cu"
 #include "selective.cu"
 #include "selective_backward.cu"
 #include "ssd.cu"
+#include "update.cu"
 
 namespace vision_scan {
 

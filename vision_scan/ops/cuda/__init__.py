@@ -10,9 +10,9 @@ import os
 import torch
 
 from ..register import MISSING_KERNELS, take_over
-from . import causal_conv1d, gated_rmsnorm, selective_scan, ssd
+from . import causal_conv1d, gated_rmsnorm, selective_scan, ssd, update
 
-FAMILIES = (causal_conv1d, gated_rmsnorm, selective_scan, ssd)  # each with KERNELS: name -> (kernel, serves)
+FAMILIES = (causal_conv1d, gated_rmsnorm, selective_scan, ssd, update)  # each with KERNELS: name -> (kernel, serves)
 
 
 def take_over_all() -> None:
