@@ -10,7 +10,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
+#ifndef __CUDACC__
+#include "host.h"
+#endif
 #endif
 #include <cstdint>
 #include <cstring>
@@ -318,7 +320,7 @@ void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStrea
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef EMULATE_CUDA
   emulate::launch(kernel, grid, block, shared_bytes, args...);
-#else
+#elif defined(__CUDACC__)
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 << 10)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
