@@ -1,16 +1,18 @@
-"""Decoding on a CPU: a few tokens through the whole stack in one call of csrc/cpu/decode.h.
+"""Decoding: a few tokens through the whole stack at once: on a CPU in one call of csrc/cpu/decode.h, on a GPU
+in one graph (decode_cuda.py).
 
 `LanguageModel.forward` comes here with every call that may overwrite its state; what cannot be served, for
-instance a layer kind without `add_to`, float16 or an active autograd, is left to the layers themselves.
+instance a layer kind without `add_to` or an active autograd, is left to the layers themselves.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from vision_scan.ops.register import MISSING_KERNELS
+from vision_scan.ops.register import KERNELS, MISSING_KERNELS
 
 from .head import LMHead
 from .precision import Projection, RMSNorm
@@ -19,7 +21,32 @@ from .state import State
 if TYPE_CHECKING:
     from .stack import LanguageModel
 
-MOST_ROWS = 64  # tokens of all rows; a product with more rows is no longer bound by memory
+MOST_ROWS = 64  # tokens of all rows, on a CPU; a product with more rows is no longer bound by memory
+
+
+class Native(NamedTuple):
+    """Compiled steps for a kind of device.
+
+    Attributes:
+        make: (norm, eps, head, vocab) -> what the layers add themselves to, and what makes the steps.
+        dtypes: of a model.
+        most_rows: tokens of all rows that a step may have.
+    """
+
+    make: Callable[..., Any]
+    dtypes: tuple[torch.dtype, ...]
+    most_rows: float
+
+
+def native_for(device: str) -> Native | None:
+    """The compiled steps for a type of device. Where the CUDA kernels are emulated, that is the CPU."""
+    if ("ssd_update", device) not in KERNELS:
+        return None
+    if device == "cpu" and "cpu" not in MISSING_KERNELS:
+        return Native(torch.classes.vision_scan_cpu.Decoder, (torch.float32, torch.bfloat16), MOST_ROWS)
+    from .decode_cuda import CudaDecoder
+
+    return Native(CudaDecoder, (torch.float32, torch.bfloat16, torch.float16), float("inf"))
 
 
 class UnservableError(Exception):
@@ -37,12 +64,15 @@ class Decoder:
     """
 
     def __init__(self, lm: "LanguageModel") -> None:
+        native = native_for(lm.device.type)
         norms = [lm.norm_f, *(block.norm for block in lm.layers)]
         self._mixers = [block.mixer for block in lm.layers]
         modules = list(lm.modules())
-        if not all(type(norm) is RMSNorm for norm in norms) or not all(map(_is_known, self._mixers)):
+        is_known = all(type(norm) is RMSNorm for norm in norms) and all(map(_is_known, self._mixers))
+        if native is None or not is_known:
             raise UnservableError
-        self._native = torch.classes.vision_scan_cpu.Decoder(
+        self.device_type = lm.device.type
+        self._native = native.make(
             lm.norm_f.weight, lm.norm_f.eps, stored(lm.lm_head, LMHead), lm.config.vocab_size
         )
         for block in lm.layers:
@@ -93,7 +123,7 @@ class Decoder:
             for name in mixer.step_states
         ]
         logits = self._native.step(hidden, tensors, state.lengths, mask, keep)
-        read = hidden.shape[1] if mask is None else mask.long()
+        read = hidden.shape[1] if mask is None else mask.long().cpu()
         return logits, State(layers, state.lengths + read, dict(state.info))
 
 
@@ -115,18 +145,19 @@ def stored(projection: nn.Module, kind: type[nn.Module] = Projection) -> list[Te
 
 def decoder_for(lm: "LanguageModel", batch: int, seqlen: int) -> Decoder | None:
     """The compiled form of `lm`, if it serves a call with these tokens."""
+    device = lm.device.type
+    native = native_for(device)
     if (
-        torch.is_grad_enabled()
-        or not 1 <= batch * seqlen <= MOST_ROWS
-        or lm.device.type != "cpu"
-        or lm.dtype not in (torch.float32, torch.bfloat16)
-        or "cpu" in MISSING_KERNELS
-        or torch.is_autocast_enabled("cpu")
+        native is None
+        or torch.is_grad_enabled()
+        or not 1 <= batch * seqlen <= native.most_rows
+        or lm.dtype not in native.dtypes
+        or torch.is_autocast_enabled(device)
         or torch.compiler.is_compiling()
     ):
         return None
     decoder = _DECODERS.get(lm)
-    if decoder is None or decoder.stale:
+    if decoder is None or decoder.stale or decoder.device_type != device:
         try:
             decoder = _DECODERS[lm] = Decoder(lm)
         except UnservableError:

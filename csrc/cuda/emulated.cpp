@@ -1,8 +1,13 @@
 // The kernels for a machine without a GPU: see emulate.h.
 #include <torch/library.h>
 
+#include "conv.cu"
+#include "norm.cu"
+#include "project.cu"
 #include "selective.cu"
 #include "selective_backward.cu"
+#include "ssd.cu"
+#include "update.cu"
 
 namespace vision_scan {
 

@@ -10,9 +10,9 @@ import os
 import torch
 
 from ..register import MISSING_KERNELS, take_over
-from . import selective_scan
+from . import causal_conv1d, gated_rmsnorm, selective_scan, ssd, update
 
-OPERATORS = {**selective_scan.KERNELS}  # name -> (kernel, whether it serves a call)
+FAMILIES = (causal_conv1d, gated_rmsnorm, selective_scan, ssd, update)  # each with KERNELS: name -> (kernel, serves)
 
 
 def take_over_all() -> None:
@@ -21,8 +21,9 @@ def take_over_all() -> None:
     if missing:
         MISSING_KERNELS["cuda"] = missing
         return
-    for name, (kernel, serves) in OPERATORS.items():
-        take_over(name, device, kernel, serves)
+    for family in FAMILIES:
+        for name, (kernel, serves) in family.KERNELS.items():
+            take_over(name, device, kernel, serves)
 
 
 def _load() -> tuple[str, str]:
