@@ -1,8 +1,8 @@
 """Fixtures of the whole suite, and the device that it runs on.
 
-`COBRA_TEST_DEVICE=cuda` runs the tests of operators and language models on a GPU: tensors are made there unless
-a test says where, random ones drawn on the CPU first, so that both devices see the same numbers. Tests marked
-`cuda` need a GPU whatever the device.
+`COBRA_TEST_DEVICE=cuda` runs the tests of operators and language models on a GPU: tensors are made there
+unless a test says where, random ones drawn on the CPU first, so that both devices see the same numbers. Tests
+marked `cuda` need a GPU whatever the device.
 """
 
 import os
