@@ -3,17 +3,15 @@
 namespace vision_scan {
 namespace {
 
-using namespace selective;
-
-template <Output output, class T>
+template <selective::Output output, class T>
 void run_backward(const Selective<T>& a, const SelectiveGradients<T>& g, cudaStream_t stream) {
-  const int units = output == kApart ? a.tokens.rows() : a.tokens.batch;
-  const dim3 grid(static_cast<unsigned>(units) * Block::how_many(a.channels, a.ngroups));
-  const size_t shared = SharedBackward::bytes(a.d_state, output == kOnChip ? a.tokens.cells : 0);
-  if (Block::all_whole(a.channels, a.ngroups))
-    launch(backward<T, true, output>, grid, dim3(kThreads), shared, stream, a, g);
+  const int units = output == selective::kApart ? a.tokens.rows() : a.tokens.batch;
+  const dim3 grid(static_cast<unsigned>(units) * selective::Block::how_many(a.channels, a.ngroups));
+  const size_t shared = selective::SharedBackward::bytes(a.d_state, output == selective::kOnChip ? a.tokens.cells : 0);
+  if (selective::Block::all_whole(a.channels, a.ngroups))
+    launch(selective::backward<T, true, output>, grid, dim3(selective::kThreads), shared, stream, a, g);
   else
-    launch(backward<T, false, output>, grid, dim3(kThreads), shared, stream, a, g);
+    launch(selective::backward<T, false, output>, grid, dim3(selective::kThreads), shared, stream, a, g);
 }
 
 }  // namespace
@@ -21,11 +19,11 @@ void run_backward(const Selective<T>& a, const SelectiveGradients<T>& g, cudaStr
 template <class T>
 void selective_backward(const Selective<T>& a, const SelectiveGradients<T>& g, cudaStream_t stream) {
   if (!a.shared_input)
-    run_backward<kApart>(a, g, stream);
+    run_backward<selective::kApart>(a, g, stream);
   else if (a.scratch)
-    run_backward<kInScratch>(a, g, stream);
+    run_backward<selective::kInScratch>(a, g, stream);
   else
-    run_backward<kOnChip>(a, g, stream);
+    run_backward<selective::kOnChip>(a, g, stream);
 }
 
 template void selective_backward(const Selective<float>&, const SelectiveGradients<float>&, cudaStream_t);
