@@ -13,6 +13,7 @@ from eval.gpu.targets import PASSES
 from eval.peers.contest import make_check, rms_ratio
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+RIVALS_MAY = 3  # be so much further off: they round each path's results, and then their sum
 FORWARD = PASSES[0]
 
 
@@ -94,7 +95,7 @@ def measure(
             continue
         try:
             theirs, result = _peak(stopwatch, one, passes)
-            error = _check(one.comparable(result), expected, contest, tolerance)
+            error = _check(one.comparable(result), expected, contest, RIVALS_MAY * tolerance)
             facts[one.name] = {"check": error, "peak_bytes": theirs}
             racing[one.name] = lambda one=one: one.work(passes)
             del result
