@@ -22,6 +22,7 @@ from tests.vision_scan.samples import (
     sample_ssd_2d,
     with_gradients,
 )
+from vision_scan.ops import register
 
 pytestmark = pytest.mark.usefixtures("poison", "registered")
 
@@ -212,6 +213,24 @@ def test_autocast_changes_nothing(name, dtype):
         assert torch.equal(found_grads[key], grad), f"gradient of {key}"
 
 
+@pytest.mark.parametrize("used", ["y", "state"])
+@pytest.mark.parametrize("name", ["ssd", "selective_scan", "causal_conv1d"])
+def test_an_output_that_is_not_used_has_no_gradient(name, used, monkeypatch):
+    sample = OPERATORS[name].sample(batch=2, dtype=torch.float32)
+
+    def run(**inputs):
+        return (OPERATORS[name].run(**inputs)[used == "state"],)
+
+    cotangents = cotangents_of(run(**sample[0], **sample[1]))
+    (found,), found_grads = with_gradients(run, sample, cotangents)
+    monkeypatch.setattr(register, "KEEP_INTERMEDIATES", 4_000_000)
+    monkeypatch.setattr(register, "KERNELS", {})  # autograd through the reference itself
+    (expected,), grads = with_gradients(run, sample, cotangents)
+    assert_close(used, found, expected)
+    for key, grad in grads.items():
+        assert_close(f"gradient of {key}", found_grads[key], grad)
+
+
 @pytest.mark.parametrize("name", ["ssd", "causal_conv1d"])
 def test_compiles_without_graph_breaks(name):
     sample = SAMPLES[name](torch.float32)
@@ -230,9 +249,10 @@ def test_backend_report_covers_every_operator():
     report = vision_scan.backend_report()
     assert set(report) == REGISTERED
     for name, entry in report.items():
-        assert {entry["cpu"], entry["cuda"]} <= {"compiled", "reference"}, name
+        backends = {entry["cpu"], entry["cuda"]}
+        assert backends <= {"compiled", "mamba_ssm", "causal_conv1d", "reference"}, name
         assert isinstance(entry["fallbacks"], int)
-        assert bool(entry["why"]) == ("reference" in (entry["cpu"], entry["cuda"])), name
+        assert bool(entry["why"]) == (backends != {"compiled"}), name
 
 
 # Made too long along this axis where no other input contradicts the last one.
