@@ -146,17 +146,17 @@ def stepping(stepper: Stepper) -> tuple[Callable[[], Any], str, float]:
     are from those of the same step without one (RMS, 0 where nothing was)."""
     if stepper.token.device.type != "cuda":
         return stepper, "a step at a time", 0.0
-    replays, replay = [], torch.cuda.CUDAGraph.replay
+    captured, begin = [], torch.cuda.CUDAGraph.capture_begin
 
-    def count(graph) -> None:
-        replays.append(graph)
-        replay(graph)
+    def note(graph, *args, **kwargs) -> None:
+        captured.append(graph)
+        begin(graph, *args, **kwargs)
 
-    with mock.patch.object(torch.cuda.CUDAGraph, "replay", count):
-        for _ in range(3):
+    with mock.patch.object(torch.cuda.CUDAGraph, "capture_begin", note):
+        for _ in range(3):  # the state is a new one, so a model with graphs makes one now
             stepper()
     stepper.rewind()
-    if replays:
+    if captured:
         return stepper, "the model's own CUDA graph", 0.0
     try:
         return _capture(stepper)

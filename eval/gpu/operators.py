@@ -82,7 +82,7 @@ def measure(
     check, peak, failed = None, None, ""
     try:
         peak, result = _peak(stopwatch, contest.ours, passes)
-        check = _check_ours(contest, passes, result, expected, tolerance)
+        check = check_ours(contest, passes, result, expected, tolerance)
         del result
     except Exception as error:  # noted in the results, so that the rest is measured
         failed = reason(error)
@@ -125,7 +125,7 @@ def _peak(stopwatch: Stopwatch, one: Entrant, passes: str) -> tuple[int | None, 
     return None if peak is None else peak - nbytes(*result[1:]), result
 
 
-def _check_ours(
+def check_ours(
     contest: Contest, passes: str, result: list[Tensor], expected: list[Tensor], tolerance: float
 ) -> dict:
     """The rows that have been computed in float32, out of the whole and alone."""
