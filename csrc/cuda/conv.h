@@ -199,7 +199,7 @@ __device__ __forceinline__ void clear(float (&window)[kTail][n]) {
 }
 
 template <class T, int kTaps, int n, bool kGeneral>
-__global__ void __launch_bounds__(kThreads) forward(Conv<T> a) {
+__global__ void __launch_bounds__(kThreads, 3) forward(Conv<T> a) {
   constexpr int kTail = kTaps - 1, kAhead = 4;  // tokens that are read together
   const int vectors = a.channels / n, runs = (a.tokens.seqlen + a.run - 1) / a.run;
   const int blocks = (vectors * runs + kThreads - 1) / kThreads;  // of a line

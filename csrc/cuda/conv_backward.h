@@ -151,7 +151,7 @@ __device__ __forceinline__ void go_back(const Conv<T>& a, const ConvGradients<T>
 }
 
 template <class T, int kTaps, int n, bool kGeneral>
-__global__ void __launch_bounds__(kThreads) backward(Conv<T> a, ConvGradients<T> g) {
+__global__ void __launch_bounds__(kThreads, 3) backward(Conv<T> a, ConvGradients<T> g) {
   constexpr int kColumn = 32 * n;  // channels of a block
   const int columns = (a.channels + kColumn - 1) / kColumn, parts = parts_of(a.tokens.seqlen, a.run);
   const int column = blockIdx.x % columns * kColumn, part = blockIdx.x / columns % parts;

@@ -41,10 +41,9 @@ def _conv(*args) -> tuple[Tensor, Tensor]:
 def _conv_backward(grads, *args) -> list[Tensor]:
     *inputs, needs = args
     x, *others = _arguments(*inputs)
-    dy, dstate = (grad.to(x.dtype) for grad in grads)
-    dx, dweight, dbias, dinitial = torch.ops.vision_scan_cuda.conv_backward(
-        dy.transpose(1, 2).contiguous()[:, None], dstate.contiguous(), x, *others
-    )
+    dy = grads[0].to(x.dtype).transpose(1, 2).contiguous()[:, None]
+    dstate = None if grads[1] is None else grads[1].to(x.dtype).contiguous()
+    dx, dweight, dbias, dinitial = torch.ops.vision_scan_cuda.conv_backward(dy, dstate, x, *others)
     return wanted(inputs, {0: dx.transpose(1, 2), 1: dweight, 2: dbias, 4: dinitial}, needs)
 
 

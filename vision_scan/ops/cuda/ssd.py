@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..layout import plain
-from .layout import DTYPES, common_dtype, marks_of, small_index
+from .layout import DTYPES, bounds_of, common_dtype, lists_of, marks_of
 
 MOST_STATES = 256  # kMostSsdStates in csrc/cuda/ssd.h
 
@@ -43,7 +43,7 @@ def _arguments(
     A, D, dt_bias = (None if t is None else plain(t)[None] for t in (A, D, dt_bias))
     return (
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max,
-        plain(initial_state), None, marks_of(seq_idx), small_index(cu_seqlens),
+        plain(initial_state), None, marks_of(seq_idx), bounds_of(cu_seqlens),
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def _arguments_2d(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index
     dt = _cells(dt, dtype if dt.dtype == dtype else torch.float32, 4).flatten(2, 3)
     return (
         x, dt, plain(A), B, C, plain(D), None, plain(dt_bias), dt_softplus, dt_min, dt_max,
-        None, small_index(index), None, None,
+        None, lists_of(index)[0], None, None,
     )  # fmt: skip
 
 
