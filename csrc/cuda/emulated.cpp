@@ -3,6 +3,7 @@
 
 #include "selective.cu"
 #include "ssd.cu"
+#include "ssd_backward.cu"
 
 namespace vision_scan {
 
