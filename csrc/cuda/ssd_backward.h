@@ -37,9 +37,10 @@ constexpr int kBackwardWarps = kBackwardThreads / 32;
 
 // Sums over pieces of a chunk, each written by one warp and added up by the one that needs them.
 struct Sums {
-  float given[2][kChunk];    // by the halves of a row of dM M, without the diagonal
-  float taken[4][kChunk];    // of dM W, by quarters of a column, without the diagonal
-  float diagonal[kChunk];
+  // Of dM M below the diagonal, by halves of rows and quarters of columns. What a pair of tokens gives to one sum it
+  // takes from another: they are double, so that it cancels.
+  double given[2][kChunk], taken[4][kChunk];
+  float direct[4][kChunk];   // of dM W with the diagonal, by quarters of columns
   float read[2][kChunk];     // C with its share of dC that comes from the state
   float left[2][kChunk];     // B with that of dB, without leave
   float kept[kBackwardWarps];  // S with dS
@@ -92,11 +93,13 @@ __device__ __forceinline__ void copy_state(const Tile<float, N>& tile, const flo
 }
 
 // Sums over the lanes that share a row of results, or a column.
-__device__ __forceinline__ float sum_over_row(float x) {
+template <class Number>
+__device__ __forceinline__ Number sum_over_row(Number x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
-__device__ __forceinline__ float sum_over_column(float x) {
+template <class Number>
+__device__ __forceinline__ Number sum_over_column(Number x) {
   x += __shfl_xor_sync(kAllLanes, x, 4);
   x += __shfl_xor_sync(kAllLanes, x, 8);
   return x + __shfl_xor_sync(kAllLanes, x, 16);
@@ -118,12 +121,16 @@ __device__ __forceinline__ void finish_head(const Ssd<T>& a, const SsdGradients<
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int j = 2 * lane + i;
-    const double taken = double{sums.taken[0][j]} + sums.taken[1][j] + sums.taken[2][j] + sums.taken[3][j];
+    double taken = 0, weighed = 0;
+    for (int part = 0; part < 4; ++part) {
+      taken += sums.taken[part][j];
+      weighed += sums.direct[part][j];
+    }
     const double left = double{sums.left[0][j]} + sums.left[1][j];
     const double read = double{sums.read[0][j]} + sums.read[1][j];
-    total[i] = double{sums.given[0][j]} + sums.given[1][j] - taken * times.pair[j].at[1] + read - left * times.leave[j];
+    total[i] = sums.given[0][j] + sums.given[1][j] - taken + read - left * times.leave[j];
     to_end += left * times.leave[j];
-    direct[i] = taken + sums.diagonal[j] + left * times.after[j];
+    direct[i] = weighed + left * times.after[j];
     start[i] = times.start[j];
   }
   to_end = sum_over_warp(to_end);
@@ -215,7 +222,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward(Ssd<T> a, SsdGra
       wait_for_copies<0>();
       __syncthreads();
       // A head's sums grow over its blocks of channels, each by the thread that began it.
-      const auto add = [&](float& sum, float value) { sum = first ? sum + value : value; };
+      const auto add = [&](auto& sum, auto value) { sum = first ? sum + value : value; };
 
       if (h == first_head && first == 0) {
 #pragma unroll
@@ -284,12 +291,13 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward(Ssd<T> a, SsdGra
           if (half * kHalf + 8 * j <= tokens)
             multiply(M[j], M[j + 1], dy, load_right<true>(shared.X, p, half * kHalf + 8 * j));
       }
-      float given[2] = {};
+      double given[2] = {};
 #pragma unroll
       for (int j = 0; j < kHalf / 8; ++j) {
         const int column = half * kHalf + 8 * j + lane_column;
         const Vec<float, 4> pairs = load<4>(times.pair[column].at);
-        float taken[2] = {};
+        double taken[2] = {};
+        float direct[2] = {};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int token = tokens + lane_row + i / 2 * 8, from = column + i % 2;
@@ -297,23 +305,27 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward(Ssd<T> a, SsdGra
           const float exponent = times.pair[token].at[0] - pairs.at[i % 2 * 2] + (times.low[token] - times.low[from]);
           const float L = seen ? exp2_fast(exponent) : 0.0f, dt = pairs.at[i % 2 * 2 + 1], dM = M[j][i];
           const float product = dM * (G[j][i] * L);
+          direct[i % 2] += product;
           if (from < token) {
-            given[i / 2] += product * dt;
-            taken[i % 2] += product;
+            const float pair = product * dt;
+            given[i / 2] += pair;
+            taken[i % 2] += pair;
           }
-          if (from == token) add(sums.diagonal[token], product);
           dG[j][i] += dM * (L * dt);
           M[j][i] = G[j][i] * L * dt;
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float all = sum_over_column(taken[i]);
-          if (lane_id() < 4) add(sums.taken[warp_id() % 4][column + i], all);
+          const double all = sum_over_column(taken[i]);
+          const float all_direct = sum_over_column(direct[i]);
+          if (lane_id() >= 4) continue;
+          add(sums.taken[warp_id() % 4][column + i], all);
+          add(sums.direct[warp_id() % 4][column + i], all_direct);
         }
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float all = sum_over_row(given[i]);
+        const double all = sum_over_row(given[i]);
         if (lane_id() % 4 == 0) add(sums.given[half][tokens + lane_row + 8 * i], all);
       }
       __syncthreads();  // nobody reads S any more, and the sums are there

@@ -67,6 +67,9 @@ def _scan_backward(grads, *args) -> list[Tensor]:
     (
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens, _,
     ) = inputs  # fmt: skip
+    # Behind a gate neither y nor its gradient has the digits of x: all is float32 then.
+    tokens = (x, dt, B, C) if z is None else (t.float() for t in (x, dt, B, C))
+    x, dt, B, C = tokens
     arguments = _arguments(
         x, dt, A, B, C, D, None, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens
     )
