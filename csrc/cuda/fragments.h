@@ -81,28 +81,36 @@ __device__ __forceinline__ Left<T> load_left(const Tile<T, width>& tile, int row
   return left;
 }
 
-// Rows k .. k + 15, columns column .. column + 15 of a tile; `transposed`: of what the tile is the transpose of.
+// Rows k .. k + 15, columns column .. column + 15 of a float32 tile, as numbers of T; `transposed`: of what the tile
+// is the transpose of.
+template <bool transposed, class T, int planes, int width>
+__device__ __forceinline__ Right<T, planes> split_right(const Tile<float, width>& tile, int k, int column) {
+  Right<T, planes> right;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int r = k + lane_id() % 4 * 2 + (i & 1) * 8, c = column + lane_id() / 4 + (i >> 1) * 8;
+    const float low = *(transposed ? tile.place(c, r) : tile.place(r, c));
+    const float high = *(transposed ? tile.place(c, r + 1) : tile.place(r + 1, c));
+    split<T, planes>(low, high, [&](int plane, uint32_t bits) { right.at[plane][i / 2][i % 2] = bits; });
+  }
+  return right;
+}
+
+// The same of a tile of T.
 template <bool transposed, class T, int width>
 __device__ __forceinline__ Right<T> load_right(const Tile<T, width>& tile, int k, int column) {
-  Right<T> right;
-  const int lane = lane_id();
-  if constexpr (sizeof(T) == 2) {
-    const int part = lane >> 3, rows = (part & 1) * 8, columns = (part >> 1) * 8, step = lane & 7;
+  if constexpr (sizeof(T) == 4) {
+    return split_right<transposed, T, kPlanes<T>>(tile, k, column);
+  } else {
+    const int lane = lane_id(), part = lane >> 3, rows = (part & 1) * 8, columns = (part >> 1) * 8, step = lane & 7;
     uint32_t four[4];
     load_matrices<!transposed>(four, transposed ? tile.place(column + columns + step, k + rows)
                                                 : tile.place(k + rows + step, column + columns));
+    Right<T> right;
 #pragma unroll
     for (int i = 0; i < 4; ++i) right.at[0][i / 2][i % 2] = four[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int r = k + lane % 4 * 2 + (i & 1) * 8, c = column + lane / 4 + (i >> 1) * 8;
-      const float low = *(transposed ? tile.place(c, r) : tile.place(r, c));
-      const float high = *(transposed ? tile.place(c, r + 1) : tile.place(r + 1, c));
-      split<T, kPlanes<T>>(low, high, [&](int plane, uint32_t bits) { right.at[plane][i / 2][i % 2] = bits; });
-    }
+    return right;
   }
-  return right;
 }
 
 // Two neighbouring blocks of 8 columns of results as a left factor.

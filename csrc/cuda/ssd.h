@@ -16,6 +16,12 @@
 namespace vision_scan {
 namespace ssd {
 
+enum Pass {
+  kOutputs,
+  kStates,          // nothing but the states
+  kStateGradients,  // from the last chunk to the first: dS = through dS + dY^T (e C), with dy in place of x and C of B
+};
+
 // As the sum of how many numbers what is added to the state is taken: so many that the state is exact in float32,
 // whatever the dtype of x. With 1 it would have the digits of x, and a third of the products would go.
 template <class T>
@@ -73,14 +79,14 @@ struct State : Part<P, N> {
                           at[i][j][k], at[i][j][k + 1]);
   }
 
-  // S = through S + X^T (leave B) over a chunk.
+  // S = through S + X^T (w B) over a chunk.
   template <class T>
-  __device__ __forceinline__ void advance(const Tile<T, P>& X, const Tile<T, N>& B, const Times& times) {
-    each([&](float& number, int, int) { number *= times.through; });
+  __device__ __forceinline__ void advance(const Tile<T, P>& X, const Tile<T, N>& B, const float* w, float through) {
+    each([&](float& number, int, int) { number *= through; });
 #pragma unroll
     for (int j = 0; j < kChunk; j += 16) {
-      const Vec<float, 2> early = load<2>(times.leave + j + lane_id() % 4 * 2);
-      const Vec<float, 2> late = load<2>(times.leave + j + 8 + lane_id() % 4 * 2);
+      const Vec<float, 2> early = load<2>(w + j + lane_id() % 4 * 2);
+      const Vec<float, 2> late = load<2>(w + j + 8 + lane_id() % 4 * 2);
       const float weights[4] = {early.at[0], early.at[1], late.at[0], late.at[1]};
       Left<T, kStatePlanes<T>> x[kDown];
 #pragma unroll
@@ -115,7 +121,7 @@ struct Shared {
   Tile<T, N> B;
   Tile<T, kWide> C;  // a warp's own rows; its results stand in them on their way out
   Tile<T, N> S;      // P rows: the state that enters the chunk
-  Times* times;      // of a chunk: number chunk % kSlots
+  Times* times;      // of the chunk of a step: number step % kSlots
   Places<T>* places;
 
   __device__ __forceinline__ Shared(unsigned char* from) {
@@ -225,9 +231,8 @@ __device__ __forceinline__ void write_outputs(const Ssd<T>& a, const Head& head,
   __syncwarp();
 }
 
-// With `outputs_wanted` everything; without, only the states. Float32 is allowed all registers, and its speed is not
-// the aim.
-template <class T, int P, int N, bool outputs_wanted>
+// Float32 is allowed all registers, and its speed is not the aim.
+template <class T, int P, int N, Pass pass>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 3) forward(Ssd<T> a) {
   const int blocks = (a.headdim + P - 1) / P, unit = blockIdx.x / blocks, first = blockIdx.x % blocks * P;
   const int segment = blockIdx.y;
@@ -247,64 +252,66 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 3) forward(Ssd<
   }
   const int chunks = (row.length + kChunk - 1) / kChunk, most = (chunks + a.segments - 1) / a.segments;
   const int begin = segment * most < chunks ? segment * most : chunks;
-  const int end = begin + most < chunks ? begin + most : chunks;
+  const int end = begin + most < chunks ? begin + most : chunks, steps = end - begin;
   const int64_t size = static_cast<int64_t>(a.headdim) * a.d_state, place = static_cast<int64_t>(unit) * a.segments + segment;
 
-  const auto times_of = [&](int chunk) -> Times& { return shared.times[chunk % shared.kSlots]; };
-  const auto copy_in = [&](int chunk) {
-    const int* cells = times_of(chunk).cell;
+  const auto chunk_of = [&](int step) { return pass == kStateGradients ? end - 1 - step : begin + step; };
+  const auto times_of = [&](int step) -> Times& { return shared.times[step % shared.kSlots]; };
+  const auto copy_in = [&](int step) {
+    const int* cells = times_of(step).cell;
     const int columns = a.headdim - first < P ? a.headdim - first : P;
     copy_rows(shared.X, cells, 0, kChunk, shared.places->x, a.x_stride, columns, a.copy_x, threadIdx.x, kThreads);
     copy_rows(shared.B, cells, 0, kChunk, shared.places->B, a.B_stride, a.d_state, a.copy_B, threadIdx.x, kThreads);
     close_copies();
   };
-  const auto copy_in_C = [&](int chunk) {
-    if constexpr (outputs_wanted) {
-      copy_rows(shared.C, times_of(chunk).cell, warp_id() * 16, 16, shared.places->C, a.C_stride, a.d_state, a.copy_C,
+  const auto copy_in_C = [&](int step) {
+    if constexpr (pass == kOutputs) {
+      copy_rows(shared.C, times_of(step).cell, warp_id() * 16, 16, shared.places->C, a.C_stride, a.d_state, a.copy_C,
                 lane_id(), 32);
       close_copies();
     }
   };
 
   __syncthreads();
-  if (warp_id() < 2 && begin + warp_id() < end)
-    write_times(a, read_times(a, row, head, begin + warp_id()), shared.places->bias, shared.places->rate,
-                times_of(begin + warp_id()));
+  if (warp_id() < 2 && warp_id() < steps)
+    write_times(a, read_times(a, row, head, chunk_of(warp_id())), shared.places->bias, shared.places->rate,
+                times_of(warp_id()));
   State<P, N> state;
   state.read(a.initial_state ? a.initial_state + place * size : nullptr, first, a.headdim, a.d_state);
   float decay = 1;
   __syncthreads();
-  if (begin < end) {
-    copy_in(begin);
-    copy_in_C(begin);
-    if constexpr (outputs_wanted) state.write(shared.S);
+  if (steps) {
+    copy_in(0);
+    copy_in_C(0);
+    if constexpr (pass == kOutputs) state.write(shared.S);
   }
-  for (int chunk = begin; chunk < end; ++chunk) {
-    const Times& times = times_of(chunk);
+  for (int step = 0; step < steps; ++step) {
+    const Times& times = times_of(step);
     if (a.entries)
-      state.write(a.entries + (static_cast<int64_t>(unit) * a.chunks() + chunk) * size, first, a.headdim, a.d_state);
+      state.write(a.entries + (static_cast<int64_t>(unit) * a.chunks() + chunk_of(step)) * size, first, a.headdim, a.d_state);
     wait_for_copies<0>();
     __syncthreads();
-    if constexpr (outputs_wanted) {
+    if constexpr (pass == kOutputs) {
       float y[P / 8][4] = {};
       outputs(shared, times, y);
       write_outputs(a, head, shared, times, first, y);
-      if (chunk + 1 < end) copy_in_C(chunk + 1);
+      if (step + 1 < steps) copy_in_C(step + 1);
     }
     // The first warp has the fewest products below the diagonal; it computes the decays of the chunk after the next.
-    const bool has_times = warp_id() == 0 && chunk + 2 < end;
+    const bool has_times = warp_id() == 0 && step + 2 < steps;
     RawTimes raw;
-    if (has_times) raw = read_times(a, shared.places->row, head, chunk + 2);
-    state.advance(shared.X, shared.B, times);
+    if (has_times) raw = read_times(a, shared.places->row, head, chunk_of(step + 2));
+    state.advance(shared.X, shared.B, pass == kStateGradients ? times.entry : times.leave, times.through);
     decay *= times.through;
-    if (has_times) write_times(a, raw, shared.places->bias, shared.places->rate, times_of(chunk + 2));
+    if (has_times) write_times(a, raw, shared.places->bias, shared.places->rate, times_of(step + 2));
     __syncthreads();
-    if (chunk + 1 < end) {
-      copy_in(chunk + 1);
-      if constexpr (outputs_wanted) state.write(shared.S);
+    if (step + 1 < steps) {
+      copy_in(step + 1);
+      if constexpr (pass == kOutputs) state.write(shared.S);
     }
   }
-  if (a.final_state && segment + 1 == a.segments) state.write(a.final_state + unit * size, first, a.headdim, a.d_state);
+  const int last = pass == kStateGradients ? 0 : a.segments - 1;
+  if (a.final_state && segment == last) state.write(a.final_state + unit * size, first, a.headdim, a.d_state);
   if (a.leaving) {
     state.write(a.leaving + place * size, first, a.headdim, a.d_state);
     if (threadIdx.x == 0 && first == 0) a.decays[place] = decay;
@@ -312,15 +319,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 3) forward(Ssd<
 }
 
 // From the effects of the segments to the states that enter them, in place; a thread for a number of a state.
+// `backwards`: to the gradients that come in at their ends.
 template <class T>
-__global__ void __launch_bounds__(256) compose(Ssd<T> a, const float* initial_state) {
+__global__ void __launch_bounds__(256) compose(Ssd<T> a, const float* initial_state, bool backwards) {
   const int size = a.headdim * a.d_state, pieces = (size + 255) / 256;
   const int at = blockIdx.x % pieces * 256 + threadIdx.x;
   const int64_t unit = blockIdx.x / pieces;
   if (at >= size) return;
   float state = initial_state ? initial_state[unit * size + at] : 0.0f;
-  for (int segment = 0; segment < a.segments; ++segment) {
-    const int64_t place = unit * a.segments + segment;
+  for (int i = 0; i < a.segments; ++i) {
+    const int64_t place = unit * a.segments + (backwards ? a.segments - 1 - i : i);
     const float own = a.leaving[place * size + at];
     a.leaving[place * size + at] = state;
     state = a.decays[place] * state + own;
@@ -343,12 +351,10 @@ constexpr int kMostSsdStates = 256;
 int ssd_blocks(size_t number_bytes, int headdim, int d_state);
 size_t ssd_shared_bytes(size_t number_bytes, int headdim, int d_state);
 
+// kStates and kStateGradients give only entries, leaving and final_state.
 template <class T>
-void ssd_forward(const Ssd<T>& a, cudaStream_t stream);
-// Only the states: entries, leaving and final_state.
+void ssd_forward(const Ssd<T>& a, ssd::Pass pass, cudaStream_t stream);
 template <class T>
-void ssd_states(const Ssd<T>& a, cudaStream_t stream);
-template <class T>
-void ssd_compose(const Ssd<T>& a, const float* initial_state, cudaStream_t stream);
+void ssd_compose(const Ssd<T>& a, const float* initial_state, ssd::Pass pass, cudaStream_t stream);
 
 }  // namespace vision_scan

@@ -46,7 +46,8 @@ struct Times {
   Vec<float, 2> pair[kChunk];  // of a token: sum of the log decays up to it, and dt
   float low[kChunk];           // what the sum's float32 leaves over
   float entry[kChunk];         // decay from the chunk's entry to the token, 0 behind a reset
-  float leave[kChunk];         // decay from the token to the chunk's end, times dt
+  float after[kChunk];         // decay from the token to the chunk's end, 0 before a reset
+  float leave[kChunk];         // that times dt
   int cell[kChunk];            // -1: padding
   int start[kChunk];           // where the token's segment starts, -1: before the chunk
   float through;               // decay of the whole chunk
@@ -136,7 +137,8 @@ __device__ __forceinline__ void write_times(const Ssd<T>& a, const RawTimes& raw
     to.pair[j] = {high, dt[i]};
     to.low[j] = static_cast<float>(sum[i].value - high);
     to.entry[j] = sum[i].start < 0 ? exp2_fast(high) : 0.0f;
-    to.leave[j] = j >= last.start ? exp2_fast(static_cast<float>(last.value - sum[i].value)) * dt[i] : 0.0f;
+    to.after[j] = j >= last.start ? exp2_fast(static_cast<float>(last.value - sum[i].value)) : 0.0f;
+    to.leave[j] = to.after[j] * dt[i];
     to.cell[j] = raw.cell[i];
     to.start[j] = sum[i].start;
   }
@@ -168,6 +170,29 @@ template <class T>
 __device__ __forceinline__ float skip_weight(const Ssd<T>& a, const Head& head, int p) {
   if (a.skip_dims == 2) return p < a.headdim ? a.D[static_cast<int64_t>(head.parameter) * a.headdim + p] : 0.0f;
   return a.skip_dims == 1 ? a.D[head.parameter] : 0.0f;
+}
+
+template <int channels, int states>
+struct Block {
+  static constexpr int P = channels, N = states;
+};
+
+// Calls `run` with the sizes that a block of threads is made for: the next above the scan's own.
+template <class T, class Run>
+auto with_block(int headdim, int d_state, const Run& run) {
+  if (d_state > 128) return run(Block<32, 256>{});
+  if constexpr (sizeof(T) == 2) {
+    if (headdim <= 32 && d_state > 64) return run(Block<32, 128>{});
+    if (headdim <= 32) return d_state > 32 ? run(Block<32, 64>{}) : run(Block<32, 32>{});
+  }
+  if (d_state > 64) return run(Block<64, 128>{});
+  return d_state > 32 ? run(Block<64, 64>{}) : run(Block<64, 32>{});
+}
+// The same where only the size of the numbers is known.
+template <class Run>
+auto with_block(size_t number_bytes, int headdim, int d_state, const Run& run) {
+  return number_bytes == 4 ? with_block<float>(headdim, d_state, [&](auto block) { return run(float{}, block); })
+                           : with_block<bf16>(headdim, d_state, [&](auto block) { return run(bf16{}, block); });
 }
 
 }  // namespace ssd

@@ -1,6 +1,6 @@
 // Mamba-2's scan as operators of the library `vision_scan_cuda`.
 #include "ops.h"
-#include "ssd.h"
+#include "ssd_backward.h"
 
 namespace vision_scan {
 namespace {
@@ -66,18 +66,23 @@ Ssd<T> make_ssd(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor
   return a;
 }
 
-// The states that enter the segments, which `a` is made to start from.
+// Cuts the rows into segments: a pass is made to start from the states that enter these, which are returned.
 template <class T>
-std::pair<Tensor, Tensor> cut(Ssd<T>& a, int64_t segments, const at::TensorOptions& numbers, cudaStream_t stream) {
+std::pair<Tensor, Tensor> cut(Ssd<T>& a, ssd::Pass pass, int64_t segments, const at::TensorOptions& numbers,
+                              cudaStream_t stream) {
+  const int64_t units = int64_t{a.tokens.rows()} * a.nheads * ssd_blocks(sizeof(T), a.headdim, a.d_state);
+  if (segments == 0) segments = ssd_segments(units, a.chunks(), card(numbers.device().index()).processors);
+  if (segments == 1) return {};
   Tensor states = at::empty({a.tokens.rows(), a.nheads, segments, a.headdim, a.d_state}, numbers);
   Tensor decays = at::empty({a.tokens.rows(), a.nheads, segments}, numbers);
   Ssd<T> pieces = a;
   pieces.segments = static_cast<int>(segments);
   pieces.initial_state = nullptr;
+  pieces.entries = pieces.final_state = nullptr;
   pieces.leaving = mutable_data<float>(states);
   pieces.decays = mutable_data<float>(decays);
-  ssd_states(pieces, stream);
-  ssd_compose(pieces, a.initial_state, stream);
+  ssd_forward(pieces, pass == ssd::kOutputs ? ssd::kStates : pass, stream);
+  ssd_compose(pieces, a.initial_state, pass, stream);
   a.segments = pieces.segments;
   a.initial_state = pieces.leaving;
   return {states, decays};
@@ -103,14 +108,99 @@ std::tuple<Tensor, Tensor> scan(const Tensor& x, const Tensor& dt, const Tensor&
     a.y = mutable_data<T>(y);
     a.copy_y = copies_at_once(y, a.headdim, a.headdim);
     a.final_state = mutable_data<float>(final_state);
-    const int64_t blocks = ssd_blocks(sizeof(T), a.headdim, a.d_state);
-    const int64_t best = ssd_segments(int64_t{a.tokens.rows()} * a.nheads * blocks, a.chunks(),
-                                      card(x.get_device()).processors);
-    std::pair<Tensor, Tensor> kept;
-    if ((segments ? segments : best) > 1) kept = cut(a, segments ? segments : best, numbers, here.stream);
-    ssd_forward(a, here.stream);
+    const auto kept = cut(a, ssd::kOutputs, segments, numbers, here.stream);
+    ssd_forward(a, ssd::kOutputs, here.stream);
   });
   return {y, final_state};
+}
+
+// Sums over the rows of each list and their chunks: (rows, chunks, ...) to (lists, ...).
+Tensor over_rows(const Tensor& sums, const Tokens& tokens) {
+  return sums.sum(1).unflatten(0, {tokens.rows() / tokens.lists, tokens.lists}).sum(0);
+}
+
+// Gradients of x, dt, A, B, C, D, dt_bias and initial_state, in the shapes of these, of x for each list; those of
+// arguments that are not given are empty. That of x has its dtype, the others are float32. `head_blocks`: how many
+// blocks share the heads of a group; 0: as many as fill this GPU.
+std::vector<Tensor> scan_backward(const Tensor& dy, const OptionalTensor& dfinal_state, const Tensor& x, const Tensor& dt,
+                                  const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                  const OptionalTensor& dt_bias, bool dt_softplus, double dt_min, double dt_max,
+                                  const OptionalTensor& initial_state, const OptionalTensor& index,
+                                  const OptionalTensor& marks, const OptionalTensor& bounds, int64_t segments,
+                                  int64_t head_blocks) {
+  const Here here(x);
+  const auto numbers = x.options().dtype(at::kFloat);
+  // Padding and cells that no list visits stay zero, and so do chunks behind the end of a packed segment.
+  const auto make = [&](at::IntArrayRef shape, const at::TensorOptions& options, bool whole) {
+    return whole ? at::empty(shape, options) : at::zeros(shape, options);
+  };
+  const bool whole = !index && !marks;
+  Tensor dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial;
+  with_type(x.scalar_type(), [&](auto kind) {
+    using T = decltype(kind);
+    const Ssd<T> a = make_ssd<T>(x, dt, A, B, C, D, {}, dt_bias, dt_softplus, dt_min, dt_max, initial_state, index, marks,
+                                 bounds);
+    const int64_t rows = a.tokens.rows(), chunks = a.chunks(), of_group = a.nheads / a.ngroups;
+    const std::array<int64_t, 5> shape{x.size(0), A.size(0), x.size(2), x.size(3), x.size(4)};
+    check("dy", dy, shape, x.scalar_type());
+    check("dfinal_state", dfinal_state, {rows, a.nheads, a.headdim, a.d_state}, at::kFloat);
+    TORCH_CHECK_VALUE(segments >= 0 && head_blocks >= 0, "segments and head_blocks must not be negative, got ", segments,
+                      " and ", head_blocks);
+    Tensor states = at::empty({rows, a.nheads, chunks, a.headdim, a.d_state}, numbers), dstates = at::empty_like(states);
+    dinitial = at::empty({initial_state ? rows : 0, a.nheads, a.headdim, a.d_state}, numbers);
+
+    Ssd<T> forwards = a;
+    forwards.entries = mutable_data<float>(states);
+    const auto kept = cut(forwards, ssd::kStates, segments, numbers, here.stream);
+    ssd_forward(forwards, ssd::kStates, here.stream);
+
+    Ssd<T> back = a;
+    back.x = data<T>(dy);
+    back.x_stride = x.size(3) * x.size(4);
+    back.copy_x = copies_at_once(dy, back.x_stride, a.headdim);
+    back.shared_input = false;
+    back.B = a.C;
+    back.B_stride = a.C_stride;
+    back.copy_B = a.copy_C;
+    back.initial_state = data<float>(dfinal_state);
+    back.final_state = initial_state ? mutable_data<float>(dinitial) : nullptr;
+    back.entries = mutable_data<float>(dstates);
+    const auto kept_too = cut(back, ssd::kStateGradients, segments, numbers, here.stream);
+    ssd_forward(back, ssd::kStateGradients, here.stream);
+
+    const int64_t units = rows * chunks * a.ngroups, processors = card(x.get_device()).processors;
+    if (head_blocks == 0) head_blocks = (2 * processors + units - 1) / std::max<int64_t>(units, 1);
+    const int64_t share = (of_group + std::min(head_blocks, of_group) - 1) / std::min(head_blocks, of_group);
+    head_blocks = (of_group + share - 1) / share;  // none is empty
+    dx = make(shape, x.options(), whole);
+    ddt = make({x.size(0), A.size(0), x.size(2), x.size(3)}, numbers, whole);
+    dB = make({head_blocks, x.size(0), A.size(0), x.size(2), a.ngroups, a.d_state}, numbers, whole);
+    dC = make(dB.sizes(), numbers, whole);
+    dA = make({rows, chunks, a.nheads}, numbers, !bounds);
+    ddt_bias = make(dA.sizes(), numbers, !bounds);
+    dD = make({rows, chunks, D ? a.nheads : 0, a.headdim}, numbers, !bounds);
+    SsdGradients<T> g{};
+    g.dy = back.x;
+    g.copy_dy = back.copy_x;
+    g.copy_states = copies_at_once(states, a.d_state, a.d_state);
+    g.states = data<float>(states);
+    g.dstates = data<float>(dstates);
+    g.dx = mutable_data<T>(dx);
+    g.ddt = mutable_data<float>(ddt);
+    g.head_blocks = static_cast<int>(head_blocks);
+    g.dB = mutable_data<float>(dB);
+    g.dC = mutable_data<float>(dC);
+    g.dA = mutable_data<float>(dA);
+    g.ddt_bias = mutable_data<float>(ddt_bias);
+    g.dD = D ? mutable_data<float>(dD) : nullptr;
+    ssd_backward(a, g, here.stream);
+    dA = over_rows(dA, a.tokens);
+    ddt_bias = dt_bias ? over_rows(ddt_bias, a.tokens) : at::empty({0}, numbers);
+    dB = head_blocks == 1 ? dB[0] : dB.sum(0);
+    dC = head_blocks == 1 ? dC[0] : dC.sum(0);
+    dD = D ? over_rows(a.skip_dims == 1 ? dD.sum(-1) : dD, a.tokens) : at::empty({0}, numbers);
+  });
+  return {dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial};
 }
 
 }  // namespace
@@ -121,12 +211,18 @@ TORCH_LIBRARY_FRAGMENT(vision_scan_cuda, m) {
       "float dt_min, float dt_max, Tensor? initial_state, Tensor? index, Tensor? marks, Tensor? bounds, int segments=0) "
       "-> (Tensor, Tensor)",
       &scan);
+  m.def(
+      "ssd_backward(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+      "Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max, Tensor? initial_state, Tensor? index, "
+      "Tensor? marks, Tensor? bounds, int segments=0, int head_blocks=0) -> Tensor[]",
+      &scan_backward);
   m.def("ssd_segments(int units, int chunks, int processors) -> int", [](int64_t units, int64_t chunks, int64_t processors) {
     return int64_t{ssd_segments(units, static_cast<int>(chunks), static_cast<int>(processors))};
   });
-  m.def("ssd_shared_bytes(int number_bytes, int headdim, int d_state) -> int",
-        [](int64_t number_bytes, int64_t headdim, int64_t d_state) {
-          return static_cast<int64_t>(ssd_shared_bytes(number_bytes, static_cast<int>(headdim), static_cast<int>(d_state)));
+  m.def("ssd_shared_bytes(int number_bytes, int headdim, int d_state, bool backward) -> int",
+        [](int64_t number_bytes, int64_t headdim, int64_t d_state, bool backward) {
+          const auto bytes = backward ? ssd_backward_shared_bytes : ssd_shared_bytes;
+          return static_cast<int64_t>(bytes(number_bytes, static_cast<int>(headdim), static_cast<int>(d_state)));
         });
 }
 

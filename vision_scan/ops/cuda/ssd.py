@@ -1,28 +1,32 @@
-"""`ssd` and `ssd_2d` on the kernels of csrc/cuda/ssd.h."""
+"""`ssd` and `ssd_2d` on the kernels of csrc/cuda/ssd.h and ssd_backward.h."""
 
 import torch
 from torch import Tensor
 
-from ..layout import plain
+from ..layout import plain, through_gate, wanted
 from .layout import DTYPES, bounds_of, common_dtype, lists_of, marks_of
 
 MOST_STATES = 256  # kMostSsdStates in csrc/cuda/ssd.h
 
 
 def _serves(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *others) -> bool:
-    """Any headdim and up to 256 states; float32 with more than 128 of them only where blocks may have the
-    shared memory, 177 KB: on GPUs like the H100."""
+    """Any headdim and up to 256 states, where a block may have the shared memory: on GPUs like the H100 always,
+    but for the gradients of float32 with more than 128 states."""
+    return _fits(x, B, False)
+
+
+def _serves_backward(grads, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *others) -> bool:
+    return _fits(x, B, True)
+
+
+def _fits(x: Tensor, B: Tensor, backward: bool) -> bool:
     if x.dtype not in DTYPES or x.numel() == 0 or B.shape[-1] > MOST_STATES:
         return False
-    return x.device.type == "cpu" or _fits(x, B)
-
-
-def _fits(x: Tensor, B: Tensor) -> bool:
-    number = common_dtype(x, B).itemsize
-    if number == 2:
+    if x.device.type == "cpu":
         return True
-    most = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-    return torch.ops.vision_scan_cuda.ssd_shared_bytes(number, x.shape[-1], B.shape[-1]) <= most
+    size = common_dtype(x, B).itemsize
+    needed = torch.ops.vision_scan_cuda.ssd_shared_bytes(size, x.shape[-1], B.shape[-1], backward)
+    return needed <= torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
 
 
 def _cells(t: Tensor, dtype: torch.dtype, leading: int) -> Tensor:
@@ -58,6 +62,28 @@ def _scan(
     return y[:, 0].to(x.dtype), state
 
 
+def _scan_backward(grads, *args) -> list[Tensor]:
+    *inputs, needs = args
+    (
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens, _,
+    ) = inputs  # fmt: skip
+    # Behind a gate neither y nor its gradient has the digits of x: all is float32 then.
+    tokens = (x, dt, B, C) if z is None else (t.float() for t in (x, dt, B, C))
+    x, dt, B, C = tokens
+    arguments = _arguments(
+        x, dt, A, B, C, D, None, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens
+    )
+    dy, dz, dtype = grads[0], None, arguments[0].dtype
+    if z is not None:
+        ungated, _ = torch.ops.vision_scan_cuda.ssd(*arguments)
+        dy, dz = through_gate(dy.float(), ungated[:, 0], z)
+    dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial = torch.ops.vision_scan_cuda.ssd_backward(
+        dy.to(dtype).contiguous()[:, None], plain(grads[1]), *arguments[:6], *arguments[7:]
+    )
+    found = {0: dx, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: dz, 7: ddt_bias, 11: dinitial}
+    return wanted(inputs, found, needs)
+
+
 def _arguments_2d(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index) -> tuple:
     """Grids as rows of cells; an x that all lists share is not copied."""
     dtype = common_dtype(x, B, C)
@@ -80,7 +106,23 @@ def _scan_2d(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index, mer
     return y.to(x.dtype)
 
 
+def _scan_2d_backward(grads, *args) -> list[Tensor]:
+    *inputs, needs = args
+    x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index, merge, _ = inputs
+    arguments = _arguments_2d(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, index)
+    dy, K = grads[0], index.shape[0]
+    if merge != "concat":
+        dy = (dy / K if merge == "mean" else dy)[:, None].expand(-1, K, *dy.shape[1:])
+    dx, ddt, dA, dB, dC, dD, ddt_bias, _ = torch.ops.vision_scan_cuda.ssd_backward(
+        dy.to(arguments[0].dtype).contiguous().flatten(2, 3), None, *arguments[:6], *arguments[7:]
+    )
+    dx = dx if x.dim() == 6 else dx.sum(1, dtype=torch.float32)
+    return wanted(inputs, {0: dx, 1: ddt, 2: dA, 3: dB, 4: dC, 5: dD, 6: ddt_bias}, needs)
+
+
 KERNELS = {
     "ssd": (_scan, _serves),
+    "ssd_backward": (_scan_backward, _serves_backward),
     "ssd_2d": (_scan_2d, _serves),
+    "ssd_2d_backward": (_scan_2d_backward, _serves_backward),
 }
