@@ -1,6 +1,7 @@
 // The kernels for a machine without a GPU: see emulate.h.
 #include <torch/library.h>
 
+#include "deferred.cu"
 #include "project.cu"
 #include "selective.cu"
 #include "selective_backward.cu"
