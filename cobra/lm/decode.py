@@ -5,6 +5,7 @@ in one graph (decode_cuda.py).
 instance a layer kind without `add_to` or an active autograd, is left to the layers themselves.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -66,9 +67,9 @@ class Decoder:
     def __init__(self, lm: "LanguageModel") -> None:
         native = native_for(lm.device.type)
         norms = [lm.norm_f, *(block.norm for block in lm.layers)]
-        self._mixers = [block.mixer for block in lm.layers]
+        mixers = [block.mixer for block in lm.layers]
         modules = list(lm.modules())
-        is_known = all(type(norm) is RMSNorm for norm in norms) and all(map(_is_known, self._mixers))
+        is_known = all(type(norm) is RMSNorm for norm in norms) and all(map(_is_known, mixers))
         if native is None or not is_known:
             raise UnservableError
         self.device_type = lm.device.type
@@ -77,13 +78,13 @@ class Decoder:
         )
         for block in lm.layers:
             block.mixer.add_to(self._native, block.norm)
-        self._most_tokens = min(mixer.most_step_tokens for mixer in self._mixers)
-        self._held = [
-            (table, len(table), name, value)
-            for module in modules
-            for table in (module._parameters, module._buffers, module._modules)
-            for name, value in table.items()
+        self._most_tokens = min(mixer.most_step_tokens for mixer in mixers)
+        self._names = [mixer.step_states for mixer in mixers]
+        self._reserve = [getattr(mixer, "reserve", None) for mixer in mixers]
+        self._tables = [
+            table for module in modules for table in (module._parameters, module._buffers, module._modules)
         ]
+        self._held = self._objects()
         self._hooks = [
             hooks
             for module in modules
@@ -94,13 +95,14 @@ class Decoder:
     @property
     def stale(self) -> bool:
         """Whether an object of the model has been replaced."""
-        return any(
-            len(table) != size or table.get(name) is not value for table, size, name, value in self._held
-        )
+        return list(map(id, self._objects())) != list(map(id, self._held))
+
+    def _objects(self) -> list:
+        return list(itertools.chain.from_iterable(map(dict.values, self._tables)))
 
     def serves(self, seqlen: int) -> bool:
         """Whether so many tokens of a row can be read at once, with nobody looking on."""
-        return seqlen <= self._most_tokens and not any(map(len, self._hooks))
+        return seqlen <= self._most_tokens and not any(self._hooks)
 
     def step(self, hidden: Tensor, state: State, mask: Tensor | None, keep: int) -> tuple[Tensor, State]:
         """Reads tokens into a state that is overwritten.
@@ -114,14 +116,10 @@ class Decoder:
                 as it was.
         """
         layers = [
-            mixer.reserve(layer, state.lengths) if hasattr(mixer, "reserve") else layer
-            for mixer, layer in zip(self._mixers, state.layers, strict=True)
+            reserve(layer, state.lengths) if reserve else layer
+            for reserve, layer in zip(self._reserve, state.layers, strict=True)
         ]
-        tensors = [
-            layer[name]
-            for mixer, layer in zip(self._mixers, layers, strict=True)
-            for name in mixer.step_states
-        ]
+        tensors = [layer[name] for names, layer in zip(self._names, layers, strict=True) for name in names]
         logits = self._native.step(hidden, tensors, state.lengths, mask, keep)
         read = hidden.shape[1] if mask is None else mask.long().cpu()
         return logits, State(layers, state.lengths + read, dict(state.info))

@@ -8,7 +8,7 @@ the second time that a step comes with the same ones.
 """
 
 import functools
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .decode import UnservableError
 
-MOST_GRAPHS = 8
+MOST_GRAPHS = 4
 MOST_ROWS, MOST_TAPS, MOST_STATES = 65535, 16, 256  # of a batch, a convolution, a head: csrc/cuda/update.h
 ALIGNMENT = 16  # bytes
 
@@ -128,7 +128,7 @@ class Step:
         z_heads, x = (t.unflatten(-1, (layer.nheads, layer.headdim)) for t in (z, x))
         B, C = (t.unflatten(-1, (layer.ngroups, layer.d_state)) for t in (B, C))
         self._add(
-            "ssd_update", ssm, x, dt, layer.A_log, True, B, C, layer.D,
+            "ssd_update", ssm, None, x, dt, layer.A_log, True, B, C, layer.D,
             None if layer.norm_before_gate else z_heads, layer.dt_bias, True, layer.dt_min, layer.dt_max,
             self.marks, None, y.view(x.shape), self._few,
         )  # fmt: skip
@@ -186,8 +186,9 @@ class CudaDecoder:
         self._norm, self._eps, self._head, self._vocab = norm, eps, _weight(head), vocab
         self._layers: list[Mamba2Layer] = []
         self._tensors = [norm, self._head]
+        self._places = None  # of these tensors, once all layers are there
         self._graphs: OrderedDict[tuple, tuple[Step, Launch]] = OrderedDict()
-        self._last: tuple | None = None  # the last step without a graph
+        self._seen: deque[tuple] = deque(maxlen=MOST_GRAPHS)  # the last steps without a graph
 
     def add_mamba2(self, norm, eps, in_proj, out_proj, parameters, sizes, constants) -> None:
         *numbers, norm_before_gate = constants
@@ -225,14 +226,15 @@ class CudaDecoder:
             ValueError: if a tensor is of another shape, dtype or layout than the kernels take; the states are
                 as they were.
         """
-        where = torch.ops.vision_scan_cuda.fingerprint([*self._tensors, *states])
-        key = hidden.shape, keep, real is None, where
+        if self._places is None:
+            self._places = torch.classes.vision_scan_cuda.Places(self._tensors)
+        key = hidden.shape, keep, real is None, self._places.with_others(states)
         if key in self._graphs:
             self._graphs.move_to_end(key)
         else:
             step = self._bind(hidden, states, real, keep)
-            if key != self._last or not can_record(hidden.device):
-                self._last = key
+            if key not in self._seen or not can_record(hidden.device):
+                self._seen.append(key)
                 step.read(hidden, real)
                 step.launch()
                 return step.logits

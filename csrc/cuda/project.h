@@ -27,7 +27,7 @@ struct Project {
   const T* weight;             // (outputs, columns)
   float* y;                    // (rows, outputs)
   bool add;
-  ConvUpdate<T> conv;          // of outputs conv_first ..., if conv.state; only its weights, window and rows are used
+  ConvUpdate<T> conv;          // of outputs conv_first ...; only weights, window and rows; no channels: there is none
   int conv_first;
 
   __device__ __forceinline__ int token(int r) const { return (r / keep + 1) * seqlen - keep + r % keep; }
@@ -201,7 +201,7 @@ __device__ __forceinline__ void norm(const Project<T>& a, const Shared<T>& share
 // Gives 16 outputs away: a thread has one output of one row of the batch, all its tokens.
 template <class T>
 __device__ __forceinline__ void finish(const Project<T>& a, const float* partials, int first) {
-  const int seqlen = a.conv.state ? a.conv.rows.seqlen : 1;
+  const int seqlen = a.conv.channels ? a.conv.rows.seqlen : 1;
   const int output = first + threadIdx.x % kOutputs, row = threadIdx.x / kOutputs;
   if (output >= a.outputs || row >= a.rows / seqlen) return;
   const auto sum = [&](int t) {
@@ -216,7 +216,7 @@ __device__ __forceinline__ void finish(const Project<T>& a, const float* partial
     *at = a.add ? *at + value : value;
   };
   const int channel = output - a.conv_first;
-  if (a.conv.state && channel >= 0 && channel < a.conv.channels)
+  if (channel >= 0 && channel < a.conv.channels)
     update::convolve(a.conv.rows, row, channel, a.conv.channels, a.conv.taps, true, a.conv.state, a.conv.weight,
                      a.conv.bias, sum, write);
   else

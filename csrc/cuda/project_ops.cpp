@@ -1,4 +1,6 @@
 // Decoding's projections and norms as operators of the library `vision_scan_cuda`; outputs are the caller's tensors.
+#include <torch/custom_class.h>
+
 #include "ops.h"
 #include "project.h"
 
@@ -124,22 +126,32 @@ void normalize_op(const Tensor& x, int64_t keep, const OptionalTensor& delta, co
   });
 }
 
-// A number that tells tensors at one place, of one dtype and layout, from others.
-int64_t fingerprint(const at::TensorList tensors) {
-  uint64_t all = 0;
-  const auto mix = [&](uint64_t value) { all = (all ^ value) * 0x9e3779b97f4a7c15u, all ^= all >> 29; };
-  for (const Tensor& t : tensors) {
-    mix(reinterpret_cast<uintptr_t>(t.const_data_ptr()));
-    mix(static_cast<uint64_t>(t.scalar_type()));
-    for (int64_t axis = 0; axis < t.dim(); ++axis) mix(t.size(axis)), mix(t.stride(axis));
+// Tells whether tensors are where and what they were: a graph of kernels holds for them alone.
+class Places : public torch::CustomClassHolder {
+ public:
+  explicit Places(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) {}
+
+  // A number of the places, dtypes and layouts of these tensors and some others.
+  int64_t with(const std::vector<Tensor>& others) const {
+    uint64_t all = 0;
+    const auto mix = [&](uint64_t value) { all = (all ^ value) * 0x9e3779b97f4a7c15u, all ^= all >> 29; };
+    for (const auto* tensors : {&tensors_, &others})
+      for (const Tensor& t : *tensors) {
+        mix(reinterpret_cast<uintptr_t>(t.const_data_ptr()));
+        mix(static_cast<uint64_t>(t.scalar_type()));
+        for (int64_t axis = 0; axis < t.dim(); ++axis) mix(t.size(axis)), mix(t.stride(axis));
+      }
+    return static_cast<int64_t>(all);
   }
-  return static_cast<int64_t>(all);
-}
+
+ private:
+  std::vector<Tensor> tensors_;
+};
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(vision_scan_cuda, m) {
-  m.def("fingerprint(Tensor[] tensors) -> int", &fingerprint);
+  m.class_<Places>("Places").def(torch::init<std::vector<Tensor>>()).def("with_others", &Places::with);
   m.def("project_fits(ScalarType dtype, int rows, int columns, int group_size, int device) -> bool", &fits);
   m.def(
       "project(Tensor x, int keep, Tensor norm, float eps, int group_size, Tensor? gate, Tensor weight, "

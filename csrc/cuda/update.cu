@@ -25,12 +25,14 @@ bool is_aligned(const Piece<T>& piece) {
 
 template <class T>
 void ssd_update(const SsdUpdate<T>& a, bool chained, cudaStream_t stream) {
-  const bool whole = a.d_state % 4 == 0 && is_aligned(a.state, 16) && is_aligned(a.B) && is_aligned(a.C);
-  with_width(a, whole, update::ssd<T, 4, 1>, update::ssd<T, 4, 2>, update::ssd<T, 1, 8>, [&](auto kernel, int lanes) {
+  const auto run = [&](auto kernel, int lanes) {
     const int rows = update::kThreads / lanes * update::kRows;
     const dim3 grid((a.headdim + rows - 1) / rows, a.nheads, a.rows.rows);
     launch_chained(chained, kernel, grid, dim3(update::kThreads), 0, stream, a, lanes);
-  });
+  };
+  if (a.codes) return run(update::ssd<T, update::kCodes, 1>, update::lanes_for(a.d_state, update::kCodes));
+  const bool whole = a.d_state % 4 == 0 && is_aligned(a.state, 16) && is_aligned(a.B) && is_aligned(a.C);
+  with_width(a, whole, update::ssd<T, 4, 1>, update::ssd<T, 4, 2>, update::ssd<T, 1, 8>, run);
 }
 
 template <class T>

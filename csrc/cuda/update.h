@@ -44,6 +44,8 @@ struct SsdUpdate {
   const float* D;            // (nheads) or (nheads, headdim), or null
   bool D_of_channels;
   float* state;              // (num_slots, nheads, headdim, d_state)
+  int8_t* codes;             // instead of `state`: codes, each times the scale of its row of the state
+  float* scales;             // (num_slots, nheads, headdim)
   T* y;                      // (rows, seqlen, nheads, headdim)
 };
 
@@ -168,35 +170,70 @@ inline int lanes_for(int d_state, int width) {
 
 template <int width, class T>
 __device__ __forceinline__ void read_floats(const T* from, float* to) {
-  const Vec<T, width> values = load<width>(from);
+  constexpr int kSome = width * sizeof(T) > 16 ? 4 : width;
 #pragma unroll
-  for (int i = 0; i < width; ++i) to[i] = to_float(values.at[i]);
+  for (int first = 0; first < width; first += kSome) {
+    const Vec<T, kSome> values = load<kSome>(from + first);
+#pragma unroll
+    for (int i = 0; i < kSome; ++i) to[first + i] = to_float(values.at[i]);
+  }
 }
 
 __device__ __forceinline__ float sum_over_lanes(float x, int lanes) {
   for (int mask = lanes / 2; mask; mask >>= 1) x += __shfl_xor_sync(kAllLanes, x, mask);
   return x;
 }
+__device__ __forceinline__ float max_over_lanes(float x, int lanes) {
+  for (int mask = lanes / 2; mask; mask >>= 1) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, mask));
+  return x;
+}
+
+// A state in 8 bits. Each row, the d_state numbers of a channel, has a scale of its own: all of it decays alike, which
+// the scale takes up without loss, and it lies in lanes that meet for the output anyway. Rounded to nearest.
+constexpr int kCodes = 16;  // of an access of 16 bytes
+__device__ __forceinline__ void read_codes(const int8_t* from, float scale, float* to) {
+  const Vec<int8_t, kCodes> codes = load<kCodes>(from);
+#pragma unroll
+  for (int i = 0; i < kCodes; ++i) to[i] = codes.at[i] * scale;
+}
+// Returns the scale. All lanes of the warp come here; without `there` nothing is written.
+__device__ __forceinline__ float write_codes(int8_t* to, const float* values, int lanes, bool there) {
+  float most = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCodes; ++i) most = fmaxf(most, fabsf(values[i]));
+  most = max_over_lanes(most, lanes);
+  const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+  Vec<int8_t, kCodes> codes;
+#pragma unroll
+  for (int i = 0; i < kCodes; ++i) codes.at[i] = static_cast<int8_t>(rintf(values[i] * inverse));
+  if (there) store<kCodes>(to, codes);
+  return most / 127.0f;
+}
 
 // A block takes kThreads / lanes * kRows rows of the state of one head; a lane takes `chunks` times `width` numbers of
 // each, and every lane of a warp goes through all of it, with zeros where nothing is left.
+// Accesses of kCodes numbers are of codes.
 template <class T, int width, int chunks>
-__global__ void __launch_bounds__(kThreads, width == 1 ? 3 : chunks == 1 ? 6 : 4) ssd(SsdUpdate<T> a, int lanes) {
+__global__ void __launch_bounds__(kThreads, width == 1 ? 3 : width * chunks == 4 ? 6 : 4) ssd(SsdUpdate<T> a, int lanes) {
   constexpr int kMine = width * chunks;
   const int head = blockIdx.y, row = blockIdx.z, lane = threadIdx.x % lanes, apart = kThreads / lanes;
   const int first = blockIdx.x * apart * kRows + threadIdx.x / lanes;
   const int slot = a.rows.slot(row), group = head / (a.nheads / a.ngroups);
-  float* state = a.state + (static_cast<int64_t>(slot < 0 ? 0 : slot) * a.nheads + head) * a.headdim * a.d_state;
+  const int64_t channel = (static_cast<int64_t>(slot < 0 ? 0 : slot) * a.nheads + head) * a.headdim;
+  float* state = a.state + channel * a.d_state;
+  int8_t* codes = a.codes + channel * a.d_state;
   float S[kRows][kMine];
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
 #pragma unroll
     for (int c = 0; c < chunks; ++c) {
       const int p = first + i * apart, n = (c * lanes + lane) * width;
-      if (slot >= 0 && p < a.headdim && n < a.d_state)
-        read_floats<width>(state + p * a.d_state + n, S[i] + c * width);
-      else
+      if (slot < 0 || p >= a.headdim || n >= a.d_state)
         for (int j = 0; j < width; ++j) S[i][c * width + j] = 0.0f;
+      else if constexpr (width == kCodes)
+        read_codes(codes + p * a.d_state + n, a.scales[channel + p], S[i]);
+      else
+        read_floats<width>(state + p * a.d_state + n, S[i] + c * width);
     }
   const float A = a.A_is_log ? -exp2_fast(a.A[head] * kLog2e) : a.A[head];
   const float bias = a.dt_bias ? a.dt_bias[head] : 0.0f;
@@ -253,6 +290,12 @@ __global__ void __launch_bounds__(kThreads, width == 1 ? 3 : chunks == 1 ? 6 : 4
 #pragma unroll
     for (int c = 0; c < chunks; ++c) {
       const int p = first + i * apart, n = (c * lanes + lane) * width;
+      if constexpr (width == kCodes) {
+        const bool there = p < a.headdim && n < a.d_state;
+        const float scale = write_codes(codes + p * a.d_state + n, S[i], lanes, there);
+        if (there && lane == 0) a.scales[channel + p] = scale;
+        continue;
+      }
       if (p >= a.headdim || n >= a.d_state) continue;
       Vec<float, width> values;
 #pragma unroll

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import os
 
 import pytest
 import torch
@@ -36,7 +37,21 @@ ODD = {
 for taps in (1, 2, 3, 4, 5):
     both = (Mamba2Config(d_state=4, headdim=6, d_conv=taps), Mamba1Config(d_conv=taps))
     ODD[f"d_conv {taps}"] = (12, 13, both, True)
-NAMES = [*STACKS, *ODD]
+    ODD[f"mamba2, d_conv {taps}"] = (24, 13, both[:1], True)
+# The other way of giving out work of the CUDA kernels: sizes that are multiples of 8, and of many steps.
+ODD["even mamba2"] = (136, 40, (Mamba2Config(d_state=12, headdim=8, ngroups=2),) * 2, True)
+ODD["even, norm first"] = (48, 24, (Mamba2Config(d_state=128, headdim=96, norm_before_gate=True),), False)
+EMULATED = bool(os.environ.get("VISION_SCAN_EMULATE"))  # the CUDA kernels, on the CPU
+
+
+def served(names) -> list[str]:
+    """The models that the compiled steps at hand know; those of a GPU know Mamba-2 alone."""
+    layers = {**STACKS, **{name: sizes[2] for name, sizes in ODD.items()}}
+    return [name for name in names if not EMULATED or {layer.kind for layer in layers[name]} == {"mamba2"}]
+
+
+NAMES = served([*STACKS, *ODD])
+MIXED = served(["hybrid", "mamba2 ngroups 2"])[0]
 BATCHES = [1, 2, 3, 5, 8, 13]
 
 

@@ -137,7 +137,8 @@ SPOILT = {
 def test_ssd_update_checks_before_it_changes_anything(case):
     tokens = ssd_tokens(2, 2, 2, 4, 1, 8)
     call = {
-        "state": random_state(2, 2, 4, 8), **{k: tokens[k] for k in ("x", "dt", "A")}, "A_is_log": False,
+        "state": random_state(2, 2, 4, 8), "scales": None, **{k: tokens[k] for k in ("x", "dt", "A")},
+        "A_is_log": False,
         **{k: tokens[k] for k in ("B", "C", "D", "z", "dt_bias", "dt_softplus")}, "dt_min": 0.0,
         "dt_max": 1.0, "marks": None, "slots": None, "y": torch.zeros(2, 2, 2, 4, device=DEVICE),
         "chained": False,
@@ -148,3 +149,119 @@ def test_ssd_update_checks_before_it_changes_anything(case):
     with pytest.raises(ValueError, match=message):
         NATIVE.ssd_update(**spoilt)
     assert torch.equal(call["state"], kept) and not call["y"].any()
+
+
+def stream_of_tokens(steps: int, rows=2, nheads=4, headdim=20, ngroups=1, d_state=32, dtype=torch.float32):
+    """Tokens that come one after another, of heads that forget slowly (as trained ones do) and fast."""
+    tokens = ssd_tokens(rows, steps, nheads, headdim, ngroups, d_state, dtype)
+    tokens["dt_bias"] = torch.linspace(-6, -2, nheads, device=DEVICE)
+    tokens["A"] = -torch.linspace(0.5, 4, nheads, device=DEVICE)
+    parts = []
+    for t in range(steps):
+        each = {name: tokens[name][:, t : t + 1] for name in ("x", "dt", "B", "C", "z")}
+        parts.append({**tokens, **each})
+    return tokens, parts
+
+
+ORDER = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_softplus")
+
+
+def native_arguments(part: dict) -> list:
+    x, dt, A, B, C, D, z, dt_bias, dt_softplus = (part[name] for name in ORDER)
+    return [x, dt, A, False, B, C, D, z, dt_bias, dt_softplus, 0.0, float("inf")]
+
+
+def test_a_state_in_8_bits_drifts_little():
+    """Over 300 tokens. A scale for each row of the state: it takes up the decay without loss."""
+    tokens, parts = stream_of_tokens(300)
+    state = random_state(2, 4, 20, 32)
+    scales = state.abs().amax(-1) / 127
+    codes = (state / scales[..., None]).round().to(torch.int8)
+    start = codes.clone(), scales.clone()
+    exact = by_reference(state, tokens)
+
+    def run() -> list[Tensor]:
+        codes.copy_(start[0]), scales.copy_(start[1])
+        outputs = []
+        for part in parts:
+            outputs.append(torch.empty_like(part["x"], memory_format=torch.contiguous_format))
+            NATIVE.ssd_update(codes, scales, *native_arguments(part), None, None, outputs[-1], False)
+        return [torch.cat(outputs, 1), codes.clone(), scales.clone()]
+
+    y, codes_after, scales_after = in_any_order_of_threads(run)
+    assert codes_after.abs().amax(-1).eq(127).all()  # the largest number of a row has the largest code
+    assert_close("state", codes_after * scales_after[..., None], state, 0.05)
+    assert_close("outputs", y, exact, 0.05)
+    assert not torch.equal(y, exact)
+
+
+def test_a_skipped_row_of_codes_keeps_its_bits_and_zeros_stay_zeros():
+    _, (part,) = stream_of_tokens(1)
+    codes = torch.zeros(2, 4, 20, 32, dtype=torch.int8, device=DEVICE)
+    scales, y = torch.zeros(2, 4, 20, device=DEVICE), torch.empty(2, 1, 4, 20, device=DEVICE)
+    slots = torch.tensor([-1, 0], dtype=torch.int32, device=DEVICE)
+    part["x"] = part["x"].clone()
+    part["x"][1, 0, 0, :7] = 0
+    NATIVE.ssd_update(codes, scales, *native_arguments(part), None, slots, y, False)
+    assert not codes[1].any() and not scales[1].any() and not y[0].any()
+    assert not codes[0, 0, :7].any() and codes[0, 0, 7:].any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("room", [1, 2, 5, 8])
+def test_deferred_updates_are_the_updates(room, dtype):
+    steps, nheads, ngroups = 16, 8, 2
+    tokens, parts = stream_of_tokens(steps, nheads=nheads, ngroups=ngroups, dtype=dtype)
+    start = random_state(3, nheads, 20, 32)
+    slots = torch.tensor([2, 0], dtype=torch.int32, device=DEVICE)
+    expected_state = start.clone()
+    expected = by_reference(expected_state, tokens, slots=slots)
+
+    def run() -> list[Tensor]:
+        state, outputs = start.clone(), []
+        kept_x = torch.full((3, room, nheads, 20), torch.nan, dtype=dtype, device=DEVICE)
+        kept_B = torch.full((3, room, ngroups, 32), torch.nan, dtype=dtype, device=DEVICE)
+        kept_dt = torch.full((3, room, nheads), torch.nan, device=DEVICE)
+        waiting = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+        for t, part in enumerate(parts):
+            before = state.clone()
+            outputs.append(torch.empty_like(part["x"], memory_format=torch.contiguous_format))
+            NATIVE.deferred_ssd_update(
+                state, kept_x, kept_B, kept_dt, waiting, *native_arguments(part), None, slots, outputs[-1]
+            )
+            assert torch.equal(state, before) == ((t + 1) % room != 0)  # written every `room` steps only
+            waiting.add_(1).remainder_(room)
+        return [torch.cat(outputs, 1), state]
+
+    y, state = in_any_order_of_threads(run)
+    assert_close("y", y, expected)
+    assert torch.equal(state[1], start[1])
+    if steps % room == 0:
+        assert_close("state", state, expected_state)
+
+
+def test_a_deferred_step_of_padding_changes_nothing():
+    _, (part,) = stream_of_tokens(1)
+    state = random_state(2, 4, 20, 32)
+    kept = [torch.ones(2, 2, 4, 20), torch.ones(2, 2, 1, 32), torch.ones(2, 2, 4), state]
+    kept = [t.to(DEVICE) for t in kept]
+    before, y = [t.clone() for t in kept], torch.empty(2, 1, 4, 20, device=DEVICE)
+    marks = torch.tensor([[1], [0]], dtype=torch.uint8, device=DEVICE)
+    waiting = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
+    NATIVE.deferred_ssd_update(state, *kept[:3], waiting, *native_arguments(part), marks, None, y)
+    assert not y[0].any() and y[1].any()
+    for found, was in zip(kept, before, strict=True):
+        assert torch.equal(found[0], was[0])
+    assert not torch.equal(state[1], before[3][1])
+    with pytest.raises(ValueError, match=r"kept_B must have shape \[2, 2, 1, 32\], got \[2, 1, 1, 32\]"):
+        NATIVE.deferred_ssd_update(
+            state,
+            kept[0],
+            kept[1][:, :1].contiguous(),
+            kept[2],
+            waiting,
+            *native_arguments(part),
+            None,
+            None,
+            y,
+        )

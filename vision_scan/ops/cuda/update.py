@@ -51,7 +51,7 @@ def _ssd(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, seq_
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     x_, dt, B, C, z = (_of_tokens(t, dtype) for t in (x, dt, B, C, z))
     torch.ops.vision_scan_cuda.ssd_update(
-        state, x_, dt, plain(A), False, B, C, plain(D), z, plain(dt_bias), dt_softplus, dt_min, dt_max,
+        state, None, x_, dt, plain(A), False, B, C, plain(D), z, plain(dt_bias), dt_softplus, dt_min, dt_max,
         marks_of(seq_idx), _slots(state_indices), y, False,
     )  # fmt: skip
     return y.to(x.dtype)
