@@ -10,8 +10,7 @@ MOST_STATES = 256  # kMostSsdStates in csrc/cuda/ssd.h
 
 
 def _serves(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *others) -> bool:
-    """Any headdim and up to 256 states, where a block may have the shared memory: on GPUs like the H100 always,
-    but for the gradients of float32 with more than 128 states."""
+    """Any headdim and up to 256 states, where a block may have the shared memory: all of it on an H100."""
     return _fits(x, B, False)
 
 
