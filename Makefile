@@ -4,6 +4,10 @@
 #   make test    the tests
 #   make bench   our models beside transformers and llama.cpp, in an hour or more: runs/bench/peers.md
 #   make sanitize  the kernels' tests under the sanitizers for addresses and undefined behaviour
+#   make cuda    compiles and links the CUDA kernels for sm_90a where nvcc is, and tells their registers and spills; no GPU
+#   make cuda-all  the same for sm_80, sm_90 and sm_90a
+#   make gpu     builds, tests and times the CUDA kernels and the models on a GPU: benchmarks/results
+#   make gpu-peers fetches the archives of mamba_ssm and causal_conv1d that make gpu measures beside
 #   make wide    the same tests, on a machine without AVX-512, of the kernels for it in other instructions
 #   make setup   only .venv (the other targets call it; a second call does nothing)
 #   make clean   removes build products and caches; keeps .venv and runs/
@@ -13,7 +17,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.cobra-ready
 
-.PHONY: demo quick test bench sanitize wide setup clean
+.PHONY: demo quick test bench cuda cuda-all gpu gpu-peers sanitize wide setup clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -29,6 +33,22 @@ test: $(STAMP)
 bench: $(STAMP)
 	@$(PY) -c 'import gguf, llama_cpp' 2>/dev/null || $(PY) -m pip install --progress-bar on "llama-cpp-python>=0.3.16" gguf -c constraints.txt
 	@$(PY) -m eval efficiency --peers transformers,llama.cpp --output runs/bench/peers.json
+
+cuda: $(STAMP)
+	@$(PY) -m eval cuda
+
+cuda-all: $(STAMP)
+	@$(PY) -m eval cuda --archs "8.0;9.0;9.0a" --output build/cuda-all
+
+gpu: $(STAMP)
+	@PYTHON=$(abspath $(PY)) bash benchmarks/gpu.sh
+
+# Sources, built by the part `peers` on the machine with the GPU; einops, which they import, is Python alone.
+gpu-peers: $(STAMP)
+	@$(PY) -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: --dest benchmarks/peers \
+		mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0
+	@$(PY) -m pip download --quiet --no-deps --only-binary :all: --dest benchmarks/peers einops==0.8.2
+	@du -ch benchmarks/peers/*
 
 # In a copy of the tree, because such kernels slow everything down. $(1): its folder, $(2): flags of compiler and linker.
 define build_copy

@@ -46,6 +46,11 @@ class LMCost:
             total += seqlen * layer.flops_per_token + seen * layer.flops_per_context_token
         return total
 
+    def training_flops(self, seqlen: int) -> int:
+        """A training step's forward with the logits of all tokens but the last, and twice that for the
+        gradients; one row."""
+        return 3 * (self.prefill_flops(seqlen) + (seqlen - 1) * self._head_flops)
+
     def decode_flops(self, context: int) -> int:
         """One token more after `context` tokens."""
         total = self._head_flops

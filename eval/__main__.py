@@ -1,4 +1,4 @@
-"""The command line of evaluation: `python -m eval scenes | tasks | efficiency | report | readme | demo`."""
+"""The command line of evaluation: `python -m eval COMMAND`, see EXAMPLES and --help."""
 
 import argparse
 import sys
@@ -144,13 +144,35 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_device(efficiency)
 
+    gpu = _command(commands, "gpu", _gpu, "build, test and time the CUDA kernels and the models on a GPU")
+    gpu.add_argument("parts", nargs="*", metavar="PART", help="an unknown one lists them (default all)")
+    gpu.add_argument(
+        "--results", type=Path, metavar="DIR", help="where the results are kept (default benchmarks/results)"
+    )
+    gpu.add_argument(
+        "--limit", type=float, default=480.0, metavar="S", help="seconds after which a part is stopped (480)"
+    )
+
+    cuda = _command(
+        commands, "cuda", _cuda, "compile the CUDA kernels, which needs no GPU, and tell their registers"
+    )
+    cuda.add_argument("--archs", default="9.0a", metavar="LIST", help='as in "8.0;9.0;9.0a" (default 9.0a)')
+    cuda.add_argument(
+        "--output", type=Path, default=Path("build/cuda"), metavar="DIR", help="made anew (build/cuda)"
+    )
+
     report = _command(commands, "report", _report, "write the report of a demo")
     report.add_argument(
         "path", type=Path, metavar="PATH", help="a demo's directory, or a report.json to draw again"
     )
 
     readme = _command(commands, "readme", _readme, "print results as markdown")
-    readme.add_argument("path", type=Path, metavar="REPORT", help="a demo's report.json, or a peers.json")
+    readme.add_argument(
+        "path",
+        type=Path,
+        metavar="REPORT",
+        help="a demo's report.json, a peers.json, or the folder of gpu's results",
+    )
     readme.add_argument("--write", type=Path, metavar="FILE", help="replace them between FILE's markers")
 
     demo = _command(commands, "demo", _demo, "data, training, evaluation, comparison and report")
@@ -325,6 +347,23 @@ def _peers(options: argparse.Namespace) -> int:
     for line in tables.failed_checks(result):
         print(f"failed: {line}", file=sys.stderr)
     return DONE if result["passed"] else FAILED
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    from eval import gpu
+    from eval.gpu.results import FOLDER
+    from eval.gpu.tables import summary
+
+    results = gpu.run_parts(options.parts, options.results or FOLDER, options.limit)
+    print(summary(results.content))
+    print(results.path)
+    return DONE if gpu.passed(results) else FAILED
+
+
+def _cuda(options: argparse.Namespace) -> int:
+    from eval.gpu import compile_report
+
+    return compile_report.run(options.output, options.archs)
 
 
 def _report(options: argparse.Namespace) -> int:

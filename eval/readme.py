@@ -1,11 +1,14 @@
-"""Measured results as markdown, and the part of a page that they stand in: those of a demo, and those of a
-run beside peers."""
+"""Measured results as markdown, and the part of a page that they stand in: those of a demo, of a run beside
+peers, and of GPUs."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from eval.files import check_format, read_json, write_text
+from eval.gpu.results import FORMAT as GPU_FORMAT
+from eval.gpu.tables import read_cards
+from eval.gpu.tables import to_markdown as to_gpu_tables
 from eval.markup import count, duration, seconds, size
 from eval.peers import FORMAT as PEERS_FORMAT
 from eval.peers.tables import to_summary
@@ -53,14 +56,19 @@ DEMO = Section(START, END, "verdict", REPORT_FORMAT, render)
 PEERS = Section(
     "<!-- peers results -->", "<!-- end of peers results -->", "contests", PEERS_FORMAT, to_summary
 )
+GPU = Section(
+    "<!-- gpu results -->", "<!-- end of gpu results -->", "measurements", GPU_FORMAT, to_gpu_tables
+)
 
 
 def read(path: Path) -> tuple[str, Section]:
-    """Results as markdown, and where they belong.
+    """Results as markdown, and where they belong. A folder is that of GPUs' results, which may be empty.
 
     Raises:
         UserError: if the file has no results of these kinds.
     """
+    if path.is_dir():
+        return GPU.render(read_cards(path)), GPU
     report = read_json(path)
     for section in (DEMO, PEERS):
         if isinstance(report, dict) and section.key in report:

@@ -1,11 +1,57 @@
-"""Fixtures of the whole suite."""
+"""Fixtures of the whole suite, and the device that it runs on.
 
+`COBRA_TEST_DEVICE=cuda` runs the tests of operators and language models on a GPU: tensors are made there
+unless a test says where, random ones drawn on the CPU first, so that both devices see the same numbers. Tests
+marked `cuda` need a GPU whatever the device.
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from vision_scan.ops import register
+
+DEVICE = os.environ.get("COBRA_TEST_DEVICE", "cpu")
+
+
+class DrawnOnTheCpu(TorchFunctionMode):
+    """Numbers of a CPU generator are drawn there, then moved to where tensors are made."""
+
+    DRAWS = (torch.rand, torch.randn, torch.randint, torch.randperm)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        if func not in self.DRAWS or generator is None or kwargs.get("device") is not None:
+            return func(*args, **kwargs)
+        return func(*args, **{**kwargs, "device": generator.device}).to(torch.get_default_device())
+
+
+def pytest_configure() -> None:
+    """Before the test files are read: they make tensors too."""
+    if DEVICE != "cpu":
+        torch.set_default_device(DEVICE)
+        torch.backends.cudnn.allow_tf32 = False  # convolutions of the other implementations, held to float32
+        DrawnOnTheCpu().__enter__()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How many tests of the GPU side did not run."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum("cuda" in report.keywords for report in skipped)  # the marker, or the folder's name
+    if count:
+        terminalreporter.write_line(f"{count} GPU tests skipped: no GPU is visible")
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ README = "README.md"
 MEASURED = ROOT / "docs" / "demo-report.json"
 
 # Not run: these set up environments, take many minutes, or start several processes.
-SKIPPED = ("make ", "pip install ", "torchrun ", "deepspeed ")
+SKIPPED = ("make ", "bash benchmarks/", "pip install ", "torchrun ", "deepspeed ")
 # Appended, to end in a second what would take minutes; of an option given twice the last one counts.
 SHORTER = {
     "python -m train --recipe": "--set train.steps=2 --set train.batch_size=2",
@@ -276,3 +276,9 @@ def test_readme_shows_the_results_beside_peers():
     results, section = readme.read(peers)
     assert readme.replace_results(page, results, section=section) == page
     assert peers.with_suffix(".md").read_text(encoding="utf-8") == to_markdown(json.loads(peers.read_text()))
+
+
+def test_readme_shows_the_results_of_gpus():
+    page = (ROOT / README).read_text(encoding="utf-8")
+    results, section = readme.read(ROOT / "benchmarks" / "results")
+    assert readme.replace_results(page, results, section=section) == page

@@ -16,7 +16,7 @@ FLOOR = {torch.float32: 3e-7, torch.bfloat16: 2e-3, torch.float16: 5e-4}
 
 def rms_ratio(actual: Tensor, expected: Tensor) -> float:
     """RMS(actual - expected) / RMS(expected) in float64; 0 if they are equal, nan if a value is."""
-    actual, expected = actual.detach().double(), expected.detach().double()
+    actual, expected = actual.detach().double(), expected.detach().double().to(actual.device)
     error, size = (actual - expected).norm().item(), expected.norm().item()
     return 0.0 if error == 0 else error / size if size else math.inf
 

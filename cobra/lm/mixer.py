@@ -93,7 +93,11 @@ class Segments:
             positions: (batch, seqlen) int64, from 0 in each segment (`starts` in the first); -1 is padding.
             runs: (batch, seqlen) int64, 0 for the segment that the state belongs to.
         """
-        starts = self.starts.to(device)[:, None]
+        first = self.uniform_start
+        if first is None:
+            starts = self.starts.to(device)[:, None]
+        else:  # without a copy from the CPU, which would wait for a GPU and could not be part of a CUDA graph
+            starts = torch.full((len(self.starts), 1), first, device=device)
         if self.seq_idx is None:
             positions = starts + torch.arange(seqlen, device=device)
             return positions, torch.zeros_like(positions)

@@ -101,7 +101,7 @@ class LanguageModel(nn.Module):
             capacity: tokens that full attention caches reserve room for; they grow when it is exceeded.
         """
         layers = [block.mixer.allocate(batch, capacity, self.device, self.dtype) for block in self.layers]
-        return State(layers, torch.zeros(batch, dtype=torch.int64))
+        return State(layers, torch.zeros(batch, dtype=torch.int64, device="cpu"))
 
     def forward(
         self,
@@ -220,7 +220,7 @@ class LanguageModel(nn.Module):
 
     def _read(self, x: Tensor, state: State | None, seq_idx: Tensor | None, overwrite: bool):
         batch, seqlen = x.shape[:2]
-        starts = torch.zeros(batch, dtype=torch.int64) if state is None else state.lengths
+        starts = torch.zeros(batch, dtype=torch.int64, device="cpu") if state is None else state.lengths
         segments = Segments(starts, seq_idx, overwrite)
         dtype = x.dtype
         x = x.to(torch.promote_types(dtype, torch.float32))

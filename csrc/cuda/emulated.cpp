@@ -1,16 +1,8 @@
-// The kernels for a machine without a GPU: see emulate.h.
+// Settings of the emulator (emulate.h) for tests.
 #include <torch/library.h>
 
-#include "deferred.cu"
-#include "project.cu"
-#include "selective.cu"
-#include "selective_backward.cu"
-#include "update.cu"
-
-namespace vision_scan {
+#include "emulate.h"
 
 TORCH_LIBRARY_FRAGMENT(vision_scan_cuda, m) {
   m.def("descending(bool value) -> ()", [](bool value) { emulate::machine().descending = value; });
 }
-
-}  // namespace vision_scan

@@ -9,6 +9,7 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#include "parameters.h"
 #include "tokens.h"
 
 namespace vision_scan {
@@ -43,6 +44,29 @@ inline void check(const char* name, const Tensor& tensor, at::IntArrayRef shape,
   TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous");
 }
 
+// The same for a tensor that may be a piece of a wider one: its first `leading` axes, counted as one, may have any
+// stride, which is returned; what is behind them is contiguous.
+inline int64_t check_cells(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype,
+                           int64_t leading) {
+  check_shape(name, tensor, shape, dtype);
+  int64_t inner = 1, cells = 1, stride = -1;
+  bool fits = true;
+  for (int64_t axis = tensor.dim() - 1; axis >= 0; --axis) {
+    const int64_t size = tensor.size(axis), own = tensor.stride(axis);
+    if (axis >= leading) {
+      fits = fits && (size == 1 || own == inner);
+      inner *= size;
+    } else {
+      if (stride < 0 && size > 1) stride = own;  // the innermost that says something
+      fits = fits && (size == 1 || own == stride * cells);
+      cells *= size;
+    }
+  }
+  TORCH_CHECK_VALUE(fits || tensor.numel() == 0, name, " must be contiguous behind its first ", leading,
+                    " axes, which have one stride, got strides ", tensor.strides());
+  return stride < 0 ? inner : stride;
+}
+
 inline void check(const char* name, const OptionalTensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
   if (tensor) check(name, *tensor, shape, dtype);
 }
@@ -58,6 +82,18 @@ const T* data(const OptionalTensor& tensor) {
 template <class T>
 T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// A parameter of a layer: float32, or of the dtype that its tokens have.
+template <class T>
+Parameter<T> parameter(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
+  const bool is_float = tensor.scalar_type() == at::kFloat;
+  check(name, tensor, shape, is_float ? at::kFloat : dtype);
+  return {tensor.const_data_ptr(), is_float};
+}
+template <class T>
+Parameter<T> parameter(const char* name, const OptionalTensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
+  return tensor ? parameter<T>(name, *tensor, shape, dtype) : Parameter<T>{};
 }
 
 // Calls `run` with a value of the kernels' type for a dtype.

@@ -19,7 +19,8 @@ struct SelectiveGradients {
   const float* dfinal_state;  // (rows, channels, d_state) or null
   T *du, *ddt;                // like u and dt
   float *dB, *dC;             // (batch, lists, cells, ngroups, d_state), zero where blocks add into them
-  int64_t part;               // 0: blocks of a group add; else how far the sums of one block lie behind those of another
+  bool apart;                 // the blocks of a group leave sums of their own, `part` numbers one behind the other;
+  int64_t part;               // else they add, and it is 0
   float* dA;                  // (rows, channels, d_state)
   float *dD, *ddt_bias;       // (rows, channels)
   float* dinitial_state;      // (rows, channels, d_state) or null
@@ -60,149 +61,163 @@ __device__ __forceinline__ float sum_over_parts(float x) {
   return x;
 }
 
-// Gives the gradients of B and C away that lie in shared memory in their place.
+// Sums over the channels, of each token of a run, into the row of shared memory that B or C came from. The lanes whose sums these are were those that read the row: they are done with it.
+__device__ __forceinline__ void replace_by_sums(float (&of_token)[kRun], int lane, float* row) {
+  row[lane] = sum_over_channels(of_token, lane);
+}
+
+// Gives away the gradients of B or C that lie in shared memory in the place of up to kStates states from `n` on.
 template <class T>
-__device__ __forceinline__ void write_states(const Selective<T>& a, const SelectiveGradients<T>& g, const Row& row,
-                                             int group, int block, int tile, int state, const Shared& shared) {
-  for (int i = threadIdx.x; i < kTile * kStates; i += kThreads) {
-    const int t = tile + i / kStates, n = state + i % kStates;
-    const int cell = t < row.length && !(row.mark(t) & kPadding) ? row.cell(t) : -1;
-    if (cell < 0 || n >= a.d_state) continue;
-    const int64_t at = ((row.base + cell) * a.ngroups + group) * a.d_state + n;
-    if (g.part) {
-      g.dB[block * g.part + at] = shared.B[i];
-      g.dC[block * g.part + at] = shared.C[i];
-    } else {
-      atomicAdd(g.dB + at, shared.B[i]);
-      atomicAdd(g.dC + at, shared.C[i]);
+__device__ __forceinline__ void write_states(const Selective<T>& a, const float* from, const unsigned* cells, int n,
+                                             bool add, float* to) {
+  const int states = a.d_state - n;
+  for (int i = threadIdx.x; i < kTile; i += kThreads) {
+    if (cells[i] & kPaddingBit) continue;
+    float* at = to + static_cast<int64_t>(cells[i] & ~kMarkBits) * (a.ngroups * a.d_state) + n;
+    Vec<float, kStates> x;
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) x.at[k] = from[k * kRow + i];
+    if (a.d_state % kStates == 0) {
+      if (add)
+        atomic_add(at, x);
+      else
+        store<kStates>(at, x);
+      continue;
     }
+#pragma unroll
+    for (int k = 0; k < kStates; ++k)
+      if (k < states) {
+        if (add)
+          atomicAdd(at + k, x.at[k]);
+        else
+          at[k] = x.at[k];
+      }
   }
 }
 
-template <class T>
+// `output`: of the gradient of u.
+template <class T, bool whole, Output output>
 __global__ void __launch_bounds__(kThreads) backward(Selective<T> a, SelectiveGradients<T> g) {
   const int blocks = Block::how_many(a.channels, a.ngroups);
   const Block block(blockIdx.x % blocks, a.channels, a.ngroups);
-  const int of_group = blockIdx.x % blocks % (blocks / a.ngroups);
   const int unit = blockIdx.x / blocks;  // a row, or, where lists share u, all the rows of an image
-  const Place p(block);
+  const Place<whole> p(block);
   const SharedBackward shared(shared_memory(), a.d_state);
-  const bool even = a.channels % 2 == 0 && block.first % 2 == 0;
-  const bool merge = a.shared_input;
-  const int cells = a.tokens.cells;
-  const int first_row = merge ? unit * a.tokens.lists : unit;
+  constexpr bool merge = output != kApart;
+  const Sums<output> sums(a, unit, block, shared.merged);
+  if (merge) sums.clear(a.tokens.cells, block.count);
   const int rows = merge ? a.tokens.lists : 1;
   const int most_tiles = (a.tokens.seqlen + kTile - 1) / kTile;
 
-  float* merged = a.scratch ? a.scratch + static_cast<int64_t>(unit) * cells * a.channels + block.first : shared.merged;
-  const int merged_stride = a.scratch ? a.channels : kChannels;
-  if (merge)
-    for (int i = threadIdx.x; i < cells * kChannels; i += kThreads)
-      if (i % kChannels < block.count) merged[static_cast<int64_t>(i / kChannels) * merged_stride + i % kChannels] = 0.0f;
-
-  for (int r = first_row; r < first_row + rows; ++r) {
+  for (int r = unit * rows; r < (unit + 1) * rows; ++r) {
     const Row row = a.tokens.row(r);
-    const int64_t of_row = (static_cast<int64_t>(r) * a.channels + block.first) * a.d_state;
+    const int64_t first_state = (static_cast<int64_t>(r) * a.channels + block.first) * a.d_state;
+    const int tiles = (row.length + kTile - 1) / kTile;
     __syncthreads();  // the row before is done with shared memory
+    if (tiles) find_cells(row, tiles - 1, shared.cells);
     for (int i = threadIdx.x; i < a.d_state * kChannels; i += kThreads) {
       const int n = i / kChannels, c = i % kChannels;
-      shared.carry[i] = g.dfinal_state && c < block.count ? g.dfinal_state[of_row + c * a.d_state + n] : 0.0f;
+      shared.carry[i] = g.dfinal_state && c < block.count ? g.dfinal_state[first_state + c * a.d_state + n] : 0.0f;
     }
     for (int i = threadIdx.x; i < a.d_state * kWarps * kChannels; i += kThreads) shared.dA[i] = 0.0f;
-    float skip[2] = {0, 0}, dskip[2] = {0, 0}, dbias[2] = {0, 0};
-    if (a.D) read_pair(a.D + row.list * a.channels + p.channel, p, even, skip);
-    const float* bias = a.dt_bias ? a.dt_bias + row.list * a.channels + p.channel : nullptr;
-    const int64_t dy_base = a.merged_output ? static_cast<int64_t>(row.batch) * cells : row.base;
-    const int tiles = (row.length + kTile - 1) / kTile;
+    __syncthreads();
+    float skip[2] = {0, 0}, bias[2] = {0, 0}, dskip[2] = {0, 0}, dbias[2] = {0, 0};
+    if (a.D) p.read(a.D + row.list * a.channels + p.channel, skip);
+    if (a.dt_bias) p.read(a.dt_bias + row.list * a.channels + p.channel, bias);
+    const float* rates = a.A + (static_cast<int64_t>(row.list) * a.channels + p.channel) * a.d_state;
+    const int64_t states = (row.base * a.ngroups + block.group) * a.d_state;
+    const int64_t part = block.of_group * g.part;
+    const T* dy_row =
+        g.dy + (a.merged_output ? static_cast<int64_t>(row.batch) * a.tokens.cells : row.base) * a.channels + p.channel;
+    const int64_t of_row = row.base * a.channels + p.channel;
 
-    for (int tile = tiles - 1; tile >= 0; --tile) {
+    for (int step = 0; step < tiles; ++step) {
+      const int tile = tiles - 1 - step;
+      const unsigned* cells = shared.cells + (step & 1) * kTile;
       Run run;
-      read_run(a, row, p, tile * kTile, even, run);
-      float dy[kRun][2], du[kRun][2], ddelta[kRun][2];
+      read_run(a, row, p, cells, run);
+      float dy[kRun][2], of_inflow[kRun][2], of_rate[kRun][2];
 #pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        dy[j][0] = dy[j][1] = 0.0f;
-        if (run.cell[j] >= 0) read_pair(g.dy + (dy_base + run.cell[j]) * a.channels + p.channel, p, even, dy[j]);
+      for (int j = 0; j < kRun; ++j) p.read(dy_row + run.cell[j] * a.channels, dy[j]);
+#pragma unroll
+      for (int j = 0; j < kRun; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          dy[j][i] *= a.output_scale;
-          du[j][i] = skip[i] * dy[j][i];
+          dy[j][i] = run.padding >> j & 1 ? 0.0f : dy[j][i] * a.output_scale;
           dskip[i] += run.u[j][i] * dy[j][i];
-          ddelta[j][i] = 0.0f;
+          of_inflow[j][i] = of_rate[j][i] = 0.0f;
         }
-      }
-      const int parity = (tiles - 1 - tile) & 1;
-      const float* from_later = shared.carry + parity * a.d_state * kChannels;
-      float* to_earlier = shared.carry + (1 - parity) * a.d_state * kChannels;
+      const float* from_later = shared.carry + (step & 1) * a.d_state * kChannels;
+      float* to_earlier = shared.carry + (~step & 1) * a.d_state * kChannels;
 
       for (int n = 0; n < a.d_state; ++n) {
-        if (n % kStates == 0) {
+        const int at = n % kStates;
+        if (at == 0) {
           __syncthreads();  // the carry is written; the gradients of the states before lie in shared memory
-          if (n) write_states(a, g, row, block.group, of_group, tile * kTile, n - kStates, shared);
-          read_states(a, row, block.group, tile * kTile, n, shared.B, shared.C);
+          if (n) {
+            write_states(a, shared.B, cells, n - kStates, !g.apart, g.dB + part + states);
+            write_states(a, shared.C, cells, n - kStates, !g.apart, g.dC + part + states);
+          } else if (tile) {
+            find_cells(row, tile - 1, shared.cells + (~step & 1) * kTile);
+          }
+          read_states(a, a.B + states, cells, n, shared.B);
+          read_states(a, a.C + states, cells, n, shared.C);
           __syncthreads();
         }
-        const float* rates = a.A + (static_cast<int64_t>(row.list) * a.channels + p.channel) * a.d_state + n;
-        const float A[2] = {p.has[0] ? rates[0] : 0.0f, p.has[1] ? rates[a.d_state] : 0.0f};
-        float* B_at = shared.B + p.run * kStates + n % kStates;
-        float* C_at = shared.C + p.run * kStates + n % kStates;
+        const float A[2] = {p.has_first ? rates[n] : 0.0f, p.has_second ? rates[a.d_state + n] : 0.0f};
+        float B[kRun], C[kRun];
+        read_tokens(shared.B + at * kRow + p.run, B);
+        read_tokens(shared.C + at * kRow + p.run, C);
 
         float decay[kRun][2], h[kRun][2];
-        Effect forward = Effect::none();
+        Effect earlier{{0, 0}, {0, 0}}, later{{0, 0}, {0, 0}};
 #pragma unroll
         for (int j = 0; j < kRun; ++j)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            decay[j][i] = run.reset[j] ? 0.0f : exp2_fast(run.delta[j][i] * (A[i] * kLog2e));
-            forward.state[i] = forward.state[i] * decay[j][i] + run.delta[j][i] * run.u[j][i] * B_at[j * kStates];
-            h[j][i] = forward.state[i];
-            forward.decay[i] *= decay[j][i];
+            decay[j][i] = exp2_fast(run.delta[j][i] * (A[i] * kLog2e) + run.cut[j]);
+            h[j][i] = run.delta[j][i] * run.u[j][i] * B[j];
+            earlier.state[i] = earlier.state[i] * decay[j][i] + h[j][i];
           }
-        const float* entry = a.entries + ((static_cast<int64_t>(r) * most_tiles + tile) * a.d_state + n) * a.channels + p.channel;
-        const float enters[2] = {p.has[0] ? entry[0] : 0.0f, p.has[1] ? entry[1] : 0.0f};
-        float before[2], unused[2];
-        compose<false>(forward, shared.totals, p, enters, before, unused);
-
-        Effect later{{forward.decay[0], forward.decay[1]}, {0, 0}};
 #pragma unroll
         for (int j = kRun - 1; j >= 0; --j)
 #pragma unroll
-          for (int i = 0; i < 2; ++i) later.state[i] = decay[j][i] * (C_at[j * kStates] * dy[j][i] + later.state[i]);
-        const float comes[2] = {from_later[n * kChannels + 2 * p.lane], from_later[n * kChannels + 2 * p.lane + 1]};
-        float m[2], leaves[2];
-        compose<true>(later, shared.totals + kWarps * kLanes * 4, p, comes, m, leaves);
-        if (p.warp == 0 && p.part == 0)
-          for (int i = 0; i < 2; ++i) to_earlier[n * kChannels + 2 * p.lane + i] = leaves[i];
+          for (int i = 0; i < 2; ++i) later.state[i] = decay[j][i] * (C[j] * dy[j][i] + later.state[i]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          earlier.decay[i] = later.decay[i] = exp2_fast(run.sum[i] * (A[i] * kLog2e) + run.cuts);
 
-        float left[2] = {before[0], before[1]};  // of the state before the run
+        float enters[2], before[2];
+        p.read(a.entries + ((static_cast<int64_t>(r) * most_tiles + tile) * a.d_state + n) * a.channels + p.channel, enters);
+        compose<false>(earlier, shared.totals, p, enters, before);
+        float comes[2] = {from_later[n * kChannels + 2 * p.lane], from_later[n * kChannels + 2 * p.lane + 1]}, m[2];
+        if (compose<true>(later, shared.totals + kWarps * kLanes * 4, p, comes, m)) {
+          to_earlier[n * kChannels + 2 * p.lane] = comes[0];
+          to_earlier[n * kChannels + 2 * p.lane + 1] = comes[1];
+        }
+
 #pragma unroll
         for (int j = 0; j < kRun; ++j)
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            left[i] *= decay[j][i];
-            h[j][i] += left[i];
-          }
+          for (int i = 0; i < 2; ++i) h[j][i] += decay[j][i] * (j ? h[j - 1][i] : before[i]);
         float dB[kRun], dC[kRun], dA[2] = {0, 0};
 #pragma unroll
         for (int j = kRun - 1; j >= 0; --j) {
-          const float B = B_at[j * kStates], C = C_at[j * kStates];
           dB[j] = dC[j] = 0.0f;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const float of_h = C * dy[j][i] + m[i], inflow = of_h * B;
-            dB[j] += of_h * run.delta[j][i] * run.u[j][i];
+            const float of_h = C[j] * dy[j][i] + m[i];
+            dB[j] += of_h * (run.delta[j][i] * run.u[j][i]);
             dC[j] += dy[j][i] * h[j][i];
-            du[j][i] += inflow * run.delta[j][i];
+            of_inflow[j][i] += of_h * B[j];
             m[i] = decay[j][i] * of_h;
-            const float rate = m[i] * (j ? h[j - 1][i] : before[i]);
-            ddelta[j][i] += inflow * run.u[j][i] + rate * A[i];
-            dA[i] += rate * run.delta[j][i];
+            const float of_exponent = m[i] * (j ? h[j - 1][i] : before[i]);
+            of_rate[j][i] += of_exponent * A[i];
+            dA[i] += of_exponent * run.delta[j][i];
           }
         }
-        // The lanes that read B and C of these tokens are those of the sums: they are done with them.
-        const float dB_token = sum_over_channels(dB, p.lane), dC_token = sum_over_channels(dC, p.lane);
-        B_at[p.lane * kStates] = dB_token;
-        C_at[p.lane * kStates] = dC_token;
+        replace_by_sums(dB, p.lane, shared.B + at * kRow + p.run);
+        replace_by_sums(dC, p.lane, shared.C + at * kRow + p.run);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float sum = sum_over_parts(dA[i]);
@@ -210,56 +225,57 @@ __global__ void __launch_bounds__(kThreads) backward(Selective<T> a, SelectiveGr
         }
       }
       __syncthreads();
-      write_states(a, g, row, block.group, of_group, tile * kTile, (a.d_state - 1) / kStates * kStates, shared);
+      const int last = (a.d_state - 1) / kStates * kStates;
+      write_states(a, shared.B, cells, last, !g.apart, g.dB + part + states);
+      write_states(a, shared.C, cells, last, !g.apart, g.dC + part + states);
 
 #pragma unroll
       for (int j = 0; j < kRun; ++j) {
-        if (run.cell[j] < 0) continue;
-        const int64_t at = (row.base + run.cell[j]) * a.channels + p.channel;
-        if (a.dt_softplus) {
-          float raw[2];
-          read_pair(a.dt + at, p, even, raw);
+        if (run.padding >> j & 1) continue;
+        const int64_t cell = of_row + run.cell[j] * a.channels;
+        float du[2], ddt[2], raw[2];
+        p.read(a.dt + cell, raw);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) ddelta[j][i] *= sigmoid(raw[i] + (bias && p.has[i] ? bias[i] : 0.0f));
+        for (int i = 0; i < 2; ++i) {
+          du[i] = skip[i] * dy[j][i] + run.delta[j][i] * of_inflow[j][i];
+          ddt[i] = of_rate[j][i] + run.u[j][i] * of_inflow[j][i];
+          if (a.dt_softplus) ddt[i] *= sigmoid(raw[i] + bias[i]);
+          dbias[i] += ddt[i];
         }
-        write_pair(g.ddt + at, p, even, ddelta[j]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) dbias[i] += ddelta[j][i];
-        if (!merge) {
-          write_pair(g.du + at, p, even, du[j]);
-          continue;
-        }
-        float* sums = merged + static_cast<int64_t>(run.cell[j]) * merged_stride + 2 * p.lane;
-        for (int i = 0; i < 2; ++i)
-          if (p.has[i]) sums[i] += du[j][i];
+        p.write(g.ddt + cell, ddt);
+        if (merge)
+          sums.add(run.cell[j], p, du);
+        else
+          p.write(g.du + cell, du);
       }
     }
 
     __syncthreads();
+    const float* first = shared.carry + (tiles & 1) * a.d_state * kChannels;
     for (int i = threadIdx.x; i < a.d_state * kChannels; i += kThreads) {
       const int n = i / kChannels, c = i % kChannels;
       if (c >= block.count) continue;
       float sum = 0.0f;
       for (int warp = 0; warp < kWarps; ++warp) sum += shared.dA[(n * kWarps + warp) * kChannels + c];
-      g.dA[of_row + c * a.d_state + n] = sum;
-      if (g.dinitial_state) g.dinitial_state[of_row + c * a.d_state + n] = shared.carry[(tiles & 1) * a.d_state * kChannels + i];
+      g.dA[first_state + c * a.d_state + n] = sum;
+      if (g.dinitial_state) g.dinitial_state[first_state + c * a.d_state + n] = first[i];
     }
-    // Sums over the threads of a channel, through shared memory that is free by now.
-    float* sums = shared.totals;  // [kWarps][kLanes][4]
+    // Sums over the threads of a channel, in shared memory that is free by now.
+    float* of_channels = shared.totals;  // [kWarps][kLanes][4]
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       dskip[i] = sum_over_parts(dskip[i]);
       dbias[i] = sum_over_parts(dbias[i]);
     }
     if (p.part == 0)
-      store<4>(sums + (p.warp * kLanes + p.lane) * 4, Vec<float, 4>{dskip[0], dskip[1], dbias[0], dbias[1]});
+      store<4>(of_channels + (p.warp * kLanes + p.lane) * 4, Vec<float, 4>{dskip[0], dskip[1], dbias[0], dbias[1]});
     __syncthreads();
     if (threadIdx.x < block.count) {
       const int c = threadIdx.x;
       float skip_sum = 0.0f, bias_sum = 0.0f;
       for (int warp = 0; warp < kWarps; ++warp) {
-        skip_sum += sums[(warp * kLanes + c / 2) * 4 + c % 2];
-        bias_sum += sums[(warp * kLanes + c / 2) * 4 + 2 + c % 2];
+        skip_sum += of_channels[(warp * kLanes + c / 2) * 4 + c % 2];
+        bias_sum += of_channels[(warp * kLanes + c / 2) * 4 + 2 + c % 2];
       }
       g.dD[static_cast<int64_t>(r) * a.channels + block.first + c] = skip_sum;
       g.ddt_bias[static_cast<int64_t>(r) * a.channels + block.first + c] = bias_sum;
@@ -267,13 +283,8 @@ __global__ void __launch_bounds__(kThreads) backward(Selective<T> a, SelectiveGr
   }
   if (!merge) return;
   __syncthreads();
-  T* du = g.du + static_cast<int64_t>(unit) * cells * a.channels + block.first;
-  for (int i = threadIdx.x; i < cells * kLanes; i += kThreads) {
-    const int cell = i / kLanes;
-    const float* at = merged + static_cast<int64_t>(cell) * merged_stride + 2 * p.lane;
-    const float sums[2] = {p.has[0] ? at[0] : 0.0f, p.has[1] ? at[1] : 0.0f};
-    write_pair(du + static_cast<int64_t>(cell) * a.channels + 2 * p.lane, p, even, sums);
-  }
+  const int64_t image = static_cast<int64_t>(unit) * a.tokens.cells;
+  sums.write(a.tokens.cells, p, 1.0f, g.du + image * a.channels + block.first, a.channels);
 }
 
 }  // namespace selective

@@ -56,6 +56,8 @@ void check_selective(const Tensor& u, const Tensor& dt, const Tensor& A, const T
   check("D", D, {lists, channels}, at::kFloat);
   check("dt_bias", dt_bias, {lists, channels}, at::kFloat);
   check("initial_state", initial_state, {rows, channels, d_state}, at::kFloat);
+  TORCH_CHECK_VALUE(cells * channels < std::numeric_limits<int>::max() && cells < int64_t{selective::kResetBit},
+                    "a grid of ", cells, " cells and ", channels, " channels is too large");
 }
 
 // `everywhere`: the lists visit every cell and there is no padding; else what is not visited becomes zero.
@@ -112,8 +114,7 @@ std::vector<Tensor> scan_backward(const Tensor& dy, const OptionalTensor& dfinal
     const int64_t tiles = (a.tokens.seqlen + selective::kTile - 1) / selective::kTile;
     const Tensor entries = at::empty({rows, tiles, d_state, channels}, numbers);
     a.entries = mutable_data<float>(entries);
-    a.states_only = true;
-    selective_forward(a, here.stream);
+    selective_entries(a, here.stream);
 
     // One block of channels: its sums are the gradient. Several: they add, or in deterministic mode leave parts.
     const int64_t parts = selective::Block::how_many(a.channels, a.ngroups) / a.ngroups;
@@ -139,6 +140,7 @@ std::vector<Tensor> scan_backward(const Tensor& dy, const OptionalTensor& dfinal
     g.ddt = mutable_data<T>(ddt);
     g.dB = mutable_data<float>(dB);
     g.dC = mutable_data<float>(dC);
+    g.apart = apart;
     g.part = apart ? B.numel() : 0;
     g.dA = mutable_data<float>(dA);
     g.dD = mutable_data<float>(dD);

@@ -53,10 +53,10 @@ def run(field: Field) -> dict:
                 family=family,
                 form=form,
                 visit=lambda family=family, model=model, form=form: _visit(family, model, form, ids),
-                least_s=_flops(cost, settings.train_tokens) / field.machine["gemm_flops_per_s"][form]
+                least_s=cost.training_flops(settings.train_tokens) / field.machine["gemm_flops_per_s"][form]
                 if family != "ours"
                 else 0.0,
-                ideal_s=_flops(cost, settings.train_tokens) / gemm_peak(field.machine, form),
+                ideal_s=cost.training_flops(settings.train_tokens) / gemm_peak(field.machine, form),
             )
             contestants.append(one)
     try:
@@ -95,12 +95,6 @@ def _step(family: str, model: nn.Module, form: str, ids: Tensor) -> Tensor:
             loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
     loss.backward()
     return loss.detach()
-
-
-def _flops(cost: LMCost, seqlen: int) -> int:
-    """Forward with logits everywhere, and twice that for the gradients."""
-    head = 2 * cost.config.d_model * cost.config.vocab_size
-    return 3 * (cost.prefill_flops(seqlen) + (seqlen - 1) * head)
 
 
 def _check(form: str, result: Any, reference: Any) -> dict | None:

@@ -274,11 +274,11 @@ SCANS = ["ssd", "selective_scan", "causal_conv1d"]
 
 
 def as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: t.detach().double().numpy() for name, t in tensors.items()}
+    return {name: t.detach().double().cpu().numpy() for name, t in tensors.items()}
 
 
 def array_options(options: Mapping) -> dict:
-    return {key: v.numpy() if isinstance(v, Tensor) else v for key, v in options.items()}
+    return {key: v.cpu().numpy() if isinstance(v, Tensor) else v for key, v in options.items()}
 
 
 def true_outputs(name: str, sample: Sample) -> tuple[Tensor, ...]:

@@ -176,7 +176,7 @@ def test_cu_seqlens_equals_separate_calls(name, boundaries, pads, dtype):
     tensors, options = sampled(name, seqlen=11, seq_idx=pads)
     rows = sampled(name, batch=len(boundaries) - 1, seqlen=11)[0]["initial_state"]
     tensors["initial_state"] = rows
-    arrays = {**as_arrays(tensors), **({"seq_idx": options["seq_idx"].numpy()} if pads else {})}
+    arrays = {**as_arrays(tensors), **({"seq_idx": options["seq_idx"].cpu().numpy()} if pads else {})}
     flags = {key: value for key, value in options.items() if key != "seq_idx"}
     axes = {**OPERATORS[name].token_axis, "seq_idx": 1}
     expected = truth.by_segment(

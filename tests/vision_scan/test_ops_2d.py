@@ -69,7 +69,7 @@ def explicit_scan(name, order, merge, tensors, options):
     """A pad leaves the state as it is, so the explicit form leaves pads out."""
     grids = []
     for k, full_path in enumerate(order):
-        path = full_path[full_path >= 0]
+        path = full_path[full_path >= 0].to(torch.get_default_device())
         first, *rest = tensors
         per_list = tensors[first].dim() == tensors["dt"].dim() + (name == "ssd")
         part = {first: sequence(tensors[first], k, path, 1, per_list)}
@@ -188,7 +188,7 @@ def explicit_conv(order, tensors, activation):
     x, weight, bias = tensors["x"], tensors["weight"], tensors.get("bias")
     grids = []
     for k, full_path in enumerate(order):
-        path = full_path[full_path >= 0]
+        path = full_path[full_path >= 0].to(torch.get_default_device())
         y = vision_scan.causal_conv1d(
             sequence(x, k, path, 1, x.dim() == 5).movedim(1, -1),
             weight[k] if weight.dim() == 3 else weight,

@@ -202,7 +202,7 @@ def test_autocast_changes_nothing(name, dtype):
     sample = OPERATORS[name].sample(dtype=dtype)
     cotangents = cotangents_of(OPERATORS[name].run(**sample[0], **sample[1]))
     outputs, grads = with_gradients(OPERATORS[name].run, sample, cotangents)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         found, found_grads = with_gradients(OPERATORS[name].run, sample, cotangents)
     if name in ("ssd", "selective_scan"):
         assert found[1].dtype == torch.float32
@@ -210,6 +210,21 @@ def test_autocast_changes_nothing(name, dtype):
         assert actual.dtype == expected.dtype and torch.equal(actual, expected)
     for key, grad in grads.items():
         assert torch.equal(found_grads[key], grad), f"gradient of {key}"
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["y", "state"])
+@pytest.mark.parametrize("name", ["ssd", "selective_scan", "causal_conv1d"])
+def test_an_output_that_is_not_used_has_a_gradient_of_zero(name, used):
+    sample = OPERATORS[name].sample(batch=2, dtype=torch.float32)
+    outputs = OPERATORS[name].run(**sample[0], **sample[1])
+    cotangents = cotangents_of(outputs)
+    _, found = with_gradients(
+        lambda **inputs: (OPERATORS[name].run(**inputs)[used],), sample, cotangents[used : used + 1]
+    )
+    cotangents[1 - used] = torch.zeros_like(outputs[1 - used])
+    _, expected = with_gradients(OPERATORS[name].run, sample, cotangents)
+    for key, grad in expected.items():
+        assert torch.equal(found[key], grad), f"gradient of {key}"
 
 
 @pytest.mark.parametrize("name", ["ssd", "causal_conv1d"])
@@ -230,9 +245,10 @@ def test_backend_report_covers_every_operator():
     report = vision_scan.backend_report()
     assert set(report) == REGISTERED
     for name, entry in report.items():
-        assert {entry["cpu"], entry["cuda"]} <= {"compiled", "reference"}, name
+        backends = {entry["cpu"], entry["cuda"]}
+        assert backends <= {"compiled", "mamba_ssm", "causal_conv1d", "reference"}, name
         assert isinstance(entry["fallbacks"], int)
-        assert bool(entry["why"]) == ("reference" in (entry["cpu"], entry["cuda"])), name
+        assert bool(entry["why"]) == (backends != {"compiled"}), name
 
 
 # Made too long along this axis where no other input contradicts the last one.

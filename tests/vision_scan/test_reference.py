@@ -220,9 +220,9 @@ def test_truth_chain_gradients(name, sizes):
         assert_close(f"gradient of {key}", found[key], plain[key])
         direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         slopes = truth.along(
-            operator.truth, as_arrays(tensors), {key: direction.numpy()}, **array_options(options)
+            operator.truth, as_arrays(tensors), {key: direction.cpu().numpy()}, **array_options(options)
         )
-        slope = sum((torch.from_numpy(s) * c).sum() for s, c in zip(slopes, cotangents, strict=True))
+        slope = sum((torch.from_numpy(s).to(c.device) * c).sum() for s, c in zip(slopes, cotangents, strict=True))
         size = found[key].norm() * direction.norm()
         assert abs((found[key] * direction).sum() - slope) <= 1e-10 * size, key
 

@@ -275,8 +275,9 @@ def _conv(x, weight, bias, activation, initial_state, seq_idx, cu_seqlens) -> tu
 
 def _conv_backward(grads, *args) -> list[Tensor]:
     *inputs, needs = args
+    dstate = None if grads[1] is None else plain(grads[1].transpose(1, 2))
     dx, dweight, dbias, dinitial = torch.ops.vision_scan_cpu.conv_backward(
-        plain(grads[0].transpose(1, 2))[:, None], plain(grads[1].transpose(1, 2)), *_conv_arguments(*inputs)
+        plain(grads[0].transpose(1, 2))[:, None], dstate, *_conv_arguments(*inputs)
     )
     found = {0: dx.transpose(1, 2), 1: dweight[0].t(), 2: dbias}
     if inputs[4] is not None:

@@ -4,10 +4,12 @@ An operator is a schema, a reference kernel, a fake and an autograd formula. The
 as `CompositeExplicitAutograd`, so everything works where nothing is compiled; a compiled kernel takes
 over by registering the same name for `CPU` or `CUDA` and inherits fake, autograd and tests. The backward
 of an operator is an operator of its own, `<name>_backward`, which a compiled kernel may replace too; its
-reference differentiates the reference forward, recomputing it, so that only inputs are kept for it.
+reference differentiates the reference forward, recomputing it, so that only inputs are kept for it. It is
+called with a gradient of the first output, and with those of others that have one, else None.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, library
@@ -16,12 +18,22 @@ LIBRARY = library.Library("vision_scan", "DEF")
 OPERATORS: list[str] = []
 REFERENCES: dict[str, Callable] = {}  # of operators and their backward operators
 MISSING_KERNELS: dict[str, str] = {}  # device -> why it has no compiled kernels at all
-KERNELS: dict[tuple[str, str], Callable[..., bool]] = {}  # (operator, device) -> whether it serves a call
-FALLBACKS: dict[str, int] = {}  # calls that a compiled kernel handed to the reference
+KERNELS: dict[
+    tuple[str, str], list["Kernel"]
+] = {}  # (operator, device) -> what is asked before the reference
+FALLBACKS: dict[str, int] = {}  # calls that went to the reference although there are kernels
 KEEP_INTERMEDIATES = 4_000_000  # elements of the first argument of an operator
 
 _CUT_DISPATCH = torch._C._SetExcludeDispatchKeyGuard
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+
+
+class Kernel(NamedTuple):
+    """One that may run an operator on a device."""
+
+    backend: str  # its name in reports: "compiled" for one of ours, else the package it comes from
+    run: Callable
+    serves: Callable[..., bool]  # of the arguments of `run`: whether it can do this call
 
 
 def register(name: str, inputs: str, num_outputs: int, reference: Callable, fake: Callable) -> Callable:
@@ -40,7 +52,7 @@ def register(name: str, inputs: str, num_outputs: int, reference: Callable, fake
     LIBRARY.define(f"{name}({inputs}) -> {outputs}")
     _implement(name, _in_full_precision(reference))
     library.register_fake(f"vision_scan::{name}", fake, lib=LIBRARY)
-    _register_backward(name, inputs, num_outputs, reference)
+    _register_backward(name, inputs, reference)
     OPERATORS.append(name)
     return _differentiate_directly(name, _in_full_precision(reference))
 
@@ -59,7 +71,7 @@ def _differentiate_directly(name: str, reference: Callable) -> Callable:
             and not first.is_meta
             and first.numel() <= KEEP_INTERMEDIATES
             and not torch.compiler.is_compiling()
-            and not KERNELS.get((name, first.device.type), _never)(*args)
+            and not any(kernel.serves(*args) for kernel in KERNELS.get((name, first.device.type), ()))
         )
         return reference(*args) if direct else operator(*args)
 
@@ -81,28 +93,50 @@ def _implement(name: str, reference: Callable) -> None:
     REFERENCES[name] = reference
 
 
-def take_over(name: str, device: str, kernel: Callable, serves: Callable[..., bool]) -> None:
-    """Registers a compiled kernel of an operator (or of `<name>_backward`) for a device type.
+def take_over(
+    name: str, device: str, kernel: Callable, serves: Callable[..., bool], backend: str = "compiled"
+) -> None:
+    """Registers a kernel of an operator (or of `<name>_backward`) for a device type, behind those that are
+    registered already: the first that serves a call runs it, and the reference if none does.
 
     Args:
         device: "cpu" or "cuda".
         kernel: the operator's signature.
-        serves: of the same arguments: whether the kernel can do this call; if not, the reference does.
+        serves: of the same arguments: whether the kernel can do this call.
+        backend: the kernel's name in `backend_report`.
     """
+    if (name, device) in KERNELS:
+        KERNELS[name, device].append(Kernel(backend, kernel, serves))
+        return
+    chain = KERNELS[name, device] = [Kernel(backend, kernel, serves)]
     reference = REFERENCES[name]
 
     def run(*args):
-        if serves(*args):
-            return kernel(*args)
+        for kernel in chain:
+            if kernel.serves(*args):
+                return kernel.run(*args)
         FALLBACKS[name] = FALLBACKS.get(name, 0) + 1
         return reference(*args)
 
     LIBRARY.impl(name, run, device.upper())
-    KERNELS[name, device] = serves
 
 
-def _never(*args) -> bool:
-    return False
+def take_over_with_gradients(
+    name: str,
+    device: str,
+    kernel: Callable,
+    serves: Callable[..., bool],
+    serves_backward: Callable[..., bool],
+    backend: str,
+) -> None:
+    """`take_over` of an operator and its backward by a function that autograd can record, such as another
+    package's.
+
+    Args:
+        serves_backward: of the arguments of `<name>_backward`.
+    """
+    take_over(name, device, torch.no_grad()(_in_full_precision(kernel)), serves, backend)
+    take_over(f"{name}_backward", device, _gradients_of(kernel), serves_backward, backend)
 
 
 def _in_full_precision(kernel: Callable) -> Callable:
@@ -118,18 +152,24 @@ def _in_full_precision(kernel: Callable) -> Callable:
     return run
 
 
-def _register_backward(name: str, inputs: str, num_outputs: int, reference: Callable) -> None:
-    def gradients(grads: Sequence[Tensor], *args) -> list[Tensor]:
+def _gradients_of(function: Callable) -> Callable:
+    """The backward of an operator by autograd through a function that computes it."""
+
+    def gradients(grads: Sequence[Tensor | None], *args) -> list[Tensor]:
         *values, needs = args
-        # A kernel runs below autograd; the reference's own graph has to be recorded nevertheless.
+        # A kernel runs below autograd; the function's own graph has to be recorded nevertheless.
         with _CUT_DISPATCH(_AUTOGRAD, False), torch.enable_grad():
             leaves = [
                 value.detach().requires_grad_(need) if isinstance(value, Tensor) else value
                 for value, need in zip(values, needs, strict=True)
             ]
-            result = reference(*leaves)
-            result = (result,) if num_outputs == 1 else result
-            pairs = [(out, grad) for out, grad in zip(result, grads, strict=True) if out.requires_grad]
+            result = function(*leaves)
+            result = result if isinstance(result, tuple) else (result,)
+            pairs = [
+                (out, grad)
+                for out, grad in zip(result, grads, strict=True)
+                if out.requires_grad and grad is not None
+            ]
             wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
             found = torch.autograd.grad(
                 [out for out, _ in pairs],
@@ -144,16 +184,17 @@ def _register_backward(name: str, inputs: str, num_outputs: int, reference: Call
             for leaf, grad in zip(wanted, found, strict=True)
         ]
 
-    def fake_gradients(grads: Sequence[Tensor], *args) -> list[Tensor]:
+    return lambda grads, *args: _in_full_precision(lambda *rest: gradients(grads, *rest))(*args)
+
+
+def _register_backward(name: str, inputs: str, reference: Callable) -> None:
+    def fake_gradients(grads: Sequence[Tensor | None], *args) -> list[Tensor]:
         *values, needs = args
         return [torch.empty_like(value) for value, need in zip(values, needs, strict=True) if need]
 
     backward_name = f"{name}_backward"
-    LIBRARY.define(f"{backward_name}(Tensor[] grads, {inputs}, bool[] needs) -> Tensor[]")
-    _implement(
-        backward_name,
-        lambda grads, *args: _in_full_precision(lambda *rest: gradients(grads, *rest))(*args),
-    )
+    LIBRARY.define(f"{backward_name}(Tensor?[] grads, {inputs}, bool[] needs) -> Tensor[]")
+    _implement(backward_name, _gradients_of(reference))
     library.register_fake(f"vision_scan::{backward_name}", fake_gradients, lib=LIBRARY)
     backward_op = getattr(torch.ops.vision_scan, backward_name).default
 
@@ -161,8 +202,15 @@ def _register_backward(name: str, inputs: str, num_outputs: int, reference: Call
         ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
         ctx.constants = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        # A final state that nothing depends on has no gradient, rather than one of zeros.
+        ctx.set_materialize_grads(False)
+        first = output if isinstance(output, Tensor) else output[0]
+        ctx.first_output = first.shape, first.dtype, first.device
 
     def backward(ctx, *grads):
+        if grads[0] is None:
+            shape, dtype, device = ctx.first_output
+            grads = (torch.zeros(shape, dtype=dtype, device=device), *grads[1:])
         tensors = iter(ctx.saved_tensors)
         values = [
             next(tensors) if is_tensor else constant
@@ -172,21 +220,23 @@ def _register_backward(name: str, inputs: str, num_outputs: int, reference: Call
         found = iter(backward_op(list(grads), *values, needs))
         return tuple(next(found) if need else None for need in needs)
 
-    library.register_autograd(
-        f"vision_scan::{name}", backward, setup_context=setup_context, lib=LIBRARY
-    )
+    library.register_autograd(f"vision_scan::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
 def backend_report() -> dict[str, dict[str, str | int]]:
-    """What runs each operator: {operator: {"cpu": "compiled" | "reference", "cuda": ..., "why": str,
-    "fallbacks": int}}; fallbacks counts the calls that a compiled kernel handed to the reference."""
+    """What runs each operator: {operator: {"cpu": backend, "cuda": backend, "why": str, "fallbacks": int}}.
+
+    A backend is "compiled" (a kernel of ours), the package whose function is asked first where there is none,
+    or "reference"; `why` says why one is not "compiled". `fallbacks` counts the calls that went to the
+    reference although there are kernels."""
     report = {}
     for name in OPERATORS:
-        compiled = {device: (name, device) in KERNELS for device in ("cpu", "cuda")}
-        missing = [device for device, present in compiled.items() if not present]
+        chains = {device: KERNELS.get((name, device), ()) for device in ("cpu", "cuda")}
+        backends = {device: chain[0].backend if chain else "reference" for device, chain in chains.items()}
+        missing = [device for device, backend in backends.items() if backend != "compiled"]
         reasons = [MISSING_KERNELS[device] for device in missing if device in MISSING_KERNELS]
         report[name] = {
-            **{device: "compiled" if on else "reference" for device, on in compiled.items()},
+            **backends,
             "why": "; ".join([f"no kernel for {' and '.join(missing)}", *reasons]) if missing else "",
             "fallbacks": FALLBACKS.get(name, 0) + FALLBACKS.get(f"{name}_backward", 0),
         }

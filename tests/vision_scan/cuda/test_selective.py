@@ -1,4 +1,4 @@
-"""The CUDA kernels of the selective scan, where sizes make them take another way than the operators' tests."""
+"""The CUDA kernels of the selective scan, at sizes that make them take another way than other tests."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_half_precision_loses_no_more_than_rounding(dtype):
 
 @pytest.mark.parametrize("size", ["several tiles, a list of its own each", "two blocks of a group"])
 def test_the_same_bits_in_any_order_of_threads(size):
-    """Gradients of B and C of several blocks add in any order, unless deterministic algorithms are asked for."""
+    """Gradients of B and C add over blocks in any order, unless deterministic algorithms are asked for."""
     inputs = sample(**SIZES[size])
     torch.use_deterministic_algorithms(True)
     try:

@@ -1,5 +1,7 @@
 """How the CUDA kernels take tensors: visiting lists and segments as small integers, one dtype for a scan."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -21,6 +23,22 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype if dtype in DTYPES else torch.float32
 
 
+def cells(t: Tensor, leading: int) -> Tensor:
+    """As it lies if its first `leading` axes have one stride and the others are contiguous, like a piece of
+    what a projection gives; else contiguous."""
+    flat = t.flatten(0, leading - 1)
+    return (flat if flat[0].is_contiguous() else flat.contiguous()).unflatten(0, t.shape[:leading])
+
+
+@overload
+def parameter(t: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def parameter(t: None, dtype: torch.dtype) -> None: ...
+def parameter(t, dtype):
+    """Contiguous, and float32 or of the dtype of the tokens."""
+    return None if t is None else (t if t.dtype == dtype else t.float()).contiguous()
+
+
 _INDICES = WeakIdKeyDictionary()  # visiting lists -> what `lists_of` gives for them
 
 
@@ -36,10 +54,16 @@ def bounds_of(cu_seqlens: Tensor | None) -> Tensor | None:
     return None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
 
 
-def marks_of(seq_idx: Tensor | None) -> Tensor | None:
-    """(batch, seqlen) uint8 for csrc/cuda/tokens.h: 1 for padding, 2 where a new segment starts."""
+def marks_of(seq_idx: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor | None:
+    """(batch, seqlen) uint8 for csrc/cuda/tokens.h: 1 for padding, 2 where a new segment starts from a zero
+    state; that of `cu_seqlens` starts from its own."""
     if seq_idx is None:
         return None
     real, run = real_and_runs(seq_idx)
-    before = torch.nn.functional.pad(run[:, :-1], (1, 0))
-    return (~real).to(torch.uint8) + 2 * (run != before).to(torch.uint8)
+    reset = run != torch.nn.functional.pad(run[:, :-1], (1, 0))
+    if cu_seqlens is not None:
+        position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+        start = cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
+        real_before = torch.nn.functional.pad(real.cumsum(1), (1, 0))
+        reset &= real_before[:, :-1] > real_before[:, start]
+    return (~real).to(torch.uint8) + 2 * reset.to(torch.uint8)

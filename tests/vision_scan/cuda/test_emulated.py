@@ -1,0 +1,43 @@
+"""Without a GPU: the CUDA kernels, built for the CPU (csrc/cuda/emulate.h), under the operators' tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+BUILD = ROOT / "build" / "emulated"
+HERE = "tests/vision_scan/cuda"
+SUITES = (
+    *sorted(
+        f"{HERE}/{path.name}"
+        for path in Path(__file__).parent.glob("test_*.py")
+        if path.name != Path(__file__).name
+    ),
+    "tests/vision_scan/test_ops.py",
+    "tests/vision_scan/test_ops_2d.py",
+    "tests/vision_scan/test_ops_update.py",
+)
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The kernels as a library; built again only where a source has changed."""
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", BUILD, "--build-temp", BUILD / "temp"]
+    environment = {**os.environ, "COBRA_CUDA": "emulate"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (found,) = BUILD.glob("vision_scan/_cuda_emulated*.so")
+    return found
+
+
+@pytest.mark.skipif(bool(os.environ.get("VISION_SCAN_EMULATE")), reason="they are emulated already")
+@pytest.mark.parametrize("suite", SUITES)
+def test_emulated_kernels_pass(suite, library):
+    environment = {**os.environ, "VISION_SCAN_EMULATE": str(library)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", suite]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout, done.stdout  # not all were skipped
