@@ -41,10 +41,10 @@ class Native(NamedTuple):
 
 def native_for(device: str) -> Native | None:
     """The compiled steps for a type of device. Where the CUDA kernels are emulated, that is the CPU."""
-    if ("ssd_update", device) not in KERNELS:
-        return None
     if device == "cpu" and "cpu" not in MISSING_KERNELS:
         return Native(torch.classes.vision_scan_cpu.Decoder, (torch.float32, torch.bfloat16), MOST_ROWS)
+    if "cuda" in MISSING_KERNELS or ("ssd_update", device) not in KERNELS:
+        return None
     from .decode_cuda import CudaDecoder
 
     return Native(CudaDecoder, (torch.float32, torch.bfloat16, torch.float16), float("inf"))

@@ -11,7 +11,7 @@ A mixer is a module `Mixer(config, d_model)` with
 changed, unless `segments.overwrite` says that it may be. The stack knows nothing else of a layer, so a new
 kind is one file and one line in `LAYERS`.
 
-A kind that csrc/cpu/decode.h knows is decoded there, if it also has
+A kind that csrc/cpu/decode.h knows (or, on a GPU, decode_cuda.py) is decoded there, if it also has
 
     add_to(decoder, norm)      adds itself and the norm in front of it to a decoder (decode.py)
     step_states                names of the tensors of its state, in the order in which the decoder takes them

@@ -214,7 +214,7 @@ __device__ __forceinline__ float write_codes(int8_t* to, const float* values, in
 // each, and every lane of a warp goes through all of it, with zeros where nothing is left.
 // Accesses of kCodes numbers are of codes.
 template <class T, int width, int chunks>
-__global__ void __launch_bounds__(kThreads, width == 1 ? 3 : width * chunks == 4 ? 6 : 4) ssd(SsdUpdate<T> a, int lanes) {
+__global__ void __launch_bounds__(kThreads, width == 4 ? 8 - 2 * chunks : 3) ssd(SsdUpdate<T> a, int lanes) {
   constexpr int kMine = width * chunks;
   const int head = blockIdx.y, row = blockIdx.z, lane = threadIdx.x % lanes, apart = kThreads / lanes;
   const int first = blockIdx.x * apart * kRows + threadIdx.x / lanes;

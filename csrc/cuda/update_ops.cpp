@@ -1,6 +1,7 @@
 // Updates of a few tokens as operators of the library `vision_scan_cuda`. States and outputs are the caller's tensors.
-#include "deferred.h"
 #include "ops.h"
+
+#include "deferred.h"
 
 namespace vision_scan {
 namespace {
