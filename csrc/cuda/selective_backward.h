@@ -61,9 +61,12 @@ __device__ __forceinline__ float sum_over_parts(float x) {
   return x;
 }
 
-// Sums over the channels, of each token of a run, into the row of shared memory that B or C came from. The lanes whose sums these are were those that read the row: they are done with it.
+// Sums over the channels, of each token of a run, into the row of shared memory that B or C came from: nobody but the
+// lanes that give the sums has read it, and they are done with it.
 __device__ __forceinline__ void replace_by_sums(float (&of_token)[kRun], int lane, float* row) {
-  row[lane] = sum_over_channels(of_token, lane);
+  const float sum = sum_over_channels(of_token, lane);
+  __syncwarp();
+  row[lane] = sum;
 }
 
 // Gives away the gradients of B or C that lie in shared memory in the place of up to kStates states from `n` on.
