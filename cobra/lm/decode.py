@@ -22,6 +22,7 @@ from .state import State
 if TYPE_CHECKING:
     from .stack import LanguageModel
 
+SCALE = "ssm_scale"  # of an ssm state in 8 bits, where there is one
 MOST_ROWS = 64  # tokens of all rows, on a CPU; a product with more rows is no longer bound by memory
 
 
@@ -119,7 +120,12 @@ class Decoder:
             reserve(layer, state.lengths) if reserve else layer
             for reserve, layer in zip(self._reserve, state.layers, strict=True)
         ]
-        tensors = [layer[name] for names, layer in zip(self._names, layers, strict=True) for name in names]
+        tensors = [
+            layer[name]
+            for names, layer in zip(self._names, layers, strict=True)
+            for name in (*names, SCALE)
+            if name in layer
+        ]
         logits = self._native.step(hidden, tensors, state.lengths, mask, keep)
         read = hidden.shape[1] if mask is None else mask.long().cpu()
         return logits, State(layers, state.lengths + read, dict(state.info))

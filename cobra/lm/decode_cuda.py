@@ -67,7 +67,9 @@ class Mamba2Layer(NamedTuple):
     def width(self) -> int:
         return self.d_inner + self.channels + self.nheads
 
-    def check(self, d_model: int, dtype: torch.dtype, conv: Tensor, ssm: Tensor, batch: int) -> None:
+    def check(
+        self, d_model: int, dtype: torch.dtype, conv: Tensor, ssm: Tensor, scale: Tensor | None, batch: int
+    ) -> None:
         """Raises ValueError unless the layer and a batch's states are what the kernels take."""
         d_inner, channels = self.d_inner, self.channels
         if self.d_conv > MOST_TAPS or self.d_state > MOST_STATES or self.nheads % self.ngroups:
@@ -83,7 +85,10 @@ class Mamba2Layer(NamedTuple):
             check(name, getattr(self, name), (self.nheads,))
         check("gated norm.weight", self.gate_norm, (d_inner,))
         check("state conv", conv, (batch, channels, self.d_conv - 1), dtype)
-        check("state ssm", ssm, (batch, self.nheads, self.headdim, self.d_state))
+        size = batch, self.nheads, self.headdim
+        check("state ssm", ssm, (*size, self.d_state), torch.float32 if scale is None else torch.int8)
+        if scale is not None:
+            check("state ssm_scale", scale, size)
 
 
 class Step:
@@ -109,7 +114,7 @@ class Step:
         for kernel in self.launches:
             kernel()
 
-    def add_layer(self, layer: Mamba2Layer, conv: Tensor, ssm: Tensor) -> None:
+    def add_layer(self, layer: Mamba2Layer, conv: Tensor, ssm: Tensor, scale: Tensor | None) -> None:
         tokens, wide = self.hidden.shape[:2], torch.float32 if self._few else self._dtype
         projected = self._new("projected", *tokens, layer.width, dtype=wide)
         y = self._new("y", *tokens, layer.d_inner, dtype=wide)
@@ -128,7 +133,7 @@ class Step:
         z_heads, x = (t.unflatten(-1, (layer.nheads, layer.headdim)) for t in (z, x))
         B, C = (t.unflatten(-1, (layer.ngroups, layer.d_state)) for t in (B, C))
         self._add(
-            "ssd_update", ssm, None, x, dt, layer.A_log, True, B, C, layer.D,
+            "ssd_update", ssm, scale, x, dt, layer.A_log, True, B, C, layer.D,
             None if layer.norm_before_gate else z_heads, layer.dt_bias, True, layer.dt_min, layer.dt_max,
             self.marks, None, y.view(x.shape), self._few,
         )  # fmt: skip
@@ -213,7 +218,8 @@ class CudaDecoder:
     def step(
         self, hidden: Tensor, states: list[Tensor], starts: Tensor, real: Tensor | None, keep: int
     ) -> Tensor:
-        """Reads tokens into the states, conv and ssm of each layer, which are updated in place.
+        """Reads tokens into the states, conv and ssm of each layer, which are updated in place. An ssm may be
+        of 8 bits, (batch, nheads, headdim, d_state) int8; its scale (batch, nheads, headdim) follows it.
 
         Args:
             hidden: (batch, seqlen, d_model) float32.
@@ -262,13 +268,11 @@ class CudaDecoder:
             check("real", real, (batch,), torch.bool)
             if seqlen > 1:
                 raise ValueError(f"rows of padding have one token, got {seqlen}")
-        if len(states) != 2 * len(self._layers):
-            raise ValueError(f"expected {2 * len(self._layers)} states, got {len(states)}")
-        pairs = list(zip(self._layers, states[::2], states[1::2], strict=True))
+        found = list(zip(self._layers, split_by_layer(states, len(self._layers)), strict=True))
         check("norm_f.weight", self._norm, (d_model,))
         check("lm_head", self._head, (self._vocab, d_model), dtype)
-        for layer, conv, ssm in pairs:
-            layer.check(d_model, dtype, conv, ssm, batch)
+        for layer, state in found:
+            layer.check(d_model, dtype, *state, batch)
         for tensor in [*self._tensors, *states, *([] if real is None else [real])]:
             if tensor.device != device:
                 raise ValueError(f"all tensors must be on {device}, got one on {tensor.device}")
@@ -276,10 +280,25 @@ class CudaDecoder:
         fits = torch.ops.vision_scan_cuda.project_fits
         few = all(fits(dtype, batch * seqlen, d, group, device.index or 0) for d, group in sizes)
         step = Step(hidden.shape, keep, self._vocab, dtype, device, few=few, masked=real is not None)
-        for layer, conv, ssm in pairs:
-            step.add_layer(layer, conv, ssm)
+        for layer, state in found:
+            step.add_layer(layer, *state)
         step.add_projection(step.hidden, self._norm, self._eps, self._head, step.logits)
         return step
+
+
+def split_by_layer(states: list[Tensor], layers: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """conv and ssm of each layer, and the scale that follows an ssm of int8.
+
+    Raises:
+        ValueError: if there are more or fewer.
+    """
+    rest, found = deque(states), []
+    while len(rest) >= 2:
+        conv, ssm = rest.popleft(), rest.popleft()
+        found.append((conv, ssm, rest.popleft() if ssm.dtype == torch.int8 and rest else None))
+    if rest or len(found) != layers:
+        raise ValueError(f"expected {2 * layers} states, and a scale behind each of int8, got {len(states)}")
+    return found
 
 
 def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:

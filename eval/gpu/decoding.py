@@ -16,14 +16,16 @@ from torch import Tensor
 
 from cobra.config import PRESETS
 from cobra.cost import LMCost
+from cobra.lm.decode import decoder_for
 from cobra.lm.stack import LanguageModel
 from cobra.lm.state import State
-from eval.gpu.results import attempt, make_row, per_step
+from eval.gpu.results import attempt, make_row, other, per_step
 from eval.gpu.stopwatch import ROUNDS, Stopwatch, race, reason
-from eval.gpu.targets import CONTEXTS, MAMBA, PREFILLS, TRANSFORMER, decode_name, prefill_name
+from eval.gpu.targets import COMPACT, CONTEXTS, MAMBA, PREFILLS, TRANSFORMER, decode_name, prefill_name
 from eval.peers.contest import TOLERANCE, make_check, rms_ratio
 
 MARGIN = 2e-3  # of the check: about one rounding of bfloat16
+DRIFT = 0.05  # of logits, where states are kept in 8 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,9 @@ def run(stopwatch: Stopwatch, ceilings: dict, settings: Settings, keep: Callable
                     lambda b=batch, n=name: _decode_mamba(stopwatch, ceilings, settings, lm, b, n, check),
                 )
             )
+        many = max(settings.batches)
+        name = decode_name(MAMBA, many) + COMPACT
+        keep(attempt(name, lambda: _decode_compact(stopwatch, settings, lm, many, name)))
         for seqlen in settings.prefills:
             name = prefill_name(seqlen)
             keep(
@@ -141,6 +146,35 @@ class Stepper:
         self.state = State(self.state.layers, self._lengths.clone(), {})
 
 
+class CompactStepper(Stepper):
+    """The same with the states of 8 bits, which only the compiled step takes.
+
+    Raises:
+        RuntimeError: where there is none for this model.
+    """
+
+    def __init__(self, lm: LanguageModel, token: Tensor, state: State) -> None:
+        decoder = decoder_for(lm, len(token), 1)
+        if decoder is None:
+            raise RuntimeError("no compiled step serves this model here")
+        super().__init__(lm, token, State(list(map(compact, state.layers)), state.lengths, {}))
+        self._decoder = decoder
+
+    def __call__(self) -> Tensor:
+        hidden = self.lm.embedding(self.token).float()
+        logits, self.state = self._decoder.step(hidden, self.state, None, 1)
+        self.token = logits.argmax(-1)
+        return logits
+
+
+def compact(layer: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's state with `ssm` (batch, nheads, headdim, d_state) as int8, a scale for every row of it."""
+    ssm = layer["ssm"]
+    scale = ssm.abs().amax(-1) / 127
+    codes = (ssm / scale.clamp(min=1e-30)[..., None]).round().to(torch.int8)
+    return layer | {"ssm": codes, "ssm_scale": scale}
+
+
 def stepping(stepper: Stepper) -> tuple[Callable[[], Any], str, float]:
     """What decodes a token a call, how (in words), and how far the logits of a graph that was captured here
     are from those of the same step without one (RMS, 0 where nothing was)."""
@@ -182,6 +216,18 @@ def _capture(stepper: Stepper) -> tuple[Callable[[], Any], str, float]:
     return graph.replay, "CUDA graph of a step", rms_ratio(logits, expected)
 
 
+def _visit(settings: Settings, stepper: Stepper) -> tuple[Callable[[], None], str, float]:
+    """Some steps; how and how far off as `stepping` says."""
+    step, how, graph_error = stepping(stepper)
+
+    def visit() -> None:
+        stepper.rewind()
+        for _ in range(settings.steps):
+            step()
+
+    return visit, how, graph_error
+
+
 def _time_steps(
     stopwatch: Stopwatch,
     ceilings: dict,
@@ -191,13 +237,7 @@ def _time_steps(
     check: dict,
     context: int,
 ) -> dict:
-    step, how, graph_error = stepping(stepper)
-
-    def visit() -> None:
-        stepper.rewind()
-        for _ in range(settings.steps):
-            step()
-
+    visit, how, graph_error = _visit(settings, stepper)
     timing = race(stopwatch, {name: visit}, settings.rounds)[name]
     seconds = per_step(timing.seconds, settings.steps)
     batch, cost = len(stepper.token), LMCost(stepper.lm.config)
@@ -229,6 +269,34 @@ def _decode_mamba(stopwatch, ceilings, settings: Settings, lm, batch: int, name:
         check = check | {"errors": check["errors"] | {"a row against itself alone": error}, "passed": passed}
     stepper = Stepper(lm, logits.argmax(-1), state)
     return _time_steps(stopwatch, ceilings, settings, stepper, name, check, settings.prompt)
+
+
+def _decode_compact(stopwatch, settings: Settings, lm, batch: int, name: str) -> dict:
+    """States of 8 bits beside those of float32; how far apart their logits are after the first steps is in
+    the check. Bytes are not counted."""
+    ids = random_ids(lm, batch, settings.prompt, settings.seed)
+    logits, state = lm(ids, logits_to_keep=1)
+    token = logits.argmax(-1)
+    coarse, exact = CompactStepper(lm, token, state.clone()), Stepper(lm, token, state)
+    for _ in range(4):
+        found, expected = coarse(), exact()
+        coarse.token = exact.token
+    check = make_check({"logits against those of a float32 state": rms_ratio(found, expected)}, DRIFT)
+    rival = decode_name(MAMBA, batch)
+    visits = {key: _visit(settings, one) for key, one in ((name, coarse), (rival, exact))}
+    timings = race(stopwatch, {key: visit for key, (visit, _, _) in visits.items()}, settings.rounds)
+    seconds = {key: per_step(timing.seconds, settings.steps) for key, timing in timings.items()}
+    return make_row(
+        name,
+        seconds[name],
+        failed=timings[name].failed,
+        check=check,
+        others=[other(rival, True, timings[rival]) | {"seconds": seconds[rival]}],
+        tokens_per_s=batch / seconds[name]["median"] if seconds[name] else None,
+        batch=batch,
+        state_bytes=coarse.state.nbytes,
+        note=visits[name][1],
+    )
 
 
 def _decode_twin(stopwatch, ceilings, settings: Settings, lm, context: int, name: str, check: dict) -> dict:

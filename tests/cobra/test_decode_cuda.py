@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from cobra.lm import LanguageModel, LMConfig, decode_cuda
-from cobra.lm.decode import Decoder
+from cobra.lm.decode import SCALE, Decoder
 from cobra.lm.mamba2 import Mamba2, Mamba2Config
 from cobra.lm.precision import Projection, RMSNorm
+from cobra.lm.state import State
 from tests.cobra.decode_ways import assert_same_state, decode, fresh, model_of, plain_decode, random_ids
 from tests.tolerance import assert_close
 from tests.vision_scan.cuda.loaded import EMULATED, in_any_order_of_threads, needs_kernels
@@ -85,6 +86,31 @@ def test_graphs_do_not_keep_states_alive(recorded, monkeypatch):
             native.step(hidden, [t for layer in state.layers for t in layer.values()], state.lengths, None, 1)
     assert len(native._graphs) == 2
     assert all(not step.launches for step, _ in native._graphs.values())
+
+
+@torch.no_grad()
+def test_a_state_of_8_bits_stays_near_that_of_float32():
+    """What benchmarks/gpu.sh measures; the scale of a row of the state follows its decay."""
+    model = even()
+    ids = columns(model, 3, 12)
+    state = model.allocate_state(3)
+    layers = []
+    for layer in state.layers:
+        codes = torch.zeros_like(layer["ssm"], dtype=torch.int8)
+        layers.append(
+            {"conv": layer["conv"].clone(), "ssm": codes, SCALE: layer["ssm"].new_zeros(codes.shape[:3])}
+        )
+    compact, decoder = State(layers, state.lengths, {}), Decoder(model)
+    for part in ids:
+        expected, state = model(part, state=state, overwrite_state=True)
+        found, compact = decoder.step(model.embedding(part).float(), compact, None, 1)
+        assert_close("logits", found, expected, 0.05)
+    assert not torch.equal(found, expected)
+    for layer, exact in zip(compact.layers, state.layers, strict=True):
+        assert_close("state", layer["ssm"] * layer[SCALE][..., None], exact["ssm"], 0.05)
+    del layers[-1][SCALE]
+    with pytest.raises(ValueError, match="a scale behind each of int8"):
+        decoder.step(model.embedding(ids[0]).float(), compact, None, 1)
 
 
 def put(name: str, change):

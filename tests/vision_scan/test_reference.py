@@ -222,7 +222,9 @@ def test_truth_chain_gradients(name, sizes):
         slopes = truth.along(
             operator.truth, as_arrays(tensors), {key: direction.cpu().numpy()}, **array_options(options)
         )
-        slope = sum((torch.from_numpy(s).to(c.device) * c).sum() for s, c in zip(slopes, cotangents, strict=True))
+        slope = sum(
+            (torch.from_numpy(s).to(c.device) * c).sum() for s, c in zip(slopes, cotangents, strict=True)
+        )
         size = found[key].norm() * direction.norm()
         assert abs((found[key] * direction).sum() - slope) <= 1e-10 * size, key
 
