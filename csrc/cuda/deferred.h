@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) step(Deferred<T> d, int lanes) {
   if (has) update::read_floats<kMine>(a.C.at(row, 0) + group * a.d_state + n, C);
   const float A = a.A_is_log ? -exp2_fast(a.A[head] * kLog2e) : a.A[head];
   float dt = to_float(a.dt.at(row, 0)[head]) + (a.dt_bias ? a.dt_bias[head] : 0.0f);
-  if (a.dt_softplus) dt = softplus<float>(dt);
+  if (a.dt_softplus) dt = softplus(dt);
   dt = fminf(fmaxf(dt, a.dt_min), a.dt_max);
 
   // From the newest token to the oldest; `since` is the sum of dt behind token j.

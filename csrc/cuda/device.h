@@ -140,31 +140,19 @@ __device__ __forceinline__ float reciprocal(float x) {
 #endif
 }
 
-// log(1 + exp(x)), to 3e-7 of itself, or 2e-6 where x comes as a number of 16 bits (T), however small the result is.
-// The logarithm is a polynomial in exp(-|x|) of the ordinary units: those of special functions are what scans wait for.
-template <class T>
+// log(1 + exp(x)), to 3e-7 of itself, however small it is. The logarithm is a polynomial in exp(-|x|) of the ordinary
+// units, because those of special functions are what the scans wait for.
 __device__ __forceinline__ float softplus(float x) {
   const float e = exp2_fast(-fabsf(x) * kLog2e);
-  float p;
-  if constexpr (sizeof(T) == 4) {
-    p = 0.00512610214f;
-    p = p * e - 0.0290740647f;
-    p = p * e + 0.0775160867f;
-    p = p * e - 0.136022476f;
-    p = p * e + 0.190768807f;
-    p = p * e - 0.24835399f;
-    p = p * e + 0.333181217f;
-    p = p * e - 0.49999445f;
-    p = p * e + 0.999999966f;
-  } else {
-    p = 0.0141411947f;
-    p = p * e - 0.0664026563f;
-    p = p * e + 0.149225327f;
-    p = p * e - 0.235039709f;
-    p = p * e + 0.331094883f;
-    p = p * e - 0.499869715f;
-    p = p * e + 0.999998734f;
-  }
+  float p = 0.00512610214f;
+  p = p * e - 0.0290740647f;
+  p = p * e + 0.0775160867f;
+  p = p * e - 0.136022476f;
+  p = p * e + 0.190768807f;
+  p = p * e - 0.24835399f;
+  p = p * e + 0.333181217f;
+  p = p * e - 0.49999445f;
+  p = p * e + 0.999999966f;
   return fmaxf(x, 0.0f) + e * p;
 }
 

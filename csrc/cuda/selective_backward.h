@@ -15,7 +15,8 @@ namespace vision_scan {
 
 template <class T>
 struct SelectiveGradients {
-  const T* dy;                // like y
+  const T* dy;                // like y, or null where it is float32 and stands in `dy32`
+  const float* dy32;
   const float* dfinal_state;  // (rows, channels, d_state) or null
   T *du, *ddt;                // like u and dt
   float *dB, *dC;             // (batch, lists, cells, ngroups, d_state), zero where blocks add into them
@@ -130,8 +131,8 @@ __global__ void __launch_bounds__(kThreads) backward(Selective<T> a, SelectiveGr
     const float* rates = a.A + (static_cast<int64_t>(row.list) * a.channels + p.channel) * a.d_state;
     const int64_t states = (row.base * a.ngroups + block.group) * a.d_state;
     const int64_t part = block.of_group * g.part;
-    const T* dy_row =
-        g.dy + (a.merged_output ? static_cast<int64_t>(row.batch) * a.tokens.cells : row.base) * a.channels + p.channel;
+    const int64_t dy_row =
+        (a.merged_output ? static_cast<int64_t>(row.batch) * a.tokens.cells : row.base) * a.channels + p.channel;
     const int64_t of_row = row.base * a.channels + p.channel;
 
     for (int step = 0; step < tiles; ++step) {
@@ -141,7 +142,13 @@ __global__ void __launch_bounds__(kThreads) backward(Selective<T> a, SelectiveGr
       read_run(a, row, p, cells, run);
       float dy[kRun][2], of_inflow[kRun][2], of_rate[kRun][2];
 #pragma unroll
-      for (int j = 0; j < kRun; ++j) p.read(dy_row + run.cell[j] * a.channels, dy[j]);
+      for (int j = 0; j < kRun; ++j) {
+        const int64_t at = dy_row + run.cell[j] * a.channels;
+        if (g.dy)
+          p.read(g.dy + at, dy[j]);
+        else
+          p.read(g.dy32 + at, dy[j]);
+      }
 #pragma unroll
       for (int j = 0; j < kRun; ++j)
 #pragma unroll

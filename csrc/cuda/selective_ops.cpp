@@ -95,10 +95,10 @@ std::vector<Tensor> scan_backward(const Tensor& dy, const OptionalTensor& dfinal
                                   double scale, const OptionalTensor& initial_state, const OptionalTensor& index,
                                   const OptionalTensor& marks, const OptionalTensor& bounds, bool everywhere) {
   check_selective(u, dt, A, B, C, D, dt_bias, initial_state, bounds);
-  if (merge)
-    check("dy", dy, {u.size(0), u.size(-2), u.size(-1)}, u.scalar_type());
-  else
-    check("dy", dy, dt.sizes(), u.scalar_type());
+  const bool narrow = dy.scalar_type() == u.scalar_type();  // else it is float32, as it comes from behind a gate
+  const std::vector<int64_t> like_y =
+      merge ? std::vector<int64_t>{u.size(0), u.size(-2), u.size(-1)} : dt.sizes().vec();
+  check("dy", dy, like_y, narrow ? u.scalar_type() : at::kFloat);
   const Here here(u);
   const auto numbers = u.options().dtype(at::kFloat);
   const auto make = [&](at::IntArrayRef shape, const at::TensorOptions& options) {
@@ -134,7 +134,8 @@ std::vector<Tensor> scan_backward(const Tensor& dy, const OptionalTensor& dfinal
       a.scratch = mutable_data<float>(scratch);
     }
     SelectiveGradients<T> g{};
-    g.dy = data<T>(dy);
+    g.dy = narrow ? data<T>(dy) : nullptr;
+    g.dy32 = narrow ? nullptr : data<float>(dy);
     g.dfinal_state = data<float>(dfinal_state);
     g.du = mutable_data<T>(du);
     g.ddt = mutable_data<T>(ddt);

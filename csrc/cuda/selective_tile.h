@@ -241,7 +241,7 @@ __device__ __forceinline__ void read_run(const Selective<T>& a, const Row& row, 
 #pragma unroll
     for (int j = 0; j < kRun; ++j)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) run.delta[j][i] = softplus<T>(run.delta[j][i]);
+      for (int i = 0; i < 2; ++i) run.delta[j][i] = softplus(run.delta[j][i]);
   }
   if (run.padding) {
 #pragma unroll

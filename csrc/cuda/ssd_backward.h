@@ -158,7 +158,7 @@ __device__ __forceinline__ void finish_head(const Ssd<T>& a, const SsdGradients<
     dA += both[i] * times.pair[j].at[1];
     double draw = both[i] * A + direct[i];
     const int64_t at = (head.base + cell) * a.dt_stride + head.head;
-    const float raw = (a.dt ? to_float(a.dt[at]) : a.dt32[at]) + bias, step = a.dt_softplus ? softplus<float>(raw) : raw;
+    const float raw = (a.dt ? to_float(a.dt[at]) : a.dt32[at]) + bias, step = a.dt_softplus ? softplus(raw) : raw;
     if (step < a.dt_min || step > a.dt_max) draw = 0;
     if (a.dt_softplus) draw *= sigmoid(raw);
     g.ddt[(head.base + cell) * a.nheads + head.head] = static_cast<float>(draw);

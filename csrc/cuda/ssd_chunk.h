@@ -95,7 +95,7 @@ __device__ __forceinline__ RawTimes read_times(const Ssd<T>& a, const Row& row, 
 template <class T>
 __device__ __forceinline__ float step_size(const Ssd<T>& a, float dt, float bias) {
   dt += bias;
-  if (a.dt_softplus) dt = softplus<float>(dt);
+  if (a.dt_softplus) dt = softplus(dt);
   return dt < a.dt_min ? a.dt_min : dt > a.dt_max ? a.dt_max : dt;
 }
 

@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, width == 4 ? 8 - 2 * chunks : 3) ssd
       z[i] = p < a.headdim && a.z.data ? to_float(a.z.at(row, t)[head * a.headdim + p]) : 0.0f;
     }
     float dt = to_float(a.dt.at(row, t)[head]) + bias;
-    if (a.dt_softplus) dt = softplus<float>(dt);
+    if (a.dt_softplus) dt = softplus(dt);
     dt = fminf(fmaxf(dt, a.dt_min), a.dt_max);
     const float decay = mark & kReset ? 0.0f : exp2_fast(dt * A * kLog2e);
 #pragma unroll
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kThreads) selective(SelectiveUpdate<T> a, int 
     }
     const float u = there ? to_float(a.u[at]) : 0.0f;
     float dt = (there ? to_float(a.dt[at]) : 0.0f) + bias;
-    if (a.dt_softplus) dt = softplus<float>(dt);
+    if (a.dt_softplus) dt = softplus(dt);
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kMine; ++j) {

@@ -26,7 +26,7 @@ def _arguments(u, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, seq_idx, 
     A, D, dt_bias = (None if t is None else plain(t)[None] for t in (A, D, dt_bias))
     return (
         u, dt, A, B, C, D, dt_bias, dt_softplus, False, 1.0,
-        plain(initial_state), None, marks_of(seq_idx), bounds_of(cu_seqlens), seq_idx is None,
+        plain(initial_state), None, marks_of(seq_idx, cu_seqlens), bounds_of(cu_seqlens), seq_idx is None,
     )  # fmt: skip
 
 
@@ -50,7 +50,8 @@ def _scan_backward(grads, *args) -> list[Tensor]:
     if z is not None:
         ungated, _ = torch.ops.vision_scan_cuda.selective(*arguments)
         dy, dz = through_gate(dy.float(), ungated[:, 0].transpose(1, 2).float(), z)
-    dy = dy.transpose(1, 2).to(arguments[0].dtype).contiguous()[:, None]
+    dtype = arguments[0].dtype if z is None else torch.float32  # behind the gate it has more digits
+    dy = dy.transpose(1, 2).to(dtype).contiguous()[:, None]
     du, ddt, dA, dB, dC, dD, ddt_bias, dinitial = torch.ops.vision_scan_cuda.selective_backward(
         dy, plain(grads[1]), *arguments
     )

@@ -46,7 +46,7 @@ def _arguments(
     A, D, dt_bias = (None if t is None else plain(t)[None] for t in (A, D, dt_bias))
     return (
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max,
-        plain(initial_state), None, marks_of(seq_idx), bounds_of(cu_seqlens),
+        plain(initial_state), None, marks_of(seq_idx, cu_seqlens), bounds_of(cu_seqlens),
     )  # fmt: skip
 
 
