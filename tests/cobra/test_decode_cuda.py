@@ -112,7 +112,7 @@ def test_a_state_of_8_bits_stays_near_that_of_float32():
     for layer, exact in zip(compact.layers, state.layers, strict=True):
         assert_close("state", layer["ssm"] * layer[SCALE][..., None], exact["ssm"], 0.05)
     del layers[-1][SCALE]
-    with pytest.raises(ValueError, match="state ssm must be torch.float32, got torch.int8"):
+    with pytest.raises(ValueError, match="state ssm must be"):
         decoder.step(model.embedding(ids[0]).float(), compact, None, 1)
 
 
@@ -188,7 +188,7 @@ SPOILT = {
     "d_model": (given(hidden=torch.zeros(2, 1, 135)), r"must have shape \[135\], got \[136\]"),
     "keep 2": (given(keep=2), "keep must be from 1 to seqlen 1, got 2"),
     "real as numbers": (given(real=torch.ones(2)), "real must be torch.bool"),
-    "a state less": (lambda call: call["states"].pop(), "expected 4 states, and a scale behind each of int8, got 3"),
+    "a state less": (lambda call: call["states"].pop(), "expected 4 states, .* got 3"),
     "conv in bfloat16": (at(0, Tensor.bfloat16), "state conv must be torch.float32"),
     "conv of less": (at(0, lambda t: t[:, 1:].clone()), "state conv must have shape"),
     "the last ssm strided": (at(3, lambda t: t.mT.contiguous().mT), "state ssm must be contiguous"),
