@@ -10,15 +10,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 BUILD = ROOT / "build" / "emulated"
 HERE = "tests/vision_scan/cuda"
+NOT_HERE = (Path(__file__).name, "test_on_gpu.py")
 SUITES = (
     *sorted(
-        f"{HERE}/{path.name}"
-        for path in Path(__file__).parent.glob("test_*.py")
-        if path.name != Path(__file__).name
+        f"{HERE}/{path.name}" for path in Path(__file__).parent.glob("test_*.py") if path.name not in NOT_HERE
     ),
     "tests/vision_scan/test_ops.py",
     "tests/vision_scan/test_ops_2d.py",
     "tests/vision_scan/test_ops_update.py",
+    "tests/vision_scan/test_reference.py",
+    "tests/cobra/test_decode_cuda.py",
 )
 
 
