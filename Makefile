@@ -73,7 +73,7 @@ wide: $(STAMP)
 setup: $(STAMP)
 
 # The stamp is written last, so an interrupted set-up is taken up again, in the same .venv.
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: Python >= 3.10 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); name another one: make PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \

@@ -5,6 +5,7 @@
 #include <ATen/Version.h>
 #include <torch/library.h>
 
+#include "../cells.h"
 #include "kernels.h"
 
 namespace vision_scan {
@@ -44,22 +45,7 @@ inline void check(const char* name, const Tensor& tensor, at::IntArrayRef shape,
 // stride, which is returned; what is behind them is contiguous.
 inline int64_t check_cells(const char* name, const Tensor& tensor, at::IntArrayRef shape, int64_t leading) {
   check_shape(name, tensor, shape);
-  int64_t inner = 1, cells = 1, stride = -1;
-  bool fits = true;
-  for (int64_t axis = tensor.dim() - 1; axis >= 0; --axis) {
-    const int64_t size = tensor.size(axis), own = tensor.stride(axis);
-    if (axis >= leading) {
-      fits = fits && (size == 1 || own == inner);
-      inner *= size;
-    } else {
-      if (stride < 0 && size > 1) stride = own;  // the innermost that says something
-      fits = fits && (size == 1 || own == stride * cells);
-      cells *= size;
-    }
-  }
-  TORCH_CHECK_VALUE(fits || tensor.numel() == 0, name, " must be contiguous behind its first ", leading,
-                    " axes, which have one stride, got strides ", tensor.strides());
-  return stride < 0 ? inner : stride;
+  return cell_stride(name, tensor, leading);
 }
 
 inline const float* data(const OptionalTensor& tensor) {
