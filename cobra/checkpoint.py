@@ -32,16 +32,22 @@ _DTYPES = {
 }
 
 
-def save(model: "Cobra", path: str | Path) -> None:
+def save(model: "Cobra", path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
     """Writes a model directory that `load` reads.
 
     Everything is written under a temporary name, flushed to the disk and then renamed, so that a
     reader never meets a half-written file. In a directory that exists already, the model's files are
     replaced and others stay.
+
+    Args:
+        model: what to save.
+        path: the directory.
+        tensors: values by the names of `tensor_names`, where the model does not hold them itself; None: the model's.
     """
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model).items()}
+    given = _tensors(model) if tensors is None else {name: tensors[name] for name in tensor_names(model)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in given.items()}
     config = {"format_version": FORMAT_VERSION, **to_dict(model.config)}
     writers: dict[str, Callable[[Path], object]] = {
         TOKENIZER: model.tokenizer.save,
@@ -185,6 +191,11 @@ def _device(device: str | torch.device) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={str(device)!r}: {torch.cuda.device_count()} GPUs are visible here")
     return device
+
+
+def tensor_names(model: nn.Module) -> list[str]:
+    """The names under which a model directory holds the model's tensors."""
+    return list(_tensors(model))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from vision_scan.errors import CommandParser, UserError, choose
 if TYPE_CHECKING:
     from cobra.lm.state import State
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _NOT_YET = {
     "PDF": (".pdf",),
     "video": (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"),
@@ -227,7 +226,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     Raises:
         UserError: naming the path that holds no image.
     """
-    from cobra.image import check_image
+    from cobra.image import IMAGE_SUFFIXES, check_image
 
     found: list[Path] = []
     for path in map(Path, paths):
@@ -247,6 +246,8 @@ def find_images(paths: Sequence[str]) -> list[Path]:
 
 
 def _is_file_name(text: str) -> bool:
+    from cobra.image import IMAGE_SUFFIXES
+
     # os.path, as pathlib raises an error for a text that is too long for a file name.
     return os.path.exists(text) or (text.lower().endswith(IMAGE_SUFFIXES) and " " not in text)
 

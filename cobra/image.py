@@ -6,7 +6,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from vision_scan.errors import UserError
 
 ImageSource = str | Path | bytes | Image.Image
+# Files in a folder that are taken for images.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 # What Pillow's readers raise on damaged files, by experience; the list is theirs, not ours.
 _DECODE_ERRORS = (
@@ -84,13 +86,15 @@ def open_image(source: ImageSource) -> Image.Image:
     return image
 
 
-def check_image(path: str | Path) -> tuple[int, int]:
-    """Looks at an image file's header only, without decoding it: (height, width) as stored.
+def check_image(source: str | Path | bytes | BinaryIO) -> tuple[int, int]:
+    """Looks at an image's header only, without decoding it: (height, width) as stored.
 
+    Args:
+        source: a path, the bytes of an image file, or an open file, of which no more is read than needed.
     Raises:
         UserError: naming the file, if it is missing, empty or not an image.
     """
-    with _identify(path, _name(path)) as image:
+    with _identify(source, _name(source)) as image:
         return image.height, image.width
 
 
@@ -107,7 +111,7 @@ def to_pixels(image: Image.Image, config: ImageConfig) -> Tensor:
     return (pixels / 255).permute(2, 0, 1).unsqueeze(0).contiguous()
 
 
-def _name(source: ImageSource) -> str:
+def _name(source: ImageSource | BinaryIO) -> str:
     if isinstance(source, (str, Path)):
         return str(source)
     if isinstance(source, bytes):
@@ -115,11 +119,11 @@ def _name(source: ImageSource) -> str:
     return str(getattr(source, "filename", "") or "<image in memory>")
 
 
-def _identify(source: ImageSource, name: str) -> Image.Image:
+def _identify(source: ImageSource | BinaryIO, name: str) -> Image.Image:
     """Opens `source` as far as its header."""
     if isinstance(source, Image.Image):
         return source
-    if not isinstance(source, (str, Path, bytes)):
+    if not isinstance(source, (str, Path, bytes, io.IOBase)):
         raise UserError(f"an image must be a path, bytes or a PIL image, got {type(source).__name__}")
     if isinstance(source, (str, Path)):
         # os.path, as pathlib raises an error for a name that no file can have.
@@ -127,11 +131,17 @@ def _identify(source: ImageSource, name: str) -> Image.Image:
             raise UserError(f"{name}: no such file")
         if not os.path.isfile(source):
             raise UserError(f"{name}: not a file; give an image file")
-    size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+    if isinstance(source, bytes):
+        size, source = len(source), io.BytesIO(source)
+    elif isinstance(source, io.IOBase):
+        size = source.seek(0, io.SEEK_END)
+        source.seek(0)
+    else:
+        size = Path(source).stat().st_size
     if not size:
         raise UserError(f"{name}: the file is empty (0 bytes)")
     try:
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return Image.open(source)
     except PermissionError as error:
         raise UserError(f"{name}: no permission to read it") from error
     except _DECODE_ERRORS as error:

@@ -24,7 +24,11 @@ class Cobra(nn.Module):
         vision_encoder: (n, 3, height, width) in [0, 1] -> (n, grid_height, grid_width, d_vision).
         connector: those features -> (n, tokens_per_tile, d_model).
         lm: token ids or embeddings -> logits and state.
+        encodes_always: whether a batch without images sends a blank tile through tower and connector, to no effect:
+            so that every process of a training run calls the same modules.
     """
+
+    encodes_always = False
 
     def __init__(self, config: CobraConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -76,6 +80,9 @@ class Cobra(nn.Module):
                 f"({self.config.tokens_per_tile} per tile): their numbers must be equal"
             )
         embeds = self.lm.embedding(input_ids)
+        if pixel_values is None and self.encodes_always:
+            image = self.config.image
+            return embeds + 0.0 * self.encode_images(embeds.new_zeros(1, 3, image.height, image.width)).sum()
         if pixel_values is None:
             return embeds
         tokens = self.encode_images(pixel_values.to(self.device)).flatten(0, 1).to(embeds.dtype)
@@ -86,12 +93,13 @@ class Cobra(nn.Module):
 
         Args:
             batch: `input_ids` and `labels` (batch, seqlen), rows padded on the right, labels[t] the id to
-                be predicted for place t or -100; `pixel_values` or None.
+                be predicted for place t or -100; `pixel_values` or None; `seq_idx` (batch, seqlen) if rows are packed.
         Returns:
             sum of cross entropies, scalar float32; number of supervised tokens, scalar int64.
         """
         labels = batch["labels"][:, 1:]
-        hidden, _ = self.lm.read(inputs_embeds=self.embed(batch["input_ids"], batch.get("pixel_values")))
+        embeds = self.embed(batch["input_ids"], batch.get("pixel_values"))
+        hidden, _ = self.lm.read(inputs_embeds=embeds, seq_idx=batch.get("seq_idx"))
         supervised = labels != -100
         return self.lm.loss(hidden[:, :-1][supervised], labels[supervised]), supervised.sum()
 

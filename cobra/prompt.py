@@ -86,11 +86,13 @@ class Rendered:
         input_ids: the token ids.
         labels: as long as `input_ids`: the id itself where it is to be learned, else -100.
         num_images: how many images stand in it.
+        num_turns: how many turns it has.
     """
 
     input_ids: list[int]
     labels: list[int]
     num_images: int
+    num_turns: int
 
 
 def render(
@@ -133,7 +135,7 @@ def render(
             labels += answer
     if supervised and not any(label != IGNORE for label in labels):
         raise UserError("the conversation has no answer to learn from (no supervised token)")
-    return Rendered(ids, labels, marks)
+    return Rendered(ids, labels, marks, len(turns))
 
 
 def open_turn(

@@ -2,11 +2,11 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from train.processes import adopt_slurm, is_first
 from train.recipes import RECIPES, RunConfig, change
 from vision_scan.errors import CommandParser, UserError, choose
 
@@ -18,7 +18,7 @@ EPILOG = """recipes:
 example:
   python -m train --recipe tiny --set data.path=my.json --output runs/mine
 
-also: python -m train data check PATH --image-root DIR     looks at a data file
+also: python -m train data check | inspect | shard PATH     looks at data, and packs it
       python -m train plot RUN...                          draws loss curves
 
 exit status: 0 done; 75 stopped by a signal, all is saved, run again with --resume;
@@ -28,15 +28,15 @@ exit status: 0 done; 75 stopped by a signal, all is saved, run again with --resu
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    is_first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if is_first else logging.ERROR, format="%(message)s")
     commands = {"data": _data, "plot": _plot}
     try:
+        adopt_slurm()
+        logging.basicConfig(level=logging.INFO if is_first() else logging.ERROR, format="%(message)s")
         if arguments and arguments[0] in commands:
             return commands[arguments[0]](arguments[1:])
         return _train(arguments)
     except UserError as error:
-        if is_first or type(error) is not UserError:  # a bad row is known to one process only
+        if is_first() or type(error) is not UserError:  # a bad row is known to one process only
             print(f"error: {error}", file=sys.stderr)
         return MISUSED
     except KeyboardInterrupt:
@@ -81,8 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _train(arguments: Sequence[str]) -> int:
     from cobra.memory import keep_freed_memory
-    from train.engine import choose_device, leave_processes
     from train.loop import NonFiniteError
+    from train.processes import LostProcessError, choose_device, leave_processes
+    from train.resume import CheckpointError
     from train.run import run
 
     options = build_parser().parse_args(arguments)
@@ -93,12 +94,12 @@ def _train(arguments: Sequence[str]) -> int:
         finished = run(
             config, options.output, options.resume, report=lambda line: print(line, flush=True)
         )
-    except NonFiniteError as error:
+    except (NonFiniteError, CheckpointError, LostProcessError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return FAILED
     leave_processes()
     if not finished:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             again = f"python -m train --resume --output {options.output}"
             print(f"stopped; continue with: {again}", file=sys.stderr)
         return STOPPED
@@ -119,31 +120,9 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 
 def _data(arguments: Sequence[str]) -> int:
-    from train.dataset import load_rows
-    from train.recipes import DataSettings
+    from train.data.commands import main
 
-    parser = CommandParser(
-        prog="python -m train data", description="Looks at a data file."
-    )
-    parser.add_argument(
-        "command", choices=["check"], help="check: read every row, and the header of every image"
-    )
-    parser.add_argument("path", metavar="PATH", help="a LLaVA JSON or JSONL file")
-    parser.add_argument(
-        "--image-root", metavar="DIR", help="the folder of the images; default: that of PATH"
-    )
-    parser.add_argument("--full", action="store_true", help="decode every image")
-    options = parser.parse_args(arguments)
-    check = "full" if options.full else "headers"
-    rows = load_rows(
-        DataSettings(path=options.path, image_root=options.image_root, check=check, skip_bad=True)
-    )
-    num_images = sum(len(row.images) for row in rows.rows)
-    print(f"{rows.path}: {len(rows.rows):,} usable rows, {num_images:,} images")
-    if rows.bad:
-        print(f"{len(rows.bad)} rows cannot be used:")
-        print("\n".join(f"  {line}" for line in rows.bad))
-    return MISUSED if rows.bad else DONE
+    return DONE if main(arguments) else MISUSED
 
 
 def _plot(arguments: Sequence[str]) -> int:

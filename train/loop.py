@@ -1,13 +1,16 @@
 """The training loop."""
 
 import math
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from train.batches import BatchSource
-from train.collate import Batch
-from train.dataset import BadRowError
+from train.data.batches import BatchSource
+from train.data.collate import Batch
+from train.data.loader import Loaded
+from train.data.rows import BadRowError
 from train.engine import PlainEngine
 from train.metrics import Metrics
 from train.objectives import Stats
@@ -32,6 +35,8 @@ class Loop:
     """Steps done already."""
     engine: PlainEngine
     source: BatchSource
+    batches: Iterator[Loaded]
+    """Of the steps from `start` on."""
     checkpoints: Checkpoints
 
 
@@ -49,56 +54,57 @@ def train(loop: Loop, stop: StopRequest, metrics: Metrics | None = None) -> bool
         NonFiniteError: before a step with a loss or gradient that is not finite; everything is
             saved.
     """
-    engine, config = loop.engine, loop.config
+    engine, config, checkpoints = loop.engine, loop.config, loop.checkpoints
+    num_skipped = 0
     for step in range(loop.start, loop.num_steps):
-        batches, error = _fetch(loop, step)
-        weight, num_tokens, num_supervised, num_errors, num_stops = engine.sum(
-            [
-                sum(batch.weight for batch in batches),
-                sum(batch.num_tokens for batch in batches),
-                sum(batch.num_supervised for batch in batches),
-                error is not None,
-                stop.requested,
-            ]
-        )
-        if num_errors or num_stops:
-            loop.checkpoints.save(engine, step)
-            if num_errors:
+        began = time.perf_counter()
+        batches, error = _fetch(loop)
+        fetched = time.perf_counter() - began
+        counts = _count(batches)
+        counts |= {"errors": error is not None, "stops": stop.requested}
+        counts = dict(zip(counts, engine.sum([float(count) for count in counts.values()]), strict=True))
+        if counts["errors"] or counts["stops"]:
+            checkpoints.save(engine, step, last=True)
+            if counts["errors"]:
                 raise error or UserError("a row cannot be used; the process that met it names it")
             return False
 
         lr = set_lr(engine.optimizer, step, loop.num_steps, config.optim)
         measured: Stats = {}
         for index, batch in enumerate(batches):
-            loss, stats = engine.backward(batch, 1 / weight, last=index == len(batches) - 1)
+            loss, stats = engine.backward(batch, 1 / counts["weight"], last=index == len(batches) - 1)
             for name, value in {"loss": torch.stack([loss, loss.new_zeros(())]), **stats}.items():
                 measured[name] = measured.get(name, 0) + value.detach()
-        grad_norm = engine.clip(config.optim.clip)
-        means = _means(engine, measured, weight)
-        if not (math.isfinite(means["loss"]) and math.isfinite(grad_norm)):
-            loop.checkpoints.save(engine, step)
-            raise NonFiniteError(_diagnose(engine, step, means["loss"], grad_norm, batches))
-        engine.step()
+        means = _means(engine, measured, counts["weight"])
+        grad_norm = engine.step(config.optim.clip) if math.isfinite(means["loss"]) else math.nan
+        num_skipped = 0 if math.isfinite(grad_norm) else num_skipped + 1
+        if num_skipped:
+            told = _diagnose(engine, step, means["loss"], grad_norm, batches)
+            if num_skipped > config.train.skip_nonfinite:
+                checkpoints.save(engine, step, last=True)
+                raise NonFiniteError(told)
+            engine.discard()
 
-        if metrics is not None:
-            record = {
-                "step": step + 1,
-                **means,
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "supervised_tokens": int(num_supervised),
-            }
-            metrics.add(record, num_tokens)
+        stall = 0.0
         if (step + 1) % config.train.save_every == 0 or step + 1 == loop.num_steps:
-            loop.checkpoints.save(engine, step + 1)
+            stall = checkpoints.save(engine, step + 1, last=step + 1 == loop.num_steps)
+        if metrics is not None:
+            record = {"step": step + 1, **means, "lr": lr, "grad_norm": grad_norm}
+            metrics.add(record, counts, data_seconds=fetched, stall_seconds=stall)
     return True
 
 
-def _fetch(loop: Loop, step: int) -> tuple[list[Batch], BadRowError | None]:
-    try:
-        return loop.source(step), None
-    except BadRowError as error:
-        return [], error
+def _fetch(loop: Loop) -> tuple[list[Batch], BadRowError | None]:
+    loaded = next(loop.batches)
+    return ([], loaded) if isinstance(loaded, BadRowError) else (loaded, None)
+
+
+def _count(batches: list[Batch]) -> dict[str, float]:
+    """What is summed over the processes."""
+    return {
+        name: sum(getattr(batch, name) for batch in batches)
+        for name in ("weight", "num_tokens", "num_supervised", "num_images", "num_padding", "num_truncated")
+    }
 
 
 def _means(engine: PlainEngine, measured: Stats, weight: float) -> dict[str, float]:
@@ -114,17 +120,13 @@ def _means(engine: PlainEngine, measured: Stats, weight: float) -> dict[str, flo
 def _diagnose(
     engine: PlainEngine, step: int, loss: float, grad_norm: float, batches: list[Batch]
 ) -> str:
-    bad = [
-        name
-        for name, parameter in engine.objective.named_parameters()
-        if parameter.grad is not None and not parameter.grad.isfinite().all()
-    ]
+    bad = engine.bad_gradients()
     where = (
         f"; not finite: the gradients of {', '.join(bad[:3])} ({len(bad)} tensors)" if bad else ""
     )
     rows = ", ".join(name for batch in batches for name in batch.ids[:4])
     return (
         f"step {step + 1}: loss {loss}, gradient norm {grad_norm}{where}; the step was not taken "
-        f"and the state before it is saved. Rows: {rows}, ... Try a lower optim.lr or "
-        "train.dtype=float32"
+        f"and the state before it is saved. Rows: {rows}, ... Go on without such steps by --resume --set "
+        "train.skip_nonfinite=3, or begin again with a lower optim.lr or train.dtype=float32"
     )

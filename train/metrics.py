@@ -1,7 +1,6 @@
 """Records of a run: always `metrics.jsonl`, a progress bar or lines, and Weights & Biases when
 asked."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cobra.typed_config import to_dict
+from train.progress import SECONDS_BETWEEN_LINES, on_terminal
 from train.recipes import RunConfig
 from train.resume import write_atomic
 
 METRICS = "metrics.jsonl"
-SECONDS_BETWEEN_LINES = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -43,33 +42,50 @@ class Metrics:
         kept = [record for record in read_metrics(output) if record["step"] <= start]
         write_atomic(output / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         self._every, self._num_steps = config.log.every, num_steps
-        self._step, self._num_tokens = start, 0.0
+        self._step = start
+        self._counts: dict[str, float] = {}
+        self._data_seconds = self._stall_seconds = 0.0
         self._last = time.perf_counter()
         self._began = self._last - (kept[-1]["seconds"] if kept else 0.0)
         self._sinks: list[Sink] = [JsonLines(output / METRICS), _progress(num_steps, start)]
         if config.log.wandb:
             self._sinks.append(Wandb(output, config))
 
-    def add(self, record: dict[str, Any], num_tokens: float) -> None:
+    def add(
+        self, record: dict[str, Any], counts: dict[str, float], data_seconds: float = 0.0, stall_seconds: float = 0.0
+    ) -> None:
         """Takes a step's measurements and, every `log.every` steps, records them with the speed
         since last time.
 
         Args:
             record: `step` (steps done) and what was measured.
-            num_tokens: tokens read in the step.
+            counts: tokens, images, ... of the step over all processes, as the batches count them.
+            data_seconds: how long the step waited for its batches.
+            stall_seconds: how long it waited for a checkpoint.
         """
-        self._num_tokens += num_tokens
+        for name, count in counts.items():
+            self._counts[name] = self._counts.get(name, 0.0) + count
+        self._data_seconds += data_seconds
+        self._stall_seconds += stall_seconds
         if record["step"] % self._every and record["step"] != self._num_steps:
             return
         now = time.perf_counter()
-        elapsed = now - self._last
+        elapsed, num_steps = now - self._last, record["step"] - self._step
+        counted = self._counts
         record = {
             **record,
-            "tokens_per_s": round(self._num_tokens / elapsed, 1),
-            "seconds_per_step": round(elapsed / (record["step"] - self._step), 5),
+            "supervised_tokens": int(counted["num_supervised"]),
+            "images": int(counted["num_images"]),
+            "pad_frac": round(counted["num_padding"] / max(1.0, counted["num_padding"] + counted["num_tokens"]), 4),
+            "truncated": int(counted["num_truncated"]),
+            "tokens_per_s": round(counted["num_tokens"] / elapsed, 1),
+            "seconds_per_step": round(elapsed / num_steps, 5),
+            "data_ms": round(1000 * self._data_seconds / num_steps, 3),
+            "checkpoint_stall_s": round(self._stall_seconds, 4),
             "seconds": round(now - self._began, 3),
         }
-        self._step, self._num_tokens, self._last = record["step"], 0.0, now
+        self._step, self._last = record["step"], now
+        self._counts, self._data_seconds, self._stall_seconds = {}, 0.0, 0.0
         for sink in self._sinks:
             sink.write(record)
 
@@ -208,5 +224,4 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def _progress(num_steps: int, start: int) -> Sink:
-    bar = sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
-    return ProgressBar(num_steps, start) if bar else ProgressLines(num_steps, start)
+    return ProgressBar(num_steps, start) if on_terminal() else ProgressLines(num_steps, start)

@@ -1,7 +1,7 @@
 """What a run minimises. An objective owns the model and turns a batch into a sum of losses."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cobra.model import Cobra
-from train.collate import Batch, Sample, collate_conversations
-from train.dataset import BadRowError, Row, Rows
+from cobra.prompt import Rendered, count_marks
+from train.data.collate import Batch, Sample, collate_conversations
+from train.data.dataset import Dataset
+from train.data.rows import BadRowError, Row
 from vision_scan.errors import UserError
 
 Stats = dict[str, Tensor]
@@ -82,25 +84,49 @@ class Conversation(Objective):
 
     needs = "conversations"
 
-    def __init__(self, model: Cobra, rows: Rows, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, model: Cobra, rows: Dataset, autocast: torch.dtype | None = None) -> None:
         super().__init__(model, autocast)
+        self.max_tokens = rows.settings.max_tokens
+        self.packing = rows.settings.packing
 
     def _sample(self, row: Row) -> Sample:
-        processor = self.model.processor
-        rendered = processor.render(row.turns, len(row.images))
-        tiles = [processor.pixels(image) for image in row.images]
+        rendered = self.render(row)
+        images = row.images[: rendered.num_images]
+        tiles = [self.model.processor.pixels(image.open()) for image in images]
         return Sample(
             id=row.id,
             input_ids=rendered.input_ids,
             labels=rendered.labels,
             pixel_values=torch.cat(tiles) if tiles else None,
+            num_images=len(images),
+            is_truncated=rendered.num_turns < len(row.turns),
         )
 
+    def render(self, row: Row) -> Rendered:
+        """The conversation, or as many of its first exchanges as fit into `data.max_tokens`: never half a turn or
+        half an image.
+
+        Raises:
+            UserError: if not even the first exchange fits.
+        """
+        turns = row.turns
+        while True:
+            num_images = sum(count_marks(turn.text) for turn in turns if turn.role == "user")
+            rendered = self.model.processor.render(turns, num_images)
+            if self.max_tokens is None or len(rendered.input_ids) <= self.max_tokens:
+                return rendered
+            if len(turns) <= 2:
+                raise UserError(
+                    f"its first exchange has {len(rendered.input_ids)} tokens, data.max_tokens is "
+                    f"{self.max_tokens}; raise it, or set data.skip_bad=true to leave such rows out"
+                )
+            turns = turns[: (len(turns) - 1) // 2 * 2]
+
     def num_tokens(self, row: Row) -> int:
-        return len(self.model.processor.render(row.turns, len(row.images)).input_ids)
+        return len(self.render(row).input_ids)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        return collate_conversations(samples, self.model.tokenizer.pad_id)
+        return collate_conversations(samples, self.model.tokenizer.pad_id, self.packing)
 
     def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
         loss, _ = self.model.loss(inputs)
@@ -117,7 +143,7 @@ class PatchLabels(Objective):
 
     needs = "regions"
 
-    def __init__(self, model: Cobra, rows: Rows, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, model: Cobra, rows: Dataset, autocast: torch.dtype | None = None) -> None:
         super().__init__(model, autocast)
         image = model.config.image
         if image.resize != "squash":
@@ -126,13 +152,13 @@ class PatchLabels(Objective):
                 "are fractions of the whole image"
             )
         self.height, self.width = model.config.grid
-        self.classes = region_classes(rows.rows)
+        self.classes = region_classes(rows)
         if not self.classes:
             raise UserError(
                 f"{rows.path}: an objective on regions needs at least one label, found none in any "
                 "row"
             )
-        self.background_weight = self._balance(rows.rows)
+        self.background_weight = self._balance(rows)
 
     def targets(self, row: Row) -> Tensor:
         """The class of each patch for each kind of label, (height, width, kinds), int64, 0 for
@@ -155,9 +181,9 @@ class PatchLabels(Objective):
             )
         return targets
 
-    def _balance(self, rows: Sequence[Row], num_rows: int = 512) -> float:
+    def _balance(self, rows: Dataset, num_rows: int = 512) -> float:
         stride = max(1, len(rows) // num_rows)
-        targets = torch.stack([self.targets(row) for row in rows[::stride]])
+        targets = torch.stack([self.targets(rows[n]) for n in range(0, len(rows), stride)])
         labelled = int((targets > 0).sum())
         return min(1.0, labelled / max(1, targets.numel() - labelled)) if labelled else 1.0
 
@@ -166,7 +192,7 @@ class PatchLabels(Objective):
         return torch.where(targets > 0, 1.0, self.background_weight)
 
     def _sample(self, row: Row) -> tuple[str, Tensor, Tensor]:
-        pixels = self.model.processor.pixels(row.images[0])
+        pixels = self.model.processor.pixels(row.images[0].open())
         if len(pixels) != 1:
             raise UserError(f"an objective on regions needs one tile an image, got {len(pixels)}")
         return row.id, pixels, self.targets(row)
@@ -182,6 +208,7 @@ class PatchLabels(Objective):
             weight=float(self.weights(targets).sum()),
             num_tokens=targets[..., 0].numel(),
             num_supervised=targets[..., 0].numel(),
+            num_images=len(ids),
             ids=ids,
         )
 
@@ -198,7 +225,7 @@ class PatchLabels(Objective):
 class Regions(PatchLabels):
     """What stands in each patch: one linear head for each kind of label on the tower's features."""
 
-    def __init__(self, model: Cobra, rows: Rows, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, model: Cobra, rows: Dataset, autocast: torch.dtype | None = None) -> None:
         super().__init__(model, rows, autocast)
         d_vision = model.vision_encoder.d_model
         self.heads = nn.ModuleList(
@@ -229,7 +256,7 @@ class Naming(PatchLabels):
     no word at all (its score, against those of the words, is zero).
     """
 
-    def __init__(self, model: Cobra, rows: Rows, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, model: Cobra, rows: Dataset, autocast: torch.dtype | None = None) -> None:
         super().__init__(model, rows, autocast)
         if model.config.tokens_per_tile != self.height * self.width:
             raise UserError(
@@ -270,7 +297,7 @@ class Naming(PatchLabels):
         return loss, self._accuracies(right, targets)
 
 
-def region_classes(rows: Sequence[Row]) -> dict[str, list[str]]:
+def region_classes(rows: Iterable[Row]) -> dict[str, list[str]]:
     """Every kind of label in the data with its values in sorted order, after "none"."""
     values: dict[str, set[str]] = {}
     for row in rows:
@@ -280,7 +307,7 @@ def region_classes(rows: Sequence[Row]) -> dict[str, list[str]]:
     return {kind: ["none", *sorted(values[kind] - {"none"})] for kind in sorted(values)}
 
 
-OBJECTIVES: dict[str, Callable[[Cobra, Rows, torch.dtype | None], Objective]] = {
+OBJECTIVES: dict[str, Callable[[Cobra, Dataset, torch.dtype | None], Objective]] = {
     "conversation": Conversation,
     "naming": Naming,
     "regions": Regions,

@@ -88,24 +88,39 @@ class TokenizerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """LLaVA rows and the folder of their images."""
+    """Rows and the folder of their images."""
 
     path: str | None = None
-    """A .json list or a .jsonl file of rows; has to be set."""
+    """A .json list or a .jsonl file of rows, tar shards (a file, a folder, a pattern), or a .yaml mixture; has to be
+    set."""
     image_root: str | None = None
     """The folder that image paths start from; None: the folder of `path`."""
     check: Literal["headers", "full", "none"] = "headers"
     """What is read of every image before the first step: its header, all of it, or nothing."""
     skip_bad: bool = False
     """Leave out rows that cannot be used, and count them, rather than stop."""
+    max_tokens: int | None = None
+    """Longer rows lose their last exchanges, images included; None: rows of any length."""
+    packing: bool = False
+    """Put the rows of a micro-batch one behind the other, the state reset between them, rather than pad them."""
     length_group: int = 16
     """Batches whose rows are sorted by length together, so that rows of a batch are of similar
     length."""
+    frames: int = 8
+    """Frames taken of a video, evenly spread."""
+    workers: int | None = None
+    """Processes that make batches ahead; None: none on a CPU, 4 with a GPU."""
 
     def __post_init__(self) -> None:
+        for name in ("length_group", "frames"):
+            _require(getattr(self, name) >= 1, f"data.{name}: got {getattr(self, name)}, allowed: 1 or more")
         _require(
-            self.length_group >= 1,
-            f"data.length_group: got {self.length_group}, allowed: 1 or more",
+            self.max_tokens is None or self.max_tokens >= 2,
+            f"data.max_tokens: got {self.max_tokens}, allowed: 2 or more, or none",
+        )
+        _require(
+            self.workers is None or self.workers >= 0,
+            f"data.workers: got {self.workers}, allowed: 0 or more, or none",
         )
 
 
@@ -138,6 +153,12 @@ class TrainSettings:
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints that are kept, the newest ones."""
+    async_save: bool = True
+    """Write checkpoints beside the training; costs memory for a copy of the state on the first process."""
+    skip_nonfinite: int = 0
+    """Steps in a row that may be left out because their loss or gradient is not finite; more end the run."""
+    timeout: float = 30.0
+    """Minutes that a process waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "keep"):
@@ -150,12 +171,47 @@ class TrainSettings:
             f"train.micro_batch_size: got {self.micro_batch_size}, allowed: 1 or more, or none",
         )
         _require(
+            self.skip_nonfinite >= 0,
+            f"train.skip_nonfinite: got {self.skip_nonfinite}, allowed: 0 or more",
+        )
+        _require(self.timeout > 0, f"train.timeout: got {self.timeout}, allowed: more than 0 minutes")
+        _require(
             self.epochs is None or self.epochs > 0,
             f"train.epochs: got {self.epochs}, allowed: more than 0, or none",
         )
         _require(
             len(set(self.freeze)) < len(PARTS),
             "train.freeze: every part is frozen, nothing would learn",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroSettings:
+    """What DeepSpeed shares out over the processes; none of it changes a number by more than rounding."""
+
+    stage: int = 0
+    """0: nothing; 1: optimizer states; 2: gradients too; 3: parameters too."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in the memory of the CPU and update there (stages 1 to 3)."""
+    hpz: int = 1
+    """Stage 3: processes, those of a node, that keep a second copy of the parameters among them, so that the backward
+    pass gathers them within the node."""
+    persistence_threshold: int = 100_000
+    """Stage 3: parameters of fewer elements stay whole on every process."""
+
+    def __post_init__(self) -> None:
+        _require(self.stage in (0, 1, 2, 3), f"zero.stage: got {self.stage}, allowed: 0, 1, 2, 3")
+        _require(self.hpz >= 1, f"zero.hpz: got {self.hpz}, allowed: 1 or more")
+        _require(
+            self.hpz == 1 or self.stage == 3, f"zero.hpz={self.hpz} needs zero.stage=3, got {self.stage}"
+        )
+        _require(
+            not self.offload_optimizer or self.stage > 0,
+            "zero.offload_optimizer needs zero.stage=1, 2 or 3, got 0",
+        )
+        _require(
+            self.persistence_threshold >= 0,
+            f"zero.persistence_threshold: got {self.persistence_threshold}, allowed: 0 or more",
         )
 
 
@@ -229,6 +285,7 @@ class RunConfig:
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    zero: ZeroSettings = field(default_factory=ZeroSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     log: LogSettings = field(default_factory=LogSettings)
 

@@ -1,78 +1,170 @@
 """Checkpoints that are whole or absent, and the way back from one to the same numbers.
 
-`OUTPUT/checkpoints/step-000100/` is a model directory with `train_state.pt` (optimizer, random
-states, position) and `run.json` (the run's settings); `OUTPUT/checkpoints/latest` names the newest.
-A finished run's OUTPUT is a model directory too.
+`OUTPUT/checkpoints/step-000100/` is a model directory with `train_state.safetensors` (what the optimizer keeps of each
+parameter, by name), `train_state.json` (position, random states), `run.json` (the run's settings) and `manifest.json`
+(size and checksum of every file); `OUTPUT/checkpoints/latest` names the newest. Its form does not depend on the engine,
+the ZeRO stage or the number of processes, so a run may be continued with others. A finished run's OUTPUT is a model
+directory too.
 """
 
 import json
+import logging
 import os
-import pickle
 import random
 import shutil
+import threading
+import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import cobra.checkpoint
 from cobra.typed_config import from_dict, to_dict
 from train.engine import PlainEngine
+from train.processes import gather
 from train.recipes import RunConfig
 from vision_scan.errors import UserError
 
-RUN, STATE = "run.json", "train_state.pt"
-# What may change between the parts of a run: nothing that moves a number.
+log = logging.getLogger(__name__)
+
+RUN, STATE, POSITION, MANIFEST = "run.json", "train_state.safetensors", "train_state.json", "manifest.json"
+# What may change between the parts of a run: nothing that moves a number by more than rounding.
 FREE_SETTINGS = (
     "log",
+    "zero",
     "train.save_every",
     "train.keep",
+    "train.async_save",
+    "train.engine",
+    "train.micro_batch_size",
+    "train.skip_nonfinite",
+    "train.timeout",
     "data.path",
     "data.image_root",
     "data.check",
+    "data.workers",
 )
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint that had to be written could not be."""
+
+
 class Checkpoints:
-    """The checkpoints of one output directory."""
+    """The checkpoints of one output directory.
+
+    The state is copied while the training waits, and written beside it. A checkpoint that cannot be written (a full
+    disk) is a warning while the training can go on; the one before it stays.
+    """
 
     def __init__(self, output: Path, config: RunConfig, fingerprint: str) -> None:
         self.folder = output / "checkpoints"
         self.config = config
         self.fingerprint = fingerprint
+        self._writer: threading.Thread | None = None
+        self._error: str | None = None
 
-    def save(self, engine: PlainEngine, step: int) -> None:
-        """Writes the checkpoint after `step` steps, on the first process; the others wait.
+    def save(self, engine: PlainEngine, step: int, last: bool = False) -> float:
+        """Writes the checkpoint after `step` steps, on the first process.
 
         All files go to a temporary directory, are flushed to the disk, and appear by one rename.
+
+        Args:
+            engine: has the state.
+            step: steps done.
+            last: wait until it is written.
+        Returns:
+            the seconds for which the training stood still.
+        Raises:
+            CheckpointError: if the last checkpoint cannot be written; the one before it is still there.
         """
-        random_states = engine.gather(get_random_state())
+        began = time.perf_counter()
+        self._join()
+        random_states = gather(get_random_state())
         path = self.folder / step_name(step)
-        if engine.rank == 0 and not path.exists():
-            self._clear()
-            staging = self.folder / f".{path.name}"
-            cobra.checkpoint.save(engine.objective.model, staging)
-            state = {
-                "step": step,
-                "optimizer": engine.optimizer.state_dict(),
-                "objective": engine.objective.extra_state(),
-                "random": random_states,
-                "data": self.fingerprint,
-            }
-            torch.save(state, staging / STATE)
-            (staging / RUN).write_text(_to_json(self.config))
-            for name in (STATE, RUN):
-                _flush(staging / name)
-            _flush(staging)
-            staging.rename(path)
-            _flush(self.folder)
+        tensors = snapshot(engine)
         if engine.rank == 0:
+            position = {
+                "step": step,
+                "data": self.fingerprint,
+                "random": [state["words"] for state in random_states],
+            }
+            for rank, state in enumerate(random_states):
+                for kind, value in state["tensors"].items():
+                    tensors[f"random:{rank}:{kind}"] = value
+            self._writer = threading.Thread(
+                target=self._write, args=(engine, path, tensors, position), name="checkpoint"
+            )
+            self._writer.start()
+        if last or not self.config.train.async_save:
+            failed = self._join()
+            if last and failed:
+                raise CheckpointError(failed)
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        """Waits for what is still being written."""
+        self._join()
+
+    def _join(self) -> str | None:
+        """Waits for the writer; what went wrong, which is logged too."""
+        if self._writer is not None:
+            self._writer.join()
+        self._writer, error, self._error = None, self._error, None
+        if error:
+            log.error(error)
+        return error
+
+    def _write(
+        self, engine: PlainEngine, path: Path, tensors: dict[str, Tensor], position: dict[str, Any]
+    ) -> None:
+        staging = self.folder / f".{path.name}"
+        try:
+            if not path.exists():
+                self._clear()
+                self._fill(engine, staging, tensors, position)
+                staging.rename(path)
+                _flush(self.folder)
             write_atomic(self.folder / "latest", path.name + "\n")
             for old in list_checkpoints(self.folder)[: -self.config.train.keep]:
                 old.rename(old.with_name(f".{old.name}"))  # a kill must not leave half of it
             self._clear()
-        engine.gather(None)
+        except Exception as error:  # in a thread of its own, where nobody would see it
+            shutil.rmtree(staging, ignore_errors=True)
+            self._error = self._explain(path, tensors, error)
+
+    def _fill(
+        self, engine: PlainEngine, staging: Path, tensors: dict[str, Tensor], position: dict[str, Any]
+    ) -> None:
+        from safetensors.torch import save_file
+
+        model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        others = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.")}
+        cobra.checkpoint.save(engine.objective.model, staging, model)
+        save_file(others, staging / STATE)
+        (staging / POSITION).write_text(json.dumps(position) + "\n")
+        (staging / RUN).write_text(_to_json(self.config))
+        files = {file.name: describe_file(file) for file in sorted(staging.iterdir())}
+        (staging / MANIFEST).write_text(json.dumps(files, indent=2) + "\n")
+        for name in (STATE, POSITION, RUN, MANIFEST):
+            _flush(staging / name)
+        _flush(staging)
+
+    def _explain(self, path: Path, tensors: dict[str, Tensor], error: Exception) -> str:
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        room = ""
+        if self.folder.exists():
+            room = f"; it takes {needed / 1e9:.2f} GB, {shutil.disk_usage(self.folder).free / 1e9:.2f} GB are free"
+        before = list_checkpoints(self.folder)
+        kept = f"the newest one is {before[-1]}" if before else "there is none yet"
+        return (
+            f"checkpoint {path} could not be written: {error}{room}; {kept}; make room, or lower train.keep "
+            "(--resume --set train.keep=1)"
+        )
 
     def _clear(self) -> None:
         """Removes what a kill may have left, and what is no longer wanted."""
@@ -87,28 +179,130 @@ class Checkpoints:
         Raises:
             UserError: if the state is damaged or the data is not what it was.
         """
-        state = read_state(path)
-        if state["data"] != self.fingerprint:
+        from safetensors import safe_open
+
+        position = read_position(path)
+        if position["data"] != self.fingerprint:
             raise UserError(
                 f"{self.config.data.path} has changed since {path} was written; put the old file "
                 f"back, or start a new run with --init-from {path} --output OTHER"
             )
-        engine.objective.load_extra_state(state["objective"])
-        engine.optimizer.load_state_dict(state["optimizer"])
-        if engine.rank < len(state["random"]):
-            set_random_state(state["random"][engine.rank])
-        return state["step"]
+        with safe_open(path / STATE, framework="pt") as file:
+            keys: dict[str, list[str]] = {}
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                keys.setdefault(name.rpartition(":")[0], []).append(name)
+
+            def read(name: str) -> dict[str, Tensor]:
+                return {key.rpartition(":")[2]: file.get_tensor(key) for key in keys.get(f"optimizer:{name}", [])}
+
+            engine.load_optimizer_state(read)
+            self._restore_random(engine, position, file)
+        return position["step"]
+
+    def _restore_random(self, engine: PlainEngine, position: dict[str, Any], file: Any) -> None:
+        """Of a process that was not there before: from the seed, the step and its number."""
+        if engine.rank >= len(position["random"]):
+            torch.manual_seed(hash((self.config.train.seed, position["step"], engine.rank)))
+            return
+        prefix = f"random:{engine.rank}:"
+        names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+        tensors = {key.removeprefix(prefix): file.get_tensor(key) for key in names}
+        set_random_state({"words": position["random"][engine.rank], "tensors": tensors})
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The `train_state.pt` of a checkpoint; nothing in it is executed."""
+def snapshot(engine: PlainEngine, with_optimizer: bool = True) -> dict[str, Tensor]:
+    """Copies, on the CPU of the first process, of what a run is made of: `model.NAME`, `objective:NAME` and
+    `optimizer:PARAMETER:KEY`. To be called by all processes."""
+    tensors: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        if engine.rank == 0:
+            tensors[name] = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor)
+
+    for name, tensor in engine.weights():
+        keep(name if name.startswith("model.") else f"objective:{name}", tensor)
+    for name, value in engine.objective.state_dict().items():
+        if name not in engine.named:  # buffers
+            keep(name if name.startswith("model.") else f"objective:{name}", value)
+    for name, state in engine.optimizer_state() if with_optimizer else ():
+        for key, value in state.items():
+            keep(f"optimizer:{name}:{key}", value)
+    return tensors
+
+
+def save_model(engine: PlainEngine, path: Path) -> None:
+    """Writes the model alone, on the first process; to be called by all."""
+    tensors = {
+        name.removeprefix("model."): tensor
+        for name, tensor in snapshot(engine, with_optimizer=False).items()
+        if name.startswith("model.")
+    }
+    if engine.rank == 0:
+        cobra.checkpoint.save(engine.objective.model, path, tensors)
+
+
+def read_objective(path: Path) -> dict[str, Tensor]:
+    """The parameters of a checkpoint's objective that are not the model's."""
+    from safetensors import safe_open
+
+    with safe_open(path / STATE, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith("objective:")]  # noqa: SIM118
+        return {name.removeprefix("objective:"): file.get_tensor(name) for name in names}
+
+
+def read_position(path: Path) -> dict[str, Any]:
+    """The `train_state.json` of a checkpoint."""
+    return json.loads((path / POSITION).read_text())
+
+
+def describe_file(path: Path) -> dict[str, int]:
+    """Size and checksum of a file."""
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            checksum = zlib.crc32(piece, checksum)
+    return {"bytes": path.stat().st_size, "crc32": checksum}
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None if nothing is."""
     try:
-        return torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path / STATE} is missing, damaged, or holds more than tensors and numbers; write "
-            "the name of another checkpoint into the file 'latest' beside it"
-        ) from error
+        files = json.loads((path / MANIFEST).read_text())
+        for name, expected in files.items():
+            if describe_file(path / name) != expected:
+                return f"{path / name} is not as it was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{path}: {error}"
+    return None
+
+
+def choose_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that is undamaged, from the one that `latest` names on; None if there is none at all.
+    Damaged ones behind it are put aside under another name.
+
+    Raises:
+        UserError: if all are damaged.
+    """
+    latest = latest_checkpoint(output)
+    if latest is None:
+        return None
+    candidates = [path for path in list_checkpoints(latest.parent) if step_of(path) <= step_of(latest)]
+    damaged: dict[Path, str] = {}
+    for path in reversed(candidates):
+        damage = find_damage(path)
+        if damage is None:
+            if damaged:
+                log.warning("damaged: %s; going on from %s", "; ".join(damaged.values()), path)
+            for bad in damaged:
+                aside = bad.with_name(f"damaged-{bad.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                bad.rename(aside)
+            return path
+        damaged[path] = damage
+    raise UserError(
+        f"no checkpoint can be used: {'; '.join(damaged.values())}; put a copy back, or start anew in another "
+        "--output"
+    )
 
 
 def step_name(step: int) -> str:
@@ -118,7 +312,12 @@ def step_name(step: int) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(folder.glob("step-*"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps done at a checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def latest_checkpoint(output: Path) -> Path | None:
@@ -179,25 +378,32 @@ def check_same(old: RunConfig, new: RunConfig, output: Path) -> None:
 
 
 def get_random_state() -> dict[str, Any]:
-    """The random states of this process, in types that `weights_only` loads."""
+    """The random states of this process: `words` for JSON, and `tensors`."""
     version, words, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    key = numpy["state"]["key"].tolist()
     return {
-        "python": [version, list(words), gauss],
-        "numpy": {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].tolist()}},
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "words": {
+            "python": [version, list(words), gauss],
+            "numpy": {**numpy, "state": {**numpy["state"], "key": key}},
+        },
+        "tensors": tensors,
     }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Undoes `get_random_state`."""
-    version, words, gauss = state["python"]
+    version, words, gauss = state["words"]["python"]
     random.setstate((version, tuple(words), gauss))
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    numpy = state["words"]["numpy"]
+    key = np.array(numpy["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
+    torch.set_rng_state(state["tensors"]["torch"])
+    if "cuda" in state["tensors"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["tensors"]["cuda"])
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -12,10 +12,12 @@ import cobra.checkpoint
 import vision_scan
 from cobra.model import Cobra
 from cobra.tokenizer import Tokenizer
-from train import engine as engines
+from train import processes
 from train import resume as resuming
-from train.batches import BatchSource, SampleOrder
-from train.dataset import Rows, load_rows
+from train.data.batches import BatchSource, SampleOrder
+from train.data.dataset import Dataset, open_dataset
+from train.data.loader import load_steps
+from train.engine import build_engine
 from train.loop import Loop, train
 from train.metrics import Metrics
 from train.objectives import OBJECTIVES, Objective
@@ -48,69 +50,96 @@ def run(
     """
     output = Path(output)
     with StopRequest() as stop:
-        checkpoint = _check_paths(config, output, resume)
-        rows = load_rows(config.data, OBJECTIVES[config.train.objective].needs)
-        loop = prepare(config, output, rows, checkpoint)
+        _check_paths(config, output, resume)
+        loop, rows = prepare(config, output, resume)
         plan = list(describe_plan(loop, rows))  # on every process: a bad row is met by all
         is_first = loop.engine.rank == 0
         if is_first:
             for line in [*plan, f"output: {output}"]:
                 report(line)
             resuming.write_run(output, config)
-        loop.engine.gather(None)  # nobody goes on before the output directory is there
+        processes.gather(None)  # nobody goes on before the output directory is there
         metrics = Metrics(output, config, loop.num_steps, loop.start) if is_first else None
         try:
-            finished = train(loop, stop, metrics)
+            with processes.name_lost(f"in training, {output}"):
+                finished = train(loop, stop, metrics)
         finally:
+            loop.checkpoints.close()
             if metrics is not None:
                 metrics.close()
-        if finished and is_first:
-            cobra.save(loop.engine.objective.model, output)
+        if finished:
+            resuming.save_model(loop.engine, output)
         return finished
 
 
-def prepare(config: RunConfig, output: Path, rows: Rows, checkpoint: Path | None = None) -> Loop:
-    """Everything that the loop works with, as at the start or as it was at a checkpoint."""
-    settings = config.train
-    device = engines.choose_device(settings.device)
-    rank, world_size = engines.join_processes(settings.engine, device)
+def prepare(config: RunConfig, output: Path, resume: bool = False) -> tuple[Loop, Dataset]:
+    """Everything that the loop works with, as at the start or as it was at a checkpoint, and the data."""
+    settings, data = config.train, config.data
+    device = processes.choose_device(settings.device)
+    rank, world_size = processes.join_processes(settings.engine, device, settings.timeout)
+    rows = open_dataset(data, OBJECTIVES[settings.objective].needs, rank, world_size, processes.gather)
+    checkpoint = _agree_on_checkpoint(output, rank) if resume else None
     if checkpoint is None:
         model = build_model(config, rows)
     else:
         model = cobra.load(checkpoint, device="cpu", dtype="float32").train()
     objective = build_objective(config, model, rows, device)
-    lengths = [row.length for row in rows.rows]
-    order = SampleOrder(lengths, settings.batch_size, settings.seed, config.data.length_group)
+    if checkpoint is not None:
+        objective.load_extra_state(resuming.read_objective(checkpoint))
+    order = SampleOrder(rows.lengths, settings.batch_size, settings.seed, data.length_group, rows.shares)
     source = BatchSource(
         objective,
-        rows.rows,
+        rows,
         order,
         micro_batch_size=settings.micro_batch_size,
         rank=rank,
         world_size=world_size,
-        skip_bad=config.data.skip_bad,
+        skip_bad=data.skip_bad,
     )
     optimizer = build_optimizer(objective, config.optim)
-    engine = engines.ENGINES[settings.engine](objective, optimizer, device)
+    engine = build_engine(settings.engine, objective, optimizer, device, config.zero)
     checkpoints = resuming.Checkpoints(output, config, rows.fingerprint)
-    return Loop(
+    start = 0 if checkpoint is None else checkpoints.restore(engine, checkpoint)
+    num_steps = count_steps(config, rows)
+    workers = (4 if device.type == "cuda" else 0) if data.workers is None else data.workers
+    loop = Loop(
         config=config,
-        num_steps=count_steps(config, rows),
-        start=0 if checkpoint is None else checkpoints.restore(engine, checkpoint),
+        num_steps=num_steps,
+        start=start,
         engine=engine,
         source=source,
+        batches=load_steps(source, start, num_steps, workers, pin_memory=device.type == "cuda"),
         checkpoints=checkpoints,
     )
+    return loop, rows
 
 
-def count_steps(config: RunConfig, rows: Rows) -> int:
+def _agree_on_checkpoint(output: Path, rank: int) -> Path | None:
+    """The checkpoint that all processes continue from; the first one looks through its files.
+
+    Raises:
+        UserError: on every process, if all checkpoints are damaged.
+    """
+    chosen: Path | UserError | None = None
+    if rank == 0:
+        try:
+            chosen = resuming.choose_checkpoint(output)
+        except UserError as error:
+            chosen = error
+    chosen = processes.gather(chosen)[0]
+    if isinstance(chosen, UserError):
+        raise chosen
+    return chosen
+
+
+def count_steps(config: RunConfig, rows: Dataset) -> int:
     """Optimizer steps of the run: as set, or as many as the epochs take."""
     if config.train.epochs is None:
         return config.train.steps
-    return max(1, math.ceil(config.train.epochs * len(rows.rows) / config.train.batch_size))
+    return max(1, math.ceil(config.train.epochs * rows.epoch_size / config.train.batch_size))
 
 
-def build_model(config: RunConfig, rows: Rows) -> Cobra:
+def build_model(config: RunConfig, rows: Dataset) -> Cobra:
     """The model that a run begins with, float32, on the CPU: at random, and from `init.path` what
     is asked for."""
     source = config.init.path
@@ -136,7 +165,7 @@ def build_model(config: RunConfig, rows: Rows) -> Cobra:
     return model.train()
 
 
-def build_tokenizer(config: RunConfig, rows: Rows) -> Tokenizer:
+def build_tokenizer(config: RunConfig, rows: Dataset) -> Tokenizer:
     """The tokenizer of a new model, as `tokenizer.kind` asks."""
     settings = config.tokenizer
     if settings.kind == "bytes":
@@ -146,18 +175,18 @@ def build_tokenizer(config: RunConfig, rows: Rows) -> Tokenizer:
     return Tokenizer.train(rows.texts(), settings.vocab_size)
 
 
-def build_objective(config: RunConfig, model: Cobra, rows: Rows, device: torch.device) -> Objective:
+def build_objective(config: RunConfig, model: Cobra, rows: Dataset, device: torch.device) -> Objective:
     """The objective on its device, with the frozen parts frozen; seeds torch for it and for
     dropout."""
     torch.manual_seed(config.train.seed)
-    autocast = engines.autocast_dtype(config.train.dtype, device)
+    autocast = processes.autocast_dtype(config.train.dtype, device)
     objective = OBJECTIVES[config.train.objective](model, rows, autocast).to(device)
     for part in config.train.freeze:
         getattr(model, part).requires_grad_(False).eval()
     return objective
 
 
-def describe_plan(loop: Loop, rows: Rows) -> Iterator[str]:
+def describe_plan(loop: Loop, rows: Dataset) -> Iterator[str]:
     """What is about to happen, line by line."""
     config, engine, source = loop.config, loop.engine, loop.source
     settings, optim, model = config.train, config.optim, engine.objective.model
@@ -170,12 +199,12 @@ def describe_plan(loop: Loop, rows: Rows) -> Iterator[str]:
         yield f"  {part:<16}{count:>14,} parameters, {fate}{origin}"
     yield f"optimizer: {optim.kind}, learning rate {optim.lr:g} falling to {optim.min_lr_ratio:.0%} of it"
     yield from describe_groups(engine.optimizer)
-    yield f"data: {rows.path}, {len(rows.rows):,} rows, images checked: {config.data.check}"
+    yield f"data: {rows.path}, {len(rows):,} rows, images checked: {config.data.check}"
     if rows.bad:
         yield f"  {len(rows.bad):,} rows left out: {'; '.join(rows.bad[:3])}, ..."
     numbers = source.order.batch(loop.start)
-    num_tokens = sum(engine.objective.num_tokens(rows.rows[number]) for number in numbers)
-    epochs = loop.num_steps * settings.batch_size / len(rows.rows)
+    num_tokens = sum(engine.objective.num_tokens(rows[number]) for number in numbers)
+    epochs = loop.num_steps * settings.batch_size / rows.epoch_size
     yield (
         f"steps: {loop.num_steps:,} of {settings.batch_size} rows ({epochs:.1f} epochs), "
         f"{loop.start:,} of them done"
@@ -191,8 +220,12 @@ def describe_plan(loop: Loop, rows: Rows) -> Iterator[str]:
     yield f"kernels: {kinds}"
 
 
-def _check_paths(config: RunConfig, output: Path, resume: bool) -> Path | None:
-    """The checkpoint to continue from, if there is one and that is what was asked for."""
+def _check_paths(config: RunConfig, output: Path, resume: bool) -> None:
+    """Whether what was asked for can be done in the output directory.
+
+    Raises:
+        UserError: if not.
+    """
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a directory")
     if not resume:
@@ -204,10 +237,7 @@ def _check_paths(config: RunConfig, output: Path, resume: bool) -> Path | None:
             raise UserError(
                 f"{output} already holds a run or a model; use --resume, or another --output"
             )
-        return None
-    if not (output / resuming.RUN).exists():
-        if (output / cobra.checkpoint.CONFIG).exists():
-            raise UserError(f"{output} holds a model but no run to resume; use another --output")
-        return None
-    resuming.check_same(resuming.read_run(output), config, output)
-    return resuming.latest_checkpoint(output)
+    elif (output / resuming.RUN).exists():
+        resuming.check_same(resuming.read_run(output), config, output)
+    elif (output / cobra.checkpoint.CONFIG).exists():
+        raise UserError(f"{output} holds a model but no run to resume; use another --output")

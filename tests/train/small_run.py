@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from train.dataset import Rows, load_rows
+from train.data.dataset import Dataset, open_dataset
 from train.metrics import read_metrics
 from train.objectives import OBJECTIVES
 from train.recipes import RECIPES, RunConfig, change
@@ -85,9 +85,9 @@ def small_config(data: Path, *changes: str, recipe: str = "tiny") -> RunConfig:
     return change(RECIPES[recipe](), [*SETTINGS, f"data.path={data}", *changes])
 
 
-def load(config: RunConfig) -> Rows:
+def load(config: RunConfig) -> Dataset:
     """The rows of a run."""
-    return load_rows(config.data, OBJECTIVES[config.train.objective].needs)
+    return open_dataset(config.data, OBJECTIVES[config.train.objective].needs)
 
 
 def losses(output: Path) -> list[float]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from train.batches import BatchSource, SampleOrder
-from train.dataset import BadRowError, Row
+from train.data.batches import BatchSource, SampleOrder
+from train.data.rows import BadRowError, PathImage, Row
 from vision_scan.errors import UserError
 
 LENGTHS = [(7 * index) % 23 for index in range(30)]
@@ -29,7 +29,7 @@ class Echo:
 
 
 def source(order: SampleOrder, bad: tuple[str, ...] = (), **options: Any) -> BatchSource:
-    rows = [Row(str(index), (Path("x"),), (), None) for index in range(len(order.lengths))]
+    rows = [Row(str(index), (PathImage(Path("x")),), (), None) for index in range(len(order.lengths))]
     return BatchSource(Echo(bad), rows, order, **options)
 
 
@@ -98,6 +98,6 @@ def test_bad_row_stops_or_is_replaced_and_counted() -> None:
         (batch,) = tolerant(step)
         others = [str(row) for row in range(30) if row not in (4, 5)]
         assert Counter(batch) == Counter([*others, "6", "6"])
-    assert tolerant.skipped == {"4", "5"}
+    assert tolerant.skipped == {"row 4: cut", "row 5: cut"}
     with pytest.raises(BadRowError, match="no row"):
         source(order, bad=tuple(map(str, range(30))), skip_bad=True)(0)

@@ -3,7 +3,7 @@
 import torch
 
 import cobra
-from train.collate import Sample, collate_conversations, pad_right
+from train.data.collate import Sample, collate_conversations, pad_right
 
 
 def test_pad_right_fills_short_rows() -> None:
@@ -21,7 +21,7 @@ def test_batch_has_right_padding_tiles_in_order_and_honest_counts() -> None:
         pad_id=0,
     )
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0], [1, 2, 0]]
-    assert batch.inputs["labels"].tolist() == [[-100, 6, 7], [8, -100, -100], [-100, 2, -100]]
+    assert batch.inputs["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100], [-100, 2, -100]]
     assert torch.equal(batch.inputs["pixel_values"], tiles)
     assert batch.num_supervised == batch.weight == 3  # the 8 opens its row: nothing precedes it
     assert batch.num_tokens == 6

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cobra.prompt import Turn
-from train.dataset import load_rows
+from train.data.dataset import open_dataset
 from train.recipes import DataSettings
 from vision_scan.errors import UserError
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 def load(folder: Path, rows: Any, needs: str = "conversations", **settings: Any):
     path = folder / "data.json"
     path.write_text(json.dumps(rows))
-    return load_rows(DataSettings(path=str(path), **settings), needs)
+    return open_dataset(DataSettings(path=str(path), **settings), needs)
 
 
 def test_images_may_be_one_several_or_none(folder: Path) -> None:
@@ -46,9 +46,9 @@ def test_images_may_be_one_several_or_none(folder: Path) -> None:
             {"conversations": [PLAIN, ANSWER]},
             {"id": "null", "image": None, "conversations": [PLAIN, ANSWER]},
         ],
-    ).rows
+    )
     assert [len(row.images) for row in rows] == [1, 2, 0, 0]
-    assert rows[0].images[0] == folder / "good.png"
+    assert rows[0].images[0].path == folder / "good.png"
     assert rows[0].turns == (Turn("user", ASK["value"]), Turn("assistant", "this"))
     assert [row.id for row in rows] == ["'good'", "2", "number 2", "'null'"]
 
@@ -57,11 +57,11 @@ def test_jsonl_gives_the_same_rows(folder: Path) -> None:
     path = folder / "data.jsonl"
     line = json.dumps({**GOOD, "note": "a\u2028b"}, ensure_ascii=False)
     path.write_text(f"{line}\n\n{line}\n")
-    assert load_rows(DataSettings(path=str(path))).rows == load(folder, [GOOD, GOOD]).rows
+    assert list(open_dataset(DataSettings(path=str(path)))) == list(load(folder, [GOOD, GOOD]))
 
 
 def test_opening_answer_is_dropped(folder: Path) -> None:
-    (row,) = load(folder, [{"id": 1, "conversations": [ANSWER, PLAIN, ANSWER]}]).rows
+    (row,) = load(folder, [{"id": 1, "conversations": [ANSWER, PLAIN, ANSWER]}])
     assert [turn.role for turn in row.turns] == ["user", "assistant"]
 
 
@@ -94,7 +94,7 @@ def test_bad_row_is_named(folder: Path, row: Any, told: str) -> None:
     assert "\n" not in str(caught.value)
 
     kept = load(folder, [GOOD, row], skip_bad=True)
-    assert len(kept.rows) == 1
+    assert len(kept) == 1
     assert len(kept.bad) == 1
 
 
@@ -115,7 +115,7 @@ def test_bad_regions_are_named(folder: Path, regions: Any, told: str) -> None:
 
 def test_regions_need_no_conversation(folder: Path) -> None:
     row = {"image": "good.png", "regions": [{"box": BOX, "labels": {"digit": 7}}]}
-    (loaded,) = load(folder, [row], needs="regions").rows
+    (loaded,) = load(folder, [row], needs="regions")
     assert loaded.regions[0].labels == {"digit": "7"}
     with pytest.raises(UserError, match="no 'regions'"):
         load(folder, [GOOD], needs="regions")
@@ -123,13 +123,13 @@ def test_regions_need_no_conversation(folder: Path) -> None:
 
 def test_truncated_image_is_found_by_a_full_check_only(folder: Path) -> None:
     cut = {**GOOD, "id": "cut", "image": "cut.jpg"}
-    assert len(load(folder, [GOOD, cut]).rows) == 2
+    assert len(load(folder, [GOOD, cut])) == 2
     with pytest.raises(UserError, match=r"row 'cut': .*cut.jpg"):
         load(folder, [GOOD, cut], check="full")
 
 
 def test_unchecked_images_need_not_exist(folder: Path) -> None:
-    assert load(folder, [{**GOOD, "image": "none.png"}], check="none").rows
+    assert load(folder, [{**GOOD, "image": "none.png"}], check="none")
 
 
 def test_many_bad_rows_are_counted_and_the_first_named(folder: Path) -> None:
@@ -153,17 +153,17 @@ def test_many_bad_rows_are_counted_and_the_first_named(folder: Path) -> None:
 def test_file_that_is_not_llavas(folder: Path, name: str, content: str, told: str) -> None:
     (folder / name).write_text(content)
     with pytest.raises(UserError, match=told) as caught:
-        load_rows(DataSettings(path=str(folder / name)))
+        open_dataset(DataSettings(path=str(folder / name)))
     assert name in str(caught.value)
 
 
 def test_missing_paths(folder: Path) -> None:
     with pytest.raises(UserError, match=r"set data.path"):
-        load_rows(DataSettings())
+        open_dataset(DataSettings())
     with pytest.raises(UserError, match=r"none.json: No such file"):
-        load_rows(DataSettings(path=str(folder / "none.json")))
+        open_dataset(DataSettings(path=str(folder / "none.json")))
     with pytest.raises(UserError, match="cannot read"):
-        load_rows(DataSettings(path=str(folder)))
+        open_dataset(DataSettings(path=str(folder)))
     with pytest.raises(UserError, match=r"data.image_root .*pics is not a folder"):
         load(folder, [GOOD], image_root=str(folder / "pics"))
 

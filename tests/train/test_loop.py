@@ -9,7 +9,7 @@ import torch
 
 import cobra
 from tests.train.small_run import load, losses, small_config, write_data, write_region_data
-from train.dataset import BadRowError
+from train.data.rows import BadRowError
 from train.loop import NonFiniteError
 from train.metrics import read_metrics
 from train.objectives import Conversation
@@ -148,7 +148,7 @@ def test_signal_finishes_the_step_and_saves(
 
 
 def test_image_that_goes_bad_stops_or_is_skipped(data: Path, tmp_path: Path) -> None:
-    broken = load(small_config(data)).rows[0].images[0]
+    broken = load(small_config(data))[0].images[0].path
     broken.write_bytes(broken.read_bytes()[:-30])  # the header stays whole
     changes = ("train.engine=plain", "train.save_every=1", "train.steps=10")
     with pytest.raises(BadRowError, match=r"row 'row0': .*0.png"):

@@ -15,13 +15,15 @@ from train.run import run
 from vision_scan.errors import UserError
 
 RECORD = {"step": 1, "loss": 2.5, "lr": 0.001, "grad_norm": 1.0, "supervised_tokens": 7}
+COUNTS = {"num_tokens": 10, "num_supervised": 7, "num_images": 1, "num_padding": 0, "num_truncated": 0}
 
 
 def test_every_step_is_recorded_with_loss_rate_norm_and_speed(data: Path, tmp_path: Path) -> None:
     assert run(small_config(data, "train.engine=plain"), tmp_path / "run")
     records = read_metrics(tmp_path / "run")
     assert [record["step"] for record in records] == list(range(1, 7))
-    wanted = {*RECORD, "tokens_per_s", "seconds", "seconds_per_step"}
+    wanted = {*RECORD, "tokens_per_s", "seconds", "seconds_per_step", "images", "pad_frac", "truncated"}
+    wanted |= {"data_ms", "checkpoint_stall_s"}
     assert all(record.keys() == wanted for record in records)
     assert all(record["tokens_per_s"] > 0 and record["grad_norm"] > 0 for record in records)
     seconds = [record["seconds"] for record in records]
@@ -37,7 +39,7 @@ def test_resuming_drops_later_records_and_a_cut_line(data: Path, tmp_path: Path)
     lines = [json.dumps({**RECORD, "step": step, "seconds": 2.0 * step}) for step in (1, 2, 3)]
     (tmp_path / METRICS).write_text("\n".join(lines) + '\n{"step": 4, "lo')
     metrics = Metrics(tmp_path, small_config(data), num_steps=9, start=2)
-    metrics.add({**RECORD, "step": 3}, num_tokens=10)
+    metrics.add({**RECORD, "step": 3}, counts=COUNTS)
     metrics.close()
     records = read_metrics(tmp_path)
     assert [record["step"] for record in records] == [1, 2, 3]

@@ -8,7 +8,7 @@ import torch
 
 from cobra.config import CobraConfig
 from tests.train.small_run import COLOURS, load, small_config
-from train.dataset import BadRowError, Region, Row
+from train.data.rows import BadRowError, Region, Row
 from train.objectives import Conversation, Naming, Regions
 from train.recipes import RunConfig
 from train.run import build_model, build_objective
@@ -22,19 +22,19 @@ def build(config: RunConfig):
 
 def test_conversation_gives_the_models_own_loss(data: Path) -> None:
     objective, rows = build(small_config(data))
-    batch = objective.collate([objective.sample(row) for row in rows.rows])
+    batch = objective.collate([objective.sample(row) for row in rows])
     loss, stats = objective(batch.inputs)
     expected, count = objective.model.loss(batch.inputs)
     assert loss.item() == expected.item()
     assert count == batch.weight
     assert stats == {}
     assert batch.inputs["pixel_values"].shape == (8, 3, 16, 16)  # two of the ten rows have none
-    assert sum(map(objective.num_tokens, rows.rows)) == batch.num_tokens
+    assert sum(map(objective.num_tokens, rows)) == batch.num_tokens
 
 
 def test_conversation_loss_is_the_same_in_a_batch_and_row_by_row(data: Path) -> None:
     objective, rows = build(small_config(data))
-    samples = [objective.sample(row) for row in rows.rows]
+    samples = [objective.sample(row) for row in rows]
     with torch.no_grad():
         together, _ = objective(objective.collate(samples).inputs)
         alone = sum(objective(objective.collate([sample]).inputs)[0] for sample in samples)
@@ -44,7 +44,7 @@ def test_conversation_loss_is_the_same_in_a_batch_and_row_by_row(data: Path) -> 
 def test_autocast_keeps_weights_and_loss_in_float32(data: Path) -> None:
     objective, rows = build(small_config(data, "train.dtype=bfloat16"))
     full, _ = build(small_config(data))
-    batch = objective.collate([objective.sample(row) for row in rows.rows])
+    batch = objective.collate([objective.sample(row) for row in rows])
     loss, _ = objective(batch.inputs)
     exact, _ = full(batch.inputs)
     assert loss.dtype == torch.float32
@@ -55,9 +55,9 @@ def test_autocast_keeps_weights_and_loss_in_float32(data: Path) -> None:
 
 def test_image_that_went_bad_names_the_row(data: Path) -> None:
     objective, rows = build(small_config(data))
-    rows.rows[0].images[0].write_bytes(b"gone")
+    rows[0].images[0].path.write_bytes(b"gone")
     with pytest.raises(BadRowError, match=r"row 'row0': .*0.png"):
-        objective.sample(rows.rows[0])
+        objective.sample(rows[0])
 
 
 def test_patch_target_is_the_box_over_its_centre(region_data: Path) -> None:
@@ -85,7 +85,7 @@ def test_background_weighs_as_much_as_what_stands_in_the_boxes(region_data: Path
     region_data.write_text(json.dumps(rows))
     objective, loaded = build(small_config(region_data, recipe="tiny-tower"))
     assert objective.background_weight == pytest.approx(1 / 3)
-    batch = objective.collate([objective.sample(row) for row in loaded.rows])
+    batch = objective.collate([objective.sample(row) for row in loaded])
     assert batch.weight == pytest.approx(2 * len(rows))
     assert batch.num_supervised == 4 * len(rows)
     _, stats = objective(batch.inputs)
@@ -95,7 +95,7 @@ def test_background_weighs_as_much_as_what_stands_in_the_boxes(region_data: Path
 
 def test_perfect_heads_have_perfect_accuracy_and_no_loss(region_data: Path) -> None:
     objective, loaded = build(small_config(region_data, recipe="tiny-tower"))
-    batch = objective.collate([objective.sample(row) for row in loaded.rows])
+    batch = objective.collate([objective.sample(row) for row in loaded])
     classes = len(COLOURS) + 1
     sure = 50.0 * torch.nn.functional.one_hot(batch.inputs["targets"][..., 0], classes).float()
     objective.heads[0].forward = lambda features: sure
@@ -128,7 +128,7 @@ def test_extra_state_is_what_is_not_the_models(region_data: Path) -> None:
 
 def test_naming_reads_labels_off_by_the_embeddings_of_their_words(region_data: Path) -> None:
     objective, loaded = build(small_config(region_data, recipe="tiny-naming"))
-    batch = objective.collate([objective.sample(row) for row in loaded.rows])
+    batch = objective.collate([objective.sample(row) for row in loaded])
     targets = batch.inputs["targets"][..., 0]
     weights = torch.where(targets > 0, 1.0, objective.background_weight)
     assert batch.weight == pytest.approx(weights.sum().item())
@@ -155,7 +155,7 @@ def test_naming_reads_labels_off_by_the_embeddings_of_their_words(region_data: P
 
 def test_naming_is_learned_in_a_few_steps(region_data: Path) -> None:
     objective, loaded = build(small_config(region_data, recipe="tiny-naming"))
-    batch = objective.collate([objective.sample(row) for row in loaded.rows])
+    batch = objective.collate([objective.sample(row) for row in loaded])
     optimizer = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(60):
         loss, stats = objective(batch.inputs)

@@ -1,0 +1,1 @@
+"""Data sets: files of rows, mixtures of them, and their way into batches."""

@@ -1,0 +1,97 @@
+"""Samples to batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cobra.prompt import IGNORE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one forward pass of an objective needs, with the numbers that the loop needs
+    beforehand."""
+
+    inputs: dict[str, Any]
+    """Tensors for the objective."""
+    weight: float
+    """What the sum of the losses is to be divided by: for conversations, the supervised tokens."""
+    num_tokens: int
+    """Real tokens (or patches) read."""
+    num_supervised: int
+    """Tokens (or patches) that the loss looks at."""
+    num_images: int
+    num_padding: int = 0
+    """Tokens that only fill up rows."""
+    num_truncated: int = 0
+    """Rows that lost turns."""
+    ids: tuple[str, ...]
+    """The rows, for messages."""
+
+    def pin_memory(self) -> "Batch":
+        """The same in page-locked memory, from where a GPU copies beside its work."""
+        pinned = {
+            name: value.pin_memory() if isinstance(value, Tensor) else value
+            for name, value in self.inputs.items()
+        }
+        return replace(self, inputs=pinned)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rendered conversation."""
+
+    id: str
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    pixel_values: Tensor | None
+    """(tiles, 3, height, width) in [0, 1], float32, or None without images."""
+    num_images: int = 0
+    is_truncated: bool = False
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of different lengths as one (batch, longest) int64 tensor, filled up on the right."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *([value] * (longest - len(row)))] for row in rows])
+
+
+def collate_conversations(samples: Sequence[Sample], pad_id: int, packing: bool = False) -> Batch:
+    """Rows as one batch, the tiles in the order of the rows.
+
+    Args:
+        samples: the rows.
+        pad_id: fills up short rows on the right, where a causal model needs no mask.
+        packing: put the rows one behind the other instead, without any padding.
+    Returns:
+        A batch whose inputs are `input_ids` and `labels`, (batch, longest) int64, labels of pads -100, and
+        `pixel_values`, (tiles, 3, height, width), or None if no row has an image; if packed, `input_ids`, `labels` and
+        `seq_idx` (1, all tokens) int64, in which every row is a segment. Its weight is the number of labels after the
+        shift: the first token of a row is predicted from nothing.
+    """
+    # Nothing stands before a row's first token; in a pack the last token of another row does.
+    labels = [[IGNORE, *sample.labels[1:]] for sample in samples]
+    pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    lengths = [len(sample.input_ids) for sample in samples]
+    inputs: dict[str, Any] = {"pixel_values": torch.cat(pixels) if pixels else None}
+    if packing:
+        inputs["input_ids"] = torch.tensor([[i for sample in samples for i in sample.input_ids]])
+        inputs["labels"] = torch.tensor([[label for row in labels for label in row]])
+        inputs["seq_idx"] = torch.repeat_interleave(torch.tensor(lengths))[None]
+    else:
+        inputs["input_ids"] = pad_right([sample.input_ids for sample in samples], pad_id)
+        inputs["labels"] = pad_right(labels, IGNORE)
+    num_supervised = int((inputs["labels"] != IGNORE).sum())
+    return Batch(
+        inputs=inputs,
+        weight=float(num_supervised),
+        num_tokens=sum(lengths),
+        num_supervised=num_supervised,
+        num_images=sum(sample.num_images for sample in samples),
+        num_padding=inputs["input_ids"].numel() - sum(lengths),
+        num_truncated=sum(sample.is_truncated for sample in samples),
+        ids=tuple(sample.id for sample in samples),
+    )

@@ -1,0 +1,331 @@
+"""One row of a data set: what it says, and its images, checked in form but not read.
+
+LLaVA's form is `{"id", "image"?: path | [paths], "conversations": [{"from": "human" | "gpt", "value": text}]}`,
+where each image has one `<image>` mark in a human turn. OpenAI's form is `{"messages": [{"role", "content"}]}`
+with text or a list of parts as content. `"video"` names a folder of frames, or lists them, and has one `<video>`
+mark. Rows for the vision tower carry `"regions": [{"box": [x0, y0, x1, y1], "labels": {kind: value}}]`, boxes in
+0..1 of the image.
+"""
+
+import base64
+import binascii
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from PIL import Image
+
+from cobra.image import IMAGE_SUFFIXES, check_image, open_image
+from cobra.prompt import Turn, count_marks
+from cobra.tokenizer import IMAGE
+from vision_scan.errors import UserError
+
+ROLES: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
+VIDEO = "<video>"
+
+
+class BadRowError(UserError):
+    """A row that cannot be used; its text says which and why."""
+
+
+class ImageFile(Protocol):
+    """An image that has not been read yet."""
+
+    def __str__(self) -> str: ...
+
+    def read(self) -> bytes:
+        """The file as it is."""
+        ...
+
+    def check(self) -> None:
+        """Reads the header only."""
+
+    def open(self) -> Image.Image:
+        """Decodes it."""
+
+
+@dataclass(frozen=True)
+class PathImage:
+    """An image in a file of its own."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self) -> bytes:
+        return self.path.read_bytes()
+
+    def check(self) -> None:
+        check_image(self.path)
+
+    def open(self) -> Image.Image:
+        return open_image(self.path)
+
+
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """The bytes of an image file within a row, as a data URL has them."""
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        return self.data
+
+    def check(self) -> None:
+        with name_image(self):
+            check_image(self.data)
+
+    def open(self) -> Image.Image:
+        with name_image(self):
+            return open_image(self.data)
+
+
+@contextlib.contextmanager
+def name_image(image: object) -> Iterator[None]:
+    """Has an error about the bytes of an image name the image."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{image}: {str(error).partition(': ')[2]}") from error
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box of an image, (x0, y0, x1, y1) in 0..1, and what stands in it, as kind -> value."""
+
+    box: tuple[float, float, float, float]
+    labels: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A checked row; the images in the order of their marks."""
+
+    id: str
+    images: tuple[ImageFile, ...]
+    turns: tuple[Turn, ...]
+    regions: tuple[Region, ...] | None
+
+    @property
+    def num_characters(self) -> int:
+        return sum(len(turn.text) for turn in self.turns)
+
+
+class ImageFinder:
+    """Where the images that a row names are.
+
+    Args:
+        root: the folder that paths start from.
+        frames: how many frames are taken of a video, evenly spread.
+    """
+
+    def __init__(self, root: Path, frames: int) -> None:
+        self.root = root
+        self.frames = frames
+
+    def image(self, name: str) -> ImageFile:
+        return PathImage(self.root / name)
+
+    def video(self, video: Any) -> list[ImageFile]:
+        """The frames taken of a folder of them, or of a list."""
+        if isinstance(video, list) and all(isinstance(frame, str) for frame in video):
+            return [self.image(name) for name in spread(video, self.frames)]
+        if not isinstance(video, str):
+            raise UserError(f"'video' must be a folder of frames or a list of them, got {short(video)}")
+        folder = self.root / video
+        if folder.is_file():
+            raise UserError(f"'video' {folder} is a file; extract its frames into a folder and give that")
+        try:
+            names = sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES))
+        except OSError as error:
+            raise UserError(f"'video' {folder}: {error.strerror}; give a folder of frames") from error
+        if not names:
+            raise UserError(f"'video' {folder} has no frames (files that end in {', '.join(IMAGE_SUFFIXES)})")
+        return [PathImage(folder / name) for name in spread(names, self.frames)]
+
+
+def spread(items: Sequence[str], most: int) -> list[str]:
+    """At most so many of the items, at even distances, each from the middle of its stretch."""
+    if len(items) <= most:
+        return list(items)
+    return [items[(2 * index + 1) * len(items) // (2 * most)] for index in range(most)]
+
+
+def parse_row(raw: Any, name: str, finder: ImageFinder, needs: str = "conversations") -> Row:
+    """Checks one row's form: types, roles, marks against images, regions. Reads no image.
+
+    Args:
+        raw: the row as JSON gave it.
+        name: what to call it.
+        finder: finds its images.
+        needs: what the row cannot do without, "conversations" or "regions".
+    Raises:
+        UserError: with the reason.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"expected a mapping with 'conversations', got {short(raw)}")
+    if needs not in raw and not (needs == "conversations" and "messages" in raw):
+        raise UserError(f"has no {needs!r}; keys: {', '.join(map(str, raw)) or 'none'}")
+    if "messages" in raw and "conversations" not in raw:
+        turns, images = _parse_messages(raw, finder)
+    else:
+        turns, images = _parse_llava(raw, finder)
+    marks = sum(count_marks(turn.text) for turn in turns if turn.role == "user")
+    if turns and marks != len(images):
+        raise UserError(
+            f"{marks} {IMAGE} marks in the human turns for {len(images)} images; write one for each"
+        )
+    regions = _parse_regions(raw["regions"]) if "regions" in raw else None
+    if needs == "regions" and len(images) != 1:
+        raise UserError(f"'regions' need one image, got {len(images)}")
+    return Row(name, tuple(images), turns, regions)
+
+
+def _parse_llava(raw: dict, finder: ImageFinder) -> tuple[tuple[Turn, ...], list[ImageFile]]:
+    images = [finder.image(name) for name in _image_names(raw)]
+    turns = _parse_turns(raw["conversations"]) if "conversations" in raw else ()
+    if raw.get("video") is None:
+        return turns, images
+    if images:
+        raise UserError("has both 'image' and 'video'; give one of them")
+    frames = finder.video(raw["video"])
+    marks = sum(turn.text.count(VIDEO) for turn in turns if turn.role == "user")
+    if marks != 1:
+        raise UserError(f"{marks} {VIDEO} marks in the human turns for 1 video; write one")
+    expanded = IMAGE * len(frames)
+    return tuple(Turn(t.role, t.text.replace(VIDEO, expanded)) if t.role == "user" else t for t in turns), frames
+
+
+def _image_names(raw: dict) -> list[str]:
+    """What a row has under `image` or `images`."""
+    for key in ("image", "images"):
+        images = raw.get(key) or []
+        images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+            raise UserError(f"{key!r} must be a path or a list of paths, got {short(raw[key])}")
+        if images:
+            return images
+    return []
+
+
+def _parse_turns(raw: Any) -> tuple[Turn, ...]:
+    if not isinstance(raw, list) or not raw:
+        raise UserError(f"'conversations' must be a list of turns, got {short(raw)}")
+    for turn in raw:
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise UserError(f"a turn must be {{'from': ..., 'value': text}}, got {short(turn)}")
+        if turn.get("from") not in ROLES:
+            raise UserError(f"turn from {turn.get('from')!r}, allowed: {', '.join(ROLES)}")
+    turns = tuple(Turn(ROLES[turn["from"]], turn["value"]) for turn in raw)
+    if turns[0].role == "assistant":  # some of LLaVA's text-only rows; it drops the turn too
+        turns = turns[1:]
+    return _check_turns(turns, "human and gpt")
+
+
+def _check_turns(turns: tuple[Turn, ...], roles: str) -> tuple[Turn, ...]:
+    if any(turn.role != ("user", "assistant")[index % 2] for index, turn in enumerate(turns)):
+        raise UserError(f"the turns do not alternate between {roles}")
+    if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
+        raise UserError(f"has no answer to learn from: no {roles.split()[-1]} turn with text")
+    return turns
+
+
+def _parse_messages(raw: dict, finder: ImageFinder) -> tuple[tuple[Turn, ...], list[ImageFile]]:
+    """OpenAI's form. A system message goes in front of the first user turn, since no template has a place for it;
+    a part of type `image` without a path takes the next of the row's `images`."""
+    if not isinstance(raw["messages"], list) or not raw["messages"]:
+        raise UserError(f"'messages' must be a list of messages, got {short(raw['messages'])}")
+    loose = iter(_image_names(raw))
+    turns: list[Turn] = []
+    images: list[ImageFile] = []
+    system = ""
+    for message in raw["messages"]:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ("system", "user", "assistant"):
+            raise UserError(f"message of role {role!r}, allowed: system, user, assistant")
+        pieces = [_read_part(part, finder, loose) for part in _parts(message.get("content"))]
+        text = "".join(piece if isinstance(piece, str) else IMAGE for piece in pieces)
+        images += [piece for piece in pieces if not isinstance(piece, str)]
+        if role == "system":
+            if turns:
+                raise UserError("a system message stands behind another; it must be the first")
+            system = f"{text}\n\n"
+        else:
+            turns.append(Turn(role, system + text))
+            system = ""
+    images += [finder.image(name) for name in loose]  # those of marks within the texts
+    return _check_turns(tuple(turns), "user and assistant"), images
+
+
+def _parts(content: Any) -> Iterator[dict]:
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise UserError(f"'content' must be text or a list of parts, got {short(content)}")
+    return iter(content)
+
+
+def _read_part(part: dict, finder: ImageFinder, loose: Iterator[str]) -> str | ImageFile:
+    kind = part.get("type")
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind == "image":
+        name = part.get("image") or part.get("path") or next(loose, None)
+        if name is None:
+            raise UserError("more parts of type 'image' than the row has 'images'")
+        return _locate(name, finder)
+    if kind == "image_url":
+        url = part.get("image_url")
+        return _locate(url.get("url") if isinstance(url, dict) else url, finder)
+    raise UserError(f"a part of type {kind!r}, allowed: text, image, image_url; got {short(part)}")
+
+
+def _locate(url: Any, finder: ImageFinder) -> ImageFile:
+    """A path, a file URL, or a data URL; nothing is fetched from the network."""
+    if not isinstance(url, str) or not url:
+        raise UserError(f"an image must be a path or a data URL, got {short(url)}")
+    if url.startswith("data:"):
+        try:
+            return EmbeddedImage(short(url), base64.b64decode(url.partition(",")[2], validate=True))
+        except binascii.Error as error:
+            raise UserError(f"{short(url)} is not base64: {error}") from error
+    if url.startswith(("http://", "https://")):
+        raise UserError(f"{short(url)} is not on this machine; download it and give its path")
+    return finder.image(url.removeprefix("file://"))
+
+
+def _parse_regions(raw: Any) -> tuple[Region, ...]:
+    if not isinstance(raw, list):
+        raise UserError(f"'regions' must be a list, got {short(raw)}")
+    regions = []
+    for region in raw:
+        box = region.get("box") if isinstance(region, dict) else None
+        labels = region.get("labels") if isinstance(region, dict) else None
+        if not (
+            isinstance(box, list)
+            and len(box) == 4
+            and all(isinstance(x, (int, float)) for x in box)
+        ):
+            raise UserError(f"a region's 'box' must be [x0, y0, x1, y1], got {short(box)}")
+        if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            raise UserError(f"box {box} is not x0 < x1, y0 < y1 within 0 to 1")
+        if not isinstance(labels, dict):
+            raise UserError(f"a region's 'labels' must be {{kind: value}}, got {short(labels)}")
+        regions.append(
+            Region(tuple(box), {str(kind): str(value) for kind, value in labels.items()})
+        )
+    return tuple(regions)
+
+
+def short(value: Any) -> str:
+    """A value for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,172 @@
+"""The processes of a run: who they are, how they find each other, and what they tell each other.
+
+A launcher says so in the environment: torchrun and deepspeed by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT; Slurm's srun, with one task for each device, by its own variables.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from cobra.lm.precision import has_native_bf16
+from vision_scan.errors import UserError
+
+MASTER_PORTS = 20000, 10000  # of Slurm jobs: the first, and how many; a fixed one would clash on a shared node
+
+
+class LostProcessError(RuntimeError):
+    """Another process is gone, or does not answer."""
+
+
+def adopt_slurm() -> None:
+    """Puts what srun says into the variables that torch reads, unless a launcher has set them.
+
+    Raises:
+        UserError: if the job has several tasks and their first host cannot be found out.
+    """
+    environment = os.environ
+    if "RANK" in environment or "SLURM_PROCID" not in environment or "SLURM_STEP_ID" not in environment:
+        return
+    num_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", 1)))
+    if num_tasks == 1:
+        return
+    job = int(environment.get("SLURM_JOB_ID", 0))
+    first, count = MASTER_PORTS
+    values = {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "WORLD_SIZE": str(num_tasks),
+        "MASTER_PORT": str(first + job % count),
+    }
+    if "MASTER_ADDR" not in environment:
+        values["MASTER_ADDR"] = _first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    for name, value in values.items():
+        environment.setdefault(name, value)
+
+
+def _first_host(nodes: str) -> str:
+    try:
+        found = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+        return found.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(
+            f"cannot find the first host of {nodes!r} by scontrol; set MASTER_ADDR in the job script"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device of this process."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but torch sees no CUDA device; use auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    # A launcher may show each process its own device only.
+    device = torch.device("cuda", local if local < torch.cuda.device_count() else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def autocast_dtype(
+    name: Literal["auto", "float32", "bfloat16"], device: torch.device
+) -> torch.dtype | None:
+    """The dtype of the autocast forward pass, None for float32."""
+    if name == "auto":
+        name = "bfloat16" if has_native_bf16(device) else "float32"
+    return torch.bfloat16 if name == "bfloat16" else None
+
+
+def join_processes(engine: str, device: torch.device, timeout: float = 30.0) -> tuple[int, int]:
+    """Connects the processes that a launcher started: (rank, number of processes).
+
+    A single process without a launcher needs no address or port: it talks to itself. Processes
+    that are connected already stay so, for the next run.
+
+    Args:
+        engine: of the run.
+        device: of this process.
+        timeout: minutes that a process waits for the others before it gives up.
+    Raises:
+        UserError: if there are several processes and the engine is plain.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if engine == "plain":
+        if world_size > 1:
+            raise UserError(
+                f"train.engine=plain runs 1 process, got {world_size}; use train.engine=deepspeed"
+            )
+        return 0, 1
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        limit = timedelta(minutes=timeout)
+        if "RANK" in os.environ:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            with name_lost(f"while {world_size} processes were to meet at {address}"):
+                dist.init_process_group(backend, timeout=limit)
+        else:
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def leave_processes() -> None:
+    """Undoes `join_processes`, for good: DeepSpeed cannot begin again in the same process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather(item: Any) -> list[Any]:
+    """An object of each process, in the order of their ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [item]
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+@contextlib.contextmanager
+def name_lost(when: str) -> Iterator[None]:
+    """Turns torch's error about a process that is gone, or a collective that took too long, into one line.
+
+    Raises:
+        LostProcessError: with who noticed it and what to do.
+    """
+    try:
+        yield
+    except dist.DistError as error:
+        raise _lost(when, error) from error
+    except RuntimeError as error:
+        if not is_about_processes(error):
+            raise
+        raise _lost(when, error) from error
+
+
+def is_about_processes(error: RuntimeError) -> bool:
+    """Whether an error of torch comes from the connection between processes."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "NCCL", "gloo")
+    return any(sign in text for sign in signs)
+
+
+def _lost(when: str, error: Exception) -> LostProcessError:
+    rank = os.environ.get("RANK", "0")
+    reason = " ".join(str(error).split())[:200]
+    return LostProcessError(
+        f"process {rank} on {socket.gethostname()} lost another one {when} ({reason}); look for the first error of the "
+        "other processes (killed for memory, node down), then run again with --resume; raise train.timeout if they "
+        "were only slow"
+    )
