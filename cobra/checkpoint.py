@@ -168,6 +168,7 @@ def assign_tensors(
             value = tensors[name]
             if isinstance(target, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=target.requires_grad)
+                value.__dict__.update(target.__dict__)  # marks for the optimizer
             for module, leaf in _owners(model, target):
                 setattr(module, leaf, value)
 

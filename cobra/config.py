@@ -5,7 +5,8 @@ from typing import Literal
 
 from vision_scan.errors import choose
 
-from .connector import ConnectorConfig, FusedMLPConfig, MSCConfig
+from .connector import ConnectorConfig, FusedMLPConfig, MSCConfig, VSSL2Config
+from .connector import MLPConfig as MLPConnectorConfig
 from .image import ImageConfig
 from .lm.attention import AttentionConfig
 from .lm.mamba1 import Mamba1Config
@@ -118,19 +119,37 @@ _MAMBA2_LMS = {
     for size, (d_model, depth) in _MAMBA2_SIZES.items()
 }
 
-_ML_MAMBA = CobraConfig(
+_DINOV2 = TimmEncoderConfig(name="vit_large_patch14_reg4_dinov2.lvd142m")
+_SIGLIP = TimmEncoderConfig(name="vit_so400m_patch14_siglip_384")
+
+# Cobra (h-zhao1997/cobra, "cobra+3b"), which squashes images.
+_COBRA = CobraConfig(
     image=ImageConfig(height=384, width=384),
-    vision_encoder=FusedEncoderConfig(
-        towers=(
-            TimmEncoderConfig(name="vit_large_patch14_reg4_dinov2.lvd142m"),
-            TimmEncoderConfig(name="vit_so400m_patch14_siglip_384"),
-        )
-    ),
+    vision_encoder=FusedEncoderConfig(towers=(_DINOV2, _SIGLIP)),
+    connector=FusedMLPConfig(),
+    lm=_MAMBA1_LMS["2.8b"],
+    template="zephyr",
+)
+_ML_MAMBA = replace(
+    _COBRA,
     connector=MSCConfig(
         order="bi2", combine="mean", pre_norm=False, swiglu=True, depth=2, projector="fused_mlp"
     ),
     lm=_MAMBA2_LMS["2.7b"],
-    template="zephyr",
+)
+# LLaVA 1.5 7B: features of the last block but one, images padded with CLIP's mean colour, and Vicuna 7B v1.5,
+# which is Llama 2.
+_LLAVA = CobraConfig(
+    image=ImageConfig(height=336, width=336, resize="letterbox", fill=(122, 116, 104)),
+    vision_encoder=TimmEncoderConfig(name="vit_large_patch14_clip_quickgelu_336.openai"),
+    connector=MLPConnectorConfig(),
+    lm=LMConfig(
+        d_model=4096,
+        vocab_size=32000,
+        layers=(AttentionConfig(num_heads=32, num_kv_heads=32, headdim=128), MLPConfig(d_ff=11008)) * 32,
+        tie_word_embeddings=False,
+    ),
+    template="vicuna_v1",
 )
 
 PRESETS: dict[str, CobraConfig] = {
@@ -139,13 +158,16 @@ PRESETS: dict[str, CobraConfig] = {
     **{f"mamba-{size}": replace(_TINY, lm=lm) for size, lm in _MAMBA1_LMS.items()},
     **{f"mamba2-{size}": replace(_TINY, lm=lm) for size, lm in _MAMBA2_LMS.items()},
     **{f"transformer-{size}": replace(_TINY, lm=transformer_twin(lm)) for size, lm in _MAMBA2_LMS.items()},
+    "cobra-3b": _COBRA,
+    "transformer-3b": replace(_COBRA, lm=transformer_twin(_COBRA.lm)),
     # ML-Mamba's connector as its code has it, and as the paper's figures draw it (four directions).
     "ml-mamba-3b": _ML_MAMBA,
     "ml-mamba-3b-drawn": replace(
         _ML_MAMBA,
         connector=replace(_ML_MAMBA.connector, order="cross4", combine="sum", pre_norm=True),
     ),
-    "transformer-3b": replace(
-        _ML_MAMBA, connector=FusedMLPConfig(), lm=transformer_twin(_MAMBA2_LMS["2.7b"])
-    ),
+    # VL-Mamba's best variant: VSS-L2 with the bidirectional scan, over Mamba-2.8b-slimpj. How its prompts and
+    # images were prepared is not published; these are Cobra's ways.
+    "vl-mamba": replace(_COBRA, vision_encoder=_SIGLIP, connector=VSSL2Config(order="bi2")),
+    "llava-1.5": _LLAVA,
 }

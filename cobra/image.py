@@ -34,7 +34,6 @@ _DECODE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-_GREY = (127, 127, 127)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +44,23 @@ class ImageConfig:
         height: of a tile, in pixels.
         width: of a tile, in pixels.
         resize: how an image of another shape is fitted: "squash" ignores its aspect ratio, "letterbox"
-            keeps it and fills up with grey (near every tower's mean), "crop" keeps it and cuts off
-            what sticks out, equally on both sides.
+            keeps it and fills up with `fill`, "crop" keeps it and cuts off what sticks out, equally on
+            both sides.
+        fill: a colour, red, green and blue from 0 to 255; grey is near every tower's mean.
     """
 
     height: int
     width: int
     resize: Literal["squash", "letterbox", "crop"] = "squash"
+    fill: tuple[int, ...] = (127, 127, 127)
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
             raise UserError(f"image size {self.height}x{self.width}: both must be 1 or more")
         if self.resize not in ("squash", "letterbox", "crop"):
             raise UserError(f"image.resize={self.resize!r}: allowed are squash, letterbox, crop")
+        if len(self.fill) != 3 or not all(0 <= part <= 255 for part in self.fill):
+            raise UserError(f"image.fill={self.fill}: give red, green and blue, each from 0 to 255")
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -104,7 +107,7 @@ def to_pixels(image: Image.Image, config: ImageConfig) -> Tensor:
     if config.resize == "crop":
         image = ImageOps.fit(image, target, Image.Resampling.BICUBIC)
     elif config.resize == "letterbox":
-        image = _letterbox(image, *target)
+        image = _letterbox(image, *target, config.fill)
     elif image.size != target:
         image = image.resize(target, Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
@@ -171,11 +174,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _letterbox(image: Image.Image, width: int, height: int) -> Image.Image:
+def _letterbox(image: Image.Image, width: int, height: int, fill: tuple[int, ...]) -> Image.Image:
     scale = min(width / image.width, height / image.height)
     # A very long image must keep at least one pixel across.
     inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    canvas = Image.new("RGB", (width, height), _GREY)
+    canvas = Image.new("RGB", (width, height), fill)
     corner = ((width - inner[0]) // 2, (height - inner[1]) // 2)
     canvas.paste(image.resize(inner, Image.Resampling.BICUBIC), corner)
     return canvas

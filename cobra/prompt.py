@@ -36,6 +36,7 @@ class Template:
         between: between an assistant turn and the next user turn.
         tokens: which substrings of the above are special tokens; the rest is plain text.
         empty_answer: stands for an assistant turn without text.
+        system: before the first user turn.
     """
 
     user_open: str
@@ -44,6 +45,7 @@ class Template:
     between: str = ""
     tokens: tuple[str, ...]
     empty_answer: str = ""
+    system: str = ""
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (templates are few, and never go)
     def encode(self, text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -74,6 +76,16 @@ TEMPLATES = {
         between="\n",
         tokens=("<|endoftext|>",),
         empty_answer=" ",
+    ),
+    # Source: `conv_vicuna_v1` of LLaVA (haotian-liu/LLaVA, conversation.py), whose tokenizer puts <s> in
+    # front. The space before an answer is part of what is given, not of what is learned.
+    "vicuna_v1": Template(
+        system="<s>A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        user_open="USER: ",
+        user_close=" ASSISTANT: ",
+        end="</s>",
+        tokens=("<s>", "</s>"),
     ),
 }
 
@@ -200,5 +212,5 @@ def mark_images(text: str, num_images: int) -> str:
 
 
 def _open(template: Template, tokenizer: Tokenizer, first: bool) -> tuple[int, ...]:
-    between = "" if first else template.between
-    return template.encode(between + template.user_open, tokenizer)
+    before = template.system if first else template.between
+    return template.encode(before + template.user_open, tokenizer)

@@ -8,14 +8,18 @@ grid_height, grid_width, d_model)`, the attribute `d_model`, and a Config with `
 import itertools
 import math
 import re
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Union
+from pathlib import Path
+from typing import Any, Literal, Union
 
 import torch
 from torch import Tensor, nn
 
 from vision_scan.errors import UserError
 
+from .checkpoint import assign_tensors
 from .image import ImageConfig
 from .typed_config import require_positive
 
@@ -172,7 +176,7 @@ class TimmEncoder(nn.Module):
         depth = len(self.tower.blocks)
         if not -depth <= config.block < depth:
             raise UserError(f"{config.name} has {depth} blocks; block {config.block} is not one of them")
-        self.block = config.block % depth
+        self.name, self.depth, self.block = config.name, depth, config.block % depth
         self.d_model = self.tower.embed_dim
         # Blocks behind the one whose features are taken would only cost memory.
         self.tower.blocks = self.tower.blocks[: self.block + 1]
@@ -191,6 +195,85 @@ class TimmEncoder(nn.Module):
             intermediates_only=True,
         )
         return features.movedim(1, -1)
+
+    def load_weights(self, path: str | Path) -> None:
+        """Fills the tower from a file, see `load_tower_weights`."""
+        where = f"{path}, read as {self.name},"
+        given = self._as_timm_would(_read_state_dict(Path(path)), where)
+        assign_tensors(self.tower, {k: t for k, t in given.items() if not self._drops(k)}, where)
+
+    def _as_timm_would(self, tensors: dict[str, Any], where: str) -> Mapping[str, Tensor]:
+        """The tensors under timm's names, positions resampled to this image size by timm's own function."""
+        if "radio" in self.name:
+            raise UserError(f"{where} is refused: RADIO's positions are resampled in a way of their own")
+        kernel = tensors.get("patch_embed.proj.weight")
+        adapt = getattr(sys.modules[type(self.tower).__module__], "checkpoint_filter_fn", None)
+        try:
+            adapted = dict(adapt(tensors, self.tower) if adapt else tensors)
+        except Exception as error:  # whatever timm meets in a file that is of no model it knows
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{where} is not a state dict that timm can adapt ({reason})") from error
+        if isinstance(kernel, Tensor) and kernel.dim() == 4:
+            adapted["patch_embed.proj.weight"] = kernel  # a tower of another patch size is another tower
+        others = [name for name, tensor in adapted.items() if not isinstance(tensor, Tensor)]
+        if others:
+            raise UserError(f"{where} is not a state dict: {others[0]} is not a tensor")
+        return adapted
+
+    def _drops(self, name: str) -> bool:
+        """Whether a tensor of the published model has no place here: it comes behind the features."""
+        part, _, rest = name.partition(".")
+        if part != "blocks":
+            return part in BEHIND_BLOCKS and name not in self.tower.state_dict()
+        index = rest.partition(".")[0]
+        return index.isdecimal() and self.block < int(index) < self.depth
+
+
+BEHIND_BLOCKS = ("norm", "fc_norm", "attn_pool", "head")  # timm's names of what follows a ViT's blocks
+
+
+def load_tower_weights(encoder: nn.Module, paths: Sequence[str | Path]) -> None:
+    """Fills the timm towers of a vision encoder with pretrained weights of local files.
+
+    Position embeddings of another image size are resampled as timm does it. What the published model has
+    behind the features that the encoder takes is left out: later blocks, final norm, pooling, head. All else
+    has to be there, and nothing but it.
+
+    Args:
+        encoder: a TimmEncoder or FusedEncoder, of any image size, dtype and device.
+        paths: a file for each tower, in order: the state dict of the timm model, as .safetensors or as a
+            pickle of plain tensors (.bin, .pth, .pt).
+    Raises:
+        UserError: naming the file, if it is missing or damaged, or the tensors that are missing, unexpected
+            or of another shape; or if files and towers differ in number.
+    """
+    towers = [module for module in encoder.modules() if isinstance(module, TimmEncoder)]
+    if len(towers) != len(paths):
+        names = ", ".join(tower.name for tower in towers) or "none"
+        raise UserError(
+            f"{len(paths)} tower files for {len(towers)} timm towers ({names}): give one for each, in order"
+        )
+    for tower, path in zip(towers, paths, strict=True):
+        tower.load_weights(path)
+
+
+def _read_state_dict(path: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a timm model's .safetensors, .bin or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle fails in any way
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: damaged, or holds more than plain tensors ({reason})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds a {type(data).__name__}, not a state dict of names and tensors")
+    for wrapper in ("state_dict", "model"):
+        data = data[wrapper] if isinstance(data.get(wrapper), dict) else data
+    return data
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Scans over sequences and images: orders, operators, modules. Knows nothing of language."""
 
 from .errors import UserError
+from .modules import SS2D, SS2DConfig, VSSBlock
 from .ops import (
     backend_report,
     causal_conv1d,
@@ -20,8 +21,11 @@ from .scan import merge_2d, scan_2d
 
 __all__ = [
     "SCAN_ORDERS",
+    "SS2D",
+    "SS2DConfig",
     "ScanOrder",
     "UserError",
+    "VSSBlock",
     "backend_report",
     "causal_conv1d",
     "causal_conv1d_2d",

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import vision_scan
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
+from vision_scan.precision import Float32Parameters
 
 from .decode import stored
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
-from .precision import Float32Parameters, Projection, RMSNorm
+from .precision import Projection, RMSNorm
 from .short_conv import ShortConvolution
 
 

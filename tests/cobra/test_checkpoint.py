@@ -16,6 +16,7 @@ from cobra.checkpoint import (
     read_tensors,
     resolve_dtype,
 )
+from cobra.connector import VSSMLPConfig
 from cobra.tokenizer import Tokenizer
 from vision_scan.errors import UserError
 
@@ -106,6 +107,16 @@ def test_a_bf16_model_survives_saving(saved, tmp_path):
     cobra.save(half, tmp_path / "half")
     assert equal(half, cobra.load(tmp_path / "half", dtype="bfloat16"))
     assert cobra.load(tmp_path / "half", dtype="float32").dtype == torch.float32
+
+
+def test_a_loaded_model_keeps_the_marks_for_the_optimizer(tmp_path):
+    model = cobra.build(replace(small(), connector=VSSMLPConfig()))
+    cobra.save(model, tmp_path / "model")
+    marks = [
+        {name for name, p in one.named_parameters() if getattr(p, "_no_weight_decay", False)}
+        for one in (model, cobra.load(tmp_path / "model"))
+    ]
+    assert marks[0] == marks[1] and len(marks[0]) == 3
 
 
 def test_save_writes_readable_files_and_leaves_nothing_else(saved):

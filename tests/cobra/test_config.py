@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -15,24 +16,32 @@ from cobra.vision_encoder import VISION_ENCODERS, SmallEncoderConfig
 from vision_scan.errors import UserError
 
 SIZES = ["130m", "370m", "780m", "1.3b", "2.7b"]
-TWINS = [("tiny", "transformer-tiny"), *((f"mamba2-{size}", f"transformer-{size}") for size in SIZES)]
+TWINS = [
+    ("tiny", "transformer-tiny"),
+    ("cobra-3b", "transformer-3b"),
+    *((f"mamba2-{size}", f"transformer-{size}") for size in SIZES),
+]
+
+
+@functools.cache
+def parameters(preset: str) -> dict[str, int]:
+    """Of each part, on the meta device: shapes without memory."""
+    if PRESETS[preset].vision_encoder.kind != "small":
+        pytest.importorskip("timm")
+    return count_parts(PRESETS[preset])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_builds(preset):
-    """On the meta device: shapes without memory."""
-    config = PRESETS[preset]
-    if config.vision_encoder.kind != "small":
-        pytest.importorskip("timm")
-    parts = count_parts(config)
+    config, parts = PRESETS[preset], parameters(preset)
     assert list(parts) == ["vision_encoder", "connector", "lm"]
     assert min(parts.values()) > 0
     assert config.tokens_per_tile == config.grid[0] * config.grid[1]
 
 
 def test_the_presets_of_the_house_are_there():
-    names = {"tiny", "transformer-tiny", "ml-mamba-3b", *(name for pair in TWINS for name in pair)}
-    assert names <= PRESETS.keys()
+    names = {"ml-mamba-3b", "ml-mamba-3b-drawn", "vl-mamba", "llava-1.5"}
+    assert names | {name for pair in TWINS for name in pair} <= PRESETS.keys()
 
 
 @pytest.mark.parametrize(("preset", "twin"), TWINS)
@@ -40,7 +49,7 @@ def test_twins_differ_only_in_their_layers_and_hardly_in_parameters(preset, twin
     ours, theirs = PRESETS[preset], PRESETS[twin]
     assert dataclasses.replace(theirs, lm=ours.lm) == ours
     assert dataclasses.replace(theirs.lm, layers=ours.lm.layers) == ours.lm
-    assert {layer.kind for layer in ours.lm.layers} == {"mamba2"}
+    assert {layer.kind for layer in ours.lm.layers} == {"mamba1" if preset == "cobra-3b" else "mamba2"}
     assert [layer.kind for layer in theirs.lm.layers[:4]] == ["attention", "mlp"] * 2
     attention = theirs.lm.layers[0]
     assert attention.num_heads * attention.headdim >= ours.lm.d_model
@@ -84,6 +93,86 @@ def test_ml_mamba_presets_say_how_they_differ():
     assert (drawn.order, drawn.combine, drawn.pre_norm) == ("cross4", "sum", True)
     assert PRESETS["ml-mamba-3b"].tokens_per_tile == 729
     assert PRESETS["ml-mamba-3b"].template == "zephyr"
+
+
+def vit(width: int, blocks: int, d_ff: int, positions: int, more: int) -> int:
+    """Parameters of a ViT/14: embeddings of patches and positions, blocks with two norms each, and more."""
+    attention, norms = 4 * (width * width + width), 4 * width
+    mlp = 2 * width * d_ff + d_ff + width
+    return 3 * 14 * 14 * width + positions * width + blocks * (attention + norms + mlp) + more
+
+
+# Without the last block and what follows it. Four registers, a class token, a bias of patches and two layer
+# scales a block; a bias of patches; a class token, which has a position, and a norm in front.
+DINOV2 = vit(1024, 23, 4096, 729, more=(4 + 1 + 1 + 2 * 23) * 1024)
+SIGLIP = vit(1152, 26, 4304, 729, more=1152)
+CLIP = vit(1024, 23, 4096, 577, more=(1 + 2) * 1024)
+
+
+def mamba_2_8b() -> int:
+    """From the shapes in the released checkpoint."""
+    mixer = 5120 * 16 + 5120 + 10240 * 2560 + 5120 * 4 + 5120 + 192 * 5120 + 5120 * 160 + 5120 + 2560 * 5120
+    return 50280 * 2560 + 64 * (mixer + 2560) + 2560
+
+
+@pytest.mark.parametrize(
+    ("preset", "vision_encoder", "connector", "lm"),
+    [
+        ("cobra-3b", DINOV2 + SIGLIP, 47_789_568, mamba_2_8b()),
+        ("ml-mamba-3b", DINOV2 + SIGLIP, 5_573_120 + 119_834_560 + 58_997_760, 2_702_599_680),
+        ("vl-mamba", SIGLIP, None, mamba_2_8b()),
+        ("llava-1.5", CLIP, 20_979_712, 6_738_415_616),  # that of Llama 2 7B
+    ],
+)
+def test_published_systems_have_their_published_sizes(preset, vision_encoder, connector, lm):
+    parts = parameters(preset)
+    assert parts["vision_encoder"] == vision_encoder
+    assert connector in (None, parts["connector"])  # VL-Mamba's is not published
+    assert parts["lm"] == lm == LMCost(PRESETS[preset].lm).parameters
+
+
+def test_the_parts_of_whole_towers_add_up_to_what_is_published():
+    """transformers' CLIPVisionModel has 303,507,456 parameters: a block and a norm more than is needed."""
+    block, norm = vit(1024, 1, 4096, 0, 0) - vit(1024, 0, 4096, 0, 0), 2 * 1024
+    assert CLIP + block + norm == 303_507_456
+    assert round(mamba_2_8b(), -8) == 2_800_000_000
+
+
+def test_cobra_is_as_released():
+    config = PRESETS["cobra-3b"]
+    assert [tower.name for tower in config.vision_encoder.towers] == [
+        "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_384"
+    ]  # fmt: skip
+    assert {tower.block for tower in config.vision_encoder.towers} == {-2}
+    assert (config.image.height, config.image.width, config.image.resize) == (384, 384, "squash")
+    assert config.connector.kind == "fused_mlp" and config.template == "zephyr"
+    assert config.tokens_per_tile == 729
+    assert PRESETS["ml-mamba-3b"].vision_encoder == config.vision_encoder
+
+
+def test_vl_mamba_is_its_best_variant():
+    config = PRESETS["vl-mamba"]
+    assert (config.connector.kind, config.connector.order) == ("vss_l2", "bi2")
+    assert config.vision_encoder.name == "vit_so400m_patch14_siglip_384"
+    assert config.lm == PRESETS["mamba-2.8b"].lm and config.tokens_per_tile == 729
+
+
+def test_llava_is_as_released():
+    timm = pytest.importorskip("timm")
+    config = PRESETS["llava-1.5"]
+    name, block = config.vision_encoder.name, config.vision_encoder.block
+    assert block == -2 and config.connector.kind == "mlp" and config.template == "vicuna_v1"
+    assert config.tokens_per_tile == 576 and config.image.resize == "letterbox"
+    with torch.device("meta"):
+        tower = timm.create_model(name)
+    assert type(tower.blocks[0].mlp.act).__name__ == "QuickGELU"
+    assert timm.get_pretrained_cfg(name).hf_hub_id == "timm/vit_large_patch14_clip_336.openai"
+    # The colour in LLaVA's code: the mean of what the tower was trained on, in whole steps.
+    assert config.image.fill == tuple(int(part * 255) for part in tower.pretrained_cfg["mean"])
+    assert not config.lm.tie_word_embeddings and config.lm.norm_eps == 1e-5
+    attention, mlp = config.lm.layers[:2]
+    assert (attention.num_heads, attention.num_kv_heads, attention.headdim) == (32, 32, 128)
+    assert attention.rope_theta == 10000.0 and mlp.d_ff == 11008 and len(config.lm.layers) == 64
 
 
 def test_configurations_are_frozen():

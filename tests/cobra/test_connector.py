@@ -7,22 +7,38 @@ from torch.nn import functional as F
 
 import vision_scan
 from cobra.config import PRESETS
-from cobra.connector import CONNECTORS, FusedMLPConfig, LinearConfig, MLPConfig, MSCConfig, MSCConnector
+from cobra.connector import (
+    CONNECTORS,
+    FusedLDPConfig,
+    FusedMLPConfig,
+    LDPv2Config,
+    LinearConfig,
+    MLPConfig,
+    MSCConfig,
+    MSCConnector,
+    VSSL2Config,
+    VSSMLPConfig,
+)
 from cobra.lm.mamba2 import Mamba2Config
 from tests.tolerance import assert_close
+from tests.vision_scan.slow_ss2d import layer_norm, silu, slow_ss2d, visiting_lists
+from train.optim import decays
 from vision_scan.errors import UserError
+from vision_scan.modules import SS2DConfig
+from vision_scan.precision import Float32Parameters
 
 D_VISION, D_MODEL = 10, 16
 MIXER = Mamba2Config(d_state=5, headdim=8, chunk_size=7)
-GRIDS = [(1, 1), (2, 3), (5, 4), (27, 27)]
+GRIDS = [(1, 1), (2, 3), (5, 7), (24, 24), (27, 27)]
 
-# Fields that a Config may have, and what keeps it small: another connector is tested by being in the table.
-SMALL = {"mixer": MIXER}
+# Mixers that a Config may have, and what keeps them small: another connector is tested by being in the table.
+SMALL = {Mamba2Config: MIXER, SS2DConfig: SS2DConfig(d_state=5)}
 
 
 def small(kind: str):
     config = CONNECTORS[kind].Config
-    return config(**{field.name: SMALL[field.name] for field in fields(config) if field.name in SMALL})
+    made = {field.name: field.default_factory for field in fields(config)}
+    return config(**{name: SMALL[make] for name, make in made.items() if make in SMALL})
 
 
 CONFIGS = {
@@ -31,6 +47,7 @@ CONFIGS = {
         order="bi2", combine="mean", pre_norm=False, depth=2, projector="fused_mlp", mixer=MIXER
     ),
     "msc plain": MSCConfig(order="hilbert", swiglu=False, mixer=replace(MIXER, ngroups=2, d_conv=2)),
+    "vss_l2 as chosen": VSSL2Config(order="bi2", mixer=SMALL[SS2DConfig]),
 }
 
 
@@ -39,11 +56,14 @@ def build(config, dtype=torch.float64, seed=0):
         torch.manual_seed(seed)
         connector = CONNECTORS[config.kind](config, D_VISION, D_MODEL).double()
         for name, parameter in connector.named_parameters():
-            if name.endswith("dt_bias"):
+            if name.endswith(("dt_bias", "dt_projs_bias")):
                 parameter.uniform_(-3, 1)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return connector.to(dtype)
+
+
+RECURRENCE = ("A_log", "D", "dt_bias", "A_logs", "Ds", "dt_projs_bias")
 
 
 def features(batch: int, height: int, width: int, seed: int = 1) -> Tensor:
@@ -83,7 +103,7 @@ def test_gradient_reaches_every_parameter_and_every_cell(name):
         grad = parameter.grad
         assert grad is not None and grad.isfinite().all(), parameter_name
         # Each list of an order has a slice of its own.
-        slices = grad if parameter_name.rpartition(".")[2] in ("A_log", "D", "dt_bias") else grad[None]
+        slices = grad if parameter_name.rpartition(".")[2] in RECURRENCE else grad[None]
         assert all(part.any() for part in slices), parameter_name
     assert x.grad.flatten(0, 2).any(-1).all()
 
@@ -97,6 +117,19 @@ def test_float32_and_bfloat16_give_the_same_tokens_roughly(name):
         tokens = build(CONFIGS[name], dtype)(x.to(dtype))
         assert tokens.dtype == dtype
         assert_close(f"{name} in {dtype}", tokens, exact, ratio)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_must_be_float32_stays_so_and_never_decays(name):
+    connector = build(CONFIGS[name], torch.float32).to(torch.bfloat16)
+    must = {"weight", "bias", *RECURRENCE}
+    for prefix, owner in connector.named_modules():
+        for leaf, parameter in owner.named_parameters(recurse=False):
+            full = f"{prefix}.{leaf}"
+            wide = isinstance(owner, Float32Parameters) and leaf in must
+            assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), full
+            if wide:
+                assert not decays(full, parameter, owner), full
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp", "fused_mlp"])
@@ -126,16 +159,6 @@ def test_pointwise_connectors_by_formula():
     assert y.shape[-1] == 4 * D_VISION
     y = linear(F.gelu(linear(y, "fused_mlp", "proj.2")), "fused_mlp", "proj.4")
     assert_close("fused_mlp", build(FusedMLPConfig())(x), y, 1e-12)
-
-
-def layer_norm(x: Tensor, module) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    scale = ((centred**2).mean(-1, keepdim=True) + module.eps) ** -0.5
-    return centred * scale * module.weight + module.bias
-
-
-def silu(x: Tensor) -> Tensor:
-    return x / (1 + torch.exp(-x))
 
 
 def slow_mixer(mixer, x: Tensor, lists: list[list[int]], combine: str) -> Tensor:
@@ -178,14 +201,7 @@ def slow_mixer(mixer, x: Tensor, lists: list[list[int]], combine: str) -> Tensor
 def slow_msc(connector: MSCConnector, config: MSCConfig, x: Tensor) -> Tensor:
     """The connector on one picture (height, width, d_vision), written again from the description."""
     height, width, _ = x.shape
-    raster = [[row * width + column for column in range(width)] for row in range(height)]
-    rows = [cell for line in raster for cell in line]
-    columns = [raster[row][column] for column in range(width) for row in range(height)]
-    lists = {
-        "raster": [rows],
-        "bi2": [rows, rows[::-1]],
-        "cross4": [rows, columns, rows[::-1], columns[::-1]],
-    }[config.order]
+    lists = visiting_lists(config.order, height, width)
     y = F.gelu(x.reshape(height * width, -1) @ connector.mlp[0].weight.T + connector.mlp[0].bias)
     for block in connector.blocks:
         entry = layer_norm(y, block.pre_norm) if config.pre_norm else y
@@ -269,6 +285,76 @@ def test_wrong_settings_fail_at_construction(message, settings):
         MSCConfig(**settings)
 
 
+PUBLISHED_TOKENS = [((24, 24), 144), ((27, 27), 196)]  # MobileVLM V2; Cobra's fused-ldpnet
+
+
+@pytest.mark.parametrize("config", [LDPv2Config(), FusedLDPConfig()], ids=str)
+def test_pooling_makes_half_as_many_rows_and_columns_rounded_up(config):
+    for grid, tokens in [*PUBLISHED_TOKENS, ((5, 7), 12), ((1, 1), 1), ((1, 6), 3)]:
+        assert config.num_tokens(*grid) == tokens
+
+
+def slow_ldp(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """An LDP on one picture (height, width, d_vision), cell by cell, from its description."""
+    hidden = F.gelu(x @ p["mlp.0.weight"].T + p["mlp.0.bias"])
+    y = hidden @ p["mlp.2.weight"].T + p["mlp.2.bias"]
+    height, width, _ = y.shape
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+
+    def span(index: int, outputs: int, inputs: int) -> slice:
+        """The inputs that adaptive pooling takes the mean of: from the floor to the ceiling of its share."""
+        return slice(index * inputs // outputs, -(-(index + 1) * inputs // outputs))
+
+    means = torch.zeros(rows + 2, columns + 2, y.shape[-1], dtype=y.dtype)  # with a border of zeros
+    for i in range(rows):
+        for j in range(columns):
+            means[i + 1, j + 1] = y[span(i, rows, height), span(j, columns, width)].mean((0, 1))
+    tokens = []
+    for i in range(rows):
+        for j in range(columns):
+            around = means[i : i + 3, j : j + 3]
+            kernel = p["peg.conv.weight"][:, 0].movedim(0, -1)
+            tokens.append(means[i + 1, j + 1] + (around * kernel).sum((0, 1)) + p["peg.conv.bias"])
+    return torch.stack(tokens)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (5, 7), (24, 24), (27, 27)], ids=str)
+@pytest.mark.parametrize("config", [LDPv2Config(), FusedLDPConfig()], ids=str)
+@torch.no_grad()
+def test_ldp_is_its_formula(config, grid):
+    connector, x = build(config), features(2, *grid)
+    p = dict(connector.named_parameters())
+    assert len(p["mlp.0.bias"]) == (4 * D_VISION if config.kind == "fused_ldp" else D_MODEL)
+    assert_close(str(grid), connector(x), torch.stack([slow_ldp(picture, p) for picture in x]), 1e-12)
+
+
+def affine(x: Tensor, layer) -> Tensor:
+    return x @ layer.weight.T + layer.bias
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (5, 7)], ids=str)
+@pytest.mark.parametrize("order", ["bi2", "cross4"])
+@torch.no_grad()
+def test_vss_connectors_are_the_formulas_of_the_paper(order, grid):
+    x = features(1, *grid)
+    one = build(VSSMLPConfig(order=order, mixer=SMALL[SS2DConfig]))
+    scanned = slow_ss2d(one.block.op, layer_norm(x[0], one.block.norm))
+    expected = affine(F.gelu(affine(layer_norm(scanned + x[0], one.norm), one.mlp[0])), one.mlp[2])
+    assert_close("vss_mlp", one(x)[0], expected.flatten(0, 1), 1e-10)
+
+    two = build(VSSL2Config(order=order, mixer=SMALL[SS2DConfig]))
+    V = affine(x[0], two.in_proj)
+    scanned = slow_ss2d(two.scan[2], layer_norm(F.gelu(V), two.scan[1]))
+    expected = affine(layer_norm(scanned + V, two.norm), two.out_proj)
+    assert_close("vss_l2", two(x)[0], expected.flatten(0, 1), 1e-10)
+
+
+@pytest.mark.parametrize("config", [VSSMLPConfig, VSSL2Config])
+def test_vss_connectors_refuse_an_unknown_order_at_construction(config):
+    with pytest.raises(UserError, match="hilbert"):
+        config(order="hilbrt")
+
+
 def count(module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -306,8 +392,17 @@ def test_ml_mamba_as_drawn_has_four_scans_and_a_norm_more():
     assert [count(block) for block in connector.blocks] == [block_parameters(4, True)] * 2
 
 
-def test_fused_mlp_has_cobras_size():
-    """OpenHelix-Team/cobra: 2176 -> 8704 -> 2560 -> 2560."""
+@pytest.mark.parametrize(
+    ("config", "d_vision", "d_model", "parameters"),
+    [
+        (FusedMLPConfig(), 2176, 2560, 47_789_568),  # Cobra
+        (FusedLDPConfig(), 2176, 2560, 41_259_008),  # Cobra's fused-ldpnet
+        (MLPConfig(), 1024, 4096, 20_979_712),  # LLaVA 1.5 7B
+        (LDPv2Config(), 1024, 2048, 6_316_032),  # MobileVLM V2 1.7B
+    ],
+    ids=str,
+)
+def test_connectors_have_their_published_sizes(config, d_vision, d_model, parameters):
     with torch.device("meta"):
-        connector = CONNECTORS["fused_mlp"](FusedMLPConfig(), 2176, 2560)
-    assert count(connector) == 2176 * 8704 + 8704 + 8704 * 2560 + 2560 + 2560 * 2560 + 2560
+        connector = CONNECTORS[config.kind](config, d_vision, d_model)
+    assert count(connector) == parameters

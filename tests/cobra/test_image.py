@@ -190,8 +190,19 @@ def test_letterbox_fills_with_grey_and_crop_cuts():
     torch.testing.assert_close(cropped[0, :, 0, 0], torch.tensor(RED) / 255)
 
 
+def test_letterbox_fills_with_the_colour_of_the_config():
+    config = ImageConfig(height=20, width=20, resize="letterbox", fill=(122, 116, 104))
+    boxed = to_pixels(Image.new("RGB", (40, 10), RED), config)
+    fill = torch.tensor([122, 116, 104]) / 255
+    for row, colour in ((0, fill), (6, fill), (10, torch.tensor(RED) / 255), (19, fill)):
+        torch.testing.assert_close(boxed[0, :, row, 5], colour)
+
+
 def test_image_config_names_the_bad_value():
     with pytest.raises(UserError, match="0x4"):
         ImageConfig(height=0, width=4)
     with pytest.raises(UserError, match="stretch"):
         ImageConfig(height=4, width=4, resize="stretch")
+    for fill in ((1, 2), (0, 0, 256), (-1, 0, 0)):
+        with pytest.raises(UserError, match=r"image\.fill"):
+            ImageConfig(height=4, width=4, fill=fill)

@@ -15,8 +15,9 @@ from cobra.lm import LanguageModel, LMConfig, stack
 from cobra.lm.attention import AttentionConfig
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
-from cobra.lm.precision import LayerNorm, RMSNorm
+from cobra.lm.precision import RMSNorm
 from tests.tolerance import assert_close
+from vision_scan.precision import LayerNorm
 
 MIXER = Mamba2Config(d_state=5, headdim=8, chunk_size=16)
 LAYERS = (MIXER, AttentionConfig(num_heads=2, num_kv_heads=1, headdim=8), MLPConfig(d_ff=24), MIXER)

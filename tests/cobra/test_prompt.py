@@ -7,7 +7,7 @@ from cobra.tokenizer import Tokenizer
 from vision_scan.errors import UserError
 
 
-def with_end_of_text() -> Tokenizer:
+def with_specials(*names: str) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -15,11 +15,15 @@ def with_end_of_text() -> Tokenizer:
     backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>"])
+    backend.add_special_tokens(list(names))
     return Tokenizer(backend)
 
 
-TOKENIZERS = {"compact": Tokenizer.bytes(), "zephyr": with_end_of_text()}
+TOKENIZERS = {
+    "compact": Tokenizer.bytes(),
+    "zephyr": with_specials("<|endoftext|>"),
+    "vicuna_v1": with_specials("<s>", "</s>"),
+}
 
 
 def show(ids, tokenizer):
@@ -49,6 +53,9 @@ GOLDEN = {
     "<|user|>Sure?<|end|><|assistant|>Yes<|end|>",
     "zephyr": "<|user|>\n<image><image>\nWhat?<|endoftext|>\n<|assistant|>\nA cat.<|endoftext|>"
     "\n<|user|>\nSure?<|endoftext|>\n<|assistant|>\nYes<|endoftext|>",
+    "vicuna_v1": "<s>A chat between a curious user and an artificial intelligence assistant. The assistant "
+    "gives helpful, detailed, and polite answers to the user's questions. "
+    "USER: <image><image>\nWhat? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes</s>",
 }
 
 
@@ -77,6 +84,13 @@ def test_zephyr_writes_an_empty_answer_as_a_space():
     tokenizer = TOKENIZERS["zephyr"]
     rendered = render([Turn("user", "a"), Turn("assistant", "")], tokenizer, TEMPLATES["zephyr"], [])
     assert supervised(rendered, tokenizer) == [" <|endoftext|>"]
+
+
+def test_the_system_text_stands_once_and_is_not_learned():
+    tokenizer, template = TOKENIZERS["vicuna_v1"], TEMPLATES["vicuna_v1"]
+    ids = render(CONVERSATION, tokenizer, template, [2]).input_ids
+    assert ids.count(tokenizer.id_of("<s>")) == 1 and ids[0] == tokenizer.id_of("<s>")
+    assert show(open_turn(template, tokenizer, [], first=False), tokenizer) == "USER: "
 
 
 def test_typed_special_tokens_stay_text():

@@ -1,14 +1,21 @@
+import functools
+import os
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cobra.image import ImageConfig
 from cobra.vision_encoder import (
     VISION_ENCODERS,
+    FusedEncoder,
     FusedEncoderConfig,
     SmallEncoder,
     SmallEncoderConfig,
+    TimmEncoder,
     TimmEncoderConfig,
+    load_tower_weights,
     patch_grid,
     position_grid,
 )
@@ -170,3 +177,159 @@ def test_the_patch_size_is_in_the_name_of_a_tower(name, patch_size):
 def test_the_table_names_every_kind():
     for kind, encoder in VISION_ENCODERS.items():
         assert encoder.Config.__dataclass_fields__["kind"].default == kind
+
+
+# Published size of the file and size of the tower, in patches; what the file has that the tower drops.
+TOWERS = {
+    "vit_tiny_patch16_224": ((4, 4), (6, 3), {"norm", "head"}),
+    "vit_large_patch14_reg4_dinov2.lvd142m": ((5, 5), (7, 4), {"norm"}),
+    "vit_so400m_patch14_siglip_384": ((5, 5), (3, 6), {"norm", "attn_pool"}),
+    "vit_large_patch14_clip_quickgelu_336.openai": ((4, 4), (6, 6), {"norm", "head"}),
+    "vit_medium_patch16_gap_240": ((4, 4), (4, 4), {"head"}),
+}
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """timm, whose ViTs have three narrow blocks."""
+    timm = pytest.importorskip("timm")
+    small = functools.partial(timm.create_model, depth=3, embed_dim=24, num_heads=2)
+    monkeypatch.setattr(timm, "create_model", small)
+    return timm
+
+
+def in_pixels(name: str, patches: tuple[int, int]) -> tuple[int, int]:
+    size = TimmEncoderConfig(name=name).patch_size
+    return patches[0] * size, patches[1] * size
+
+
+def publish(timm, name: str, path) -> dict[str, Tensor]:
+    """Writes random weights of the whole model as its authors would."""
+    model = timm.create_model(name, img_size=in_pixels(name, TOWERS[name][0]))
+    noise = torch.Generator().manual_seed(0)
+    tensors = {k: torch.randn(t.shape, generator=noise) * 0.3 for k, t in model.state_dict().items()}
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save({"state_dict": tensors, "epoch": 3} if path.suffix == ".pth" else tensors, path)
+    return tensors
+
+
+def tower(name: str, block: int = -2) -> TimmEncoder:
+    height, width = in_pixels(name, TOWERS[name][1])
+    config = TimmEncoderConfig(name=name, block=block)
+    return TimmEncoder(config, ImageConfig(height=height, width=width)).eval()
+
+
+def features_by_timm(timm, name: str, path, x: Tensor, block: int = -2) -> Tensor:
+    """Those of timm's own model of this image size, with weights that timm itself read and resampled."""
+    settings = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}, "num_classes": 0}
+    whole = timm.create_model(name, img_size=tuple(x.shape[-2:]), **settings).eval()
+    data = timm.data.resolve_model_data_config(whole)
+    mean, std = (torch.tensor(data[key]).view(3, 1, 1) for key in ("mean", "std"))
+    maps = whole.forward_intermediates((x - mean) / std, norm=False, intermediates_only=True)
+    return maps[block].movedim(1, -1)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pth"])
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_a_tower_with_published_weights_is_timms_model(timm, tmp_path, name, suffix):
+    path = tmp_path / f"tower{suffix}"
+    tensors = publish(timm, name, path)
+    assert TOWERS[name][2] <= {key.partition(".")[0] for key in tensors}
+    x = pixels(2, *in_pixels(name, TOWERS[name][1])).float()
+    for block in (-2, 0):
+        encoder = tower(name, block)
+        load_tower_weights(encoder, [path])
+        assert_close(name, encoder(x), features_by_timm(timm, name, path, x, block), 1e-6)
+
+
+@torch.no_grad()
+def test_fused_towers_take_a_file_each_in_order(timm, tmp_path):
+    names = ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_384"]
+    paths = [tmp_path / "dino.bin", tmp_path / "siglip.safetensors"]
+    for name, path in zip(names, paths, strict=True):
+        publish(timm, name, path)
+    towers = tuple(TimmEncoderConfig(name=name) for name in names)
+    encoder = FusedEncoder(FusedEncoderConfig(towers=towers), ImageConfig(height=56, width=98)).eval()
+    load_tower_weights(encoder, tuple(map(str, paths)))
+    x = pixels(1, 56, 98).float()
+    pairs = zip(names, paths, encoder(x).split(24, dim=-1), strict=True)
+    for name, path, part in pairs:
+        assert_close(name, part, features_by_timm(timm, name, path, x), 1e-6)
+
+
+@torch.no_grad()
+def test_weights_take_the_dtype_of_the_encoder(timm, tmp_path):
+    name = "vit_tiny_patch16_224"
+    tensors = publish(timm, name, tmp_path / "tower.bin")
+    encoder = tower(name).bfloat16()
+    load_tower_weights(encoder, [tmp_path / "tower.bin"])
+    assert torch.equal(encoder.tower.blocks[0].mlp.fc1.bias, tensors["blocks.0.mlp.fc1.bias"].bfloat16())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("missing pos_embed", {"pos_embed": None}),
+        ("missing blocks.1.attn.qkv.bias", {"blocks.1.attn.qkv.bias": None}),
+        ("unexpected blocks.3.norm1.bias", {"blocks.3.norm1.bias": torch.ones(24)}),
+        ("unexpected reg_token", {"reg_token": torch.ones(1, 4, 24)}),
+        (r"cls_token \(1, 1, 25\) instead of \(1, 1, 24\)", {"cls_token": torch.ones(1, 1, 25)}),
+        (r"\(24, 3, 14, 14\) instead of", {"patch_embed.proj.weight": torch.ones(24, 3, 14, 14)}),
+        (r"pos_embed \(1, 19, 25\) instead", {"pos_embed": torch.ones(1, 17, 25)}),
+        ("adapt", {"pos_embed": torch.ones(1, 8, 25)}),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(timm, tmp_path, message, change, suffix):
+    name, path = "vit_tiny_patch16_224", tmp_path / f"tower{suffix}"
+    tensors = publish(timm, name, path) | change
+    tensors = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+    save_file(tensors, path) if suffix == ".safetensors" else torch.save({"model": tensors}, path)
+    encoder = tower(name)
+    before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
+    with pytest.raises(UserError, match=message) as caught:
+        load_tower_weights(encoder, [path])
+    assert str(path) in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in encoder.state_dict().items())
+
+
+class Payload:
+    def __reduce__(self):
+        return os.abort, ()
+
+
+@pytest.mark.parametrize(
+    ("file", "write", "message"),
+    [
+        ("gone.safetensors", lambda path: None, "no such file"),
+        ("folder", lambda path: path.mkdir(), "no such file"),
+        ("broken.safetensors", lambda path: path.write_bytes(b"broken"), "damaged"),
+        ("broken.pth", lambda path: path.write_bytes(b"broken"), "damaged"),
+        ("empty.bin", lambda path: path.write_bytes(b""), "damaged"),
+        ("code.pth", lambda path: torch.save({"pos_embed": Payload()}, path), "more than plain tensors"),
+        ("list.pth", lambda path: torch.save([torch.ones(2)], path), "a list, not a state dict"),
+        ("number.pth", lambda path: torch.save({"epoch": 3}, path), "epoch is not a tensor"),
+    ],
+)
+def test_a_file_that_is_none_is_named(timm, tmp_path, file, write, message):
+    write(tmp_path / file)
+    with pytest.raises(UserError, match=message) as caught:
+        load_tower_weights(tower("vit_tiny_patch16_224"), [tmp_path / file])
+    assert file in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_are_as_many_as_timm_towers(timm, tmp_path):
+    with pytest.raises(UserError, match=r"2 tower files for 1 timm towers \(vit_tiny_patch16_224\)"):
+        load_tower_weights(tower("vit_tiny_patch16_224"), [tmp_path, tmp_path])
+    with pytest.raises(UserError, match=r"1 tower files for 0 timm towers \(none\)"):
+        load_tower_weights(build(), [tmp_path])
+
+
+def test_loading_leaves_the_file_as_it_is(timm, tmp_path):
+    name, path = "vit_large_patch14_reg4_dinov2.lvd142m", tmp_path / "tower.safetensors"
+    tensors = publish(timm, name, path)
+    load_tower_weights(tower(name), [path])
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in load_file(path).items())

@@ -1,88 +1,19 @@
-"""Connectors: a grid of vision features to tokens of the language model.
-
-A connector is a module `Connector(config, d_vision, d_model)` with `forward(features (n, height, width,
-d_vision)) -> (n, num_tokens, d_model)` for any grid; its Config has `num_tokens(height, width)`.
-"""
+"""ML-Mamba's connector: Mamba-2 along the visiting lists of a scan order."""
 
 from dataclasses import dataclass, field
-from typing import Literal, Union
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 import vision_scan
+from cobra.lm.mamba2 import Mamba2, Mamba2Config
+from cobra.lm.precision import RMSNorm
+from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
+from vision_scan.precision import Float32Parameters, LayerNorm
 
-from .lm.mamba2 import Mamba2, Mamba2Config
-from .lm.precision import Float32Parameters, LayerNorm, RMSNorm
-from .typed_config import require_positive
-
-
-class KeepsGrid:
-    """A Config whose connector makes one token of each cell, in raster order."""
-
-    def num_tokens(self, height: int, width: int) -> int:
-        return height * width
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearConfig(KeepsGrid):
-    kind: Literal["linear"] = "linear"
-
-
-class LinearConnector(nn.Module):
-    """One linear map (LLaVA 1)."""
-
-    Config = LinearConfig
-
-    def __init__(self, config: LinearConfig, d_vision: int, d_model: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(d_vision, d_model)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.proj(features.flatten(1, 2))
-
-
-@dataclass(frozen=True, kw_only=True)
-class MLPConfig(KeepsGrid):
-    kind: Literal["mlp"] = "mlp"
-
-
-class MLPConnector(nn.Module):
-    """Linear, GELU, linear (LLaVA 1.5)."""
-
-    Config = MLPConfig
-
-    def __init__(self, config: MLPConfig, d_vision: int, d_model: int) -> None:
-        super().__init__()
-        self.proj = nn.Sequential(nn.Linear(d_vision, d_model), nn.GELU(), nn.Linear(d_model, d_model))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.proj(features.flatten(1, 2))
-
-
-@dataclass(frozen=True, kw_only=True)
-class FusedMLPConfig(KeepsGrid):
-    kind: Literal["fused_mlp"] = "fused_mlp"
-
-
-class FusedMLPConnector(nn.Module):
-    """Three linear maps with a hidden width of four times the input (Cobra's, for fused towers)."""
-
-    Config = FusedMLPConfig
-
-    def __init__(self, config: FusedMLPConfig, d_vision: int, d_model: int) -> None:
-        super().__init__()
-        self.proj = fused_mlp(d_vision, d_model)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.proj(features.flatten(1, 2))
-
-
-def fused_mlp(d_in: int, d_out: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(d_in, 4 * d_in), nn.GELU(), nn.Linear(4 * d_in, d_out), nn.GELU(), nn.Linear(d_out, d_out)
-    )
+from .pointwise import KeepsGrid, fused_mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,13 +145,3 @@ class ScanMixer(Float32Parameters):
             self.d_inner // config.ngroups, config.norm_before_gate,
         )  # fmt: skip
         return self.out_proj(y.sum(1) if self.combine == "sum" else y.mean(1))
-
-
-CONNECTORS: dict[str, type[nn.Module]] = {
-    "fused_mlp": FusedMLPConnector,
-    "linear": LinearConnector,
-    "mlp": MLPConnector,
-    "msc": MSCConnector,
-}
-
-ConnectorConfig = Union[tuple(connector.Config for connector in CONNECTORS.values())]  # noqa: UP007
