@@ -153,6 +153,11 @@ class TrainSettings:
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints that are kept, the newest ones."""
+    recompute: Literal["none", "layer", "segment"] = "none"
+    """Save memory by computing activations of the language model again in the backward pass: layer by layer, or in
+    pieces of `segment_tokens` of which only the state is kept."""
+    segment_tokens: int = 1024
+    """recompute=segment: tokens of a piece."""
     async_save: bool = True
     """Write checkpoints beside the training; costs memory for a copy of the state on the first process."""
     skip_nonfinite: int = 0
@@ -161,7 +166,7 @@ class TrainSettings:
     """Minutes that a process waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "keep"):
+        for name in ("steps", "batch_size", "save_every", "keep", "segment_tokens"):
             _require(
                 getattr(self, name) >= 1,
                 f"train.{name}: got {getattr(self, name)}, allowed: 1 or more",

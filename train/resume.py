@@ -39,6 +39,8 @@ FREE_SETTINGS = (
     "train.save_every",
     "train.keep",
     "train.async_save",
+    "train.recompute",
+    "train.segment_tokens",
     "train.engine",
     "train.micro_batch_size",
     "train.skip_nonfinite",

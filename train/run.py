@@ -181,6 +181,8 @@ def build_objective(config: RunConfig, model: Cobra, rows: Dataset, device: torc
     torch.manual_seed(config.train.seed)
     autocast = processes.autocast_dtype(config.train.dtype, device)
     objective = OBJECTIVES[config.train.objective](model, rows, autocast).to(device)
+    model.lm.recompute_layers = config.train.recompute == "layer"
+    model.lm.recompute_tokens = config.train.segment_tokens if config.train.recompute == "segment" else 0
     for part in config.train.freeze:
         getattr(model, part).requires_grad_(False).eval()
     return objective

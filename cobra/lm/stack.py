@@ -17,6 +17,7 @@ from .mamba2 import Mamba2
 from .mixer import Segments
 from .mlp import MLP
 from .precision import RMSNorm
+from .recompute import read_by_segments, recompute
 from .state import State
 
 LAYERS: dict[str, type[nn.Module]] = {
@@ -62,7 +63,15 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Token ids or embeddings in, logits and state out."""
+    """Token ids or embeddings in, logits and state out.
+
+    Attributes:
+        recompute_layers: in training, compute the activations within layers again for the backward pass.
+        recompute_tokens: in training, read rows in pieces of so many tokens, of which only the state is kept; 0: do not.
+    """
+
+    recompute_layers = False
+    recompute_tokens = 0
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
@@ -196,6 +205,8 @@ class LanguageModel(nn.Module):
         seq_idx = self._segment_index(batch, seqlen, attention_mask, seq_idx)
         if state is not None:
             self._check_state(state, batch)
+        if self.training and torch.is_grad_enabled() and 0 < self.recompute_tokens < seqlen:
+            return read_by_segments(self._read, x, state, seq_idx, self.recompute_tokens)
         if not in_pieces:
             return self._read(x, state, seq_idx, overwrite_state)
         hidden = []
@@ -226,7 +237,9 @@ class LanguageModel(nn.Module):
         x = x.to(torch.promote_types(dtype, torch.float32))
         layers = []
         for index, block in enumerate(self.layers):
-            x, layer = block(x, state.layers[index] if state else None, segments, dtype)
+            inputs = x, state.layers[index] if state else None, segments, dtype
+            again = self.recompute_layers and self.training and torch.is_grad_enabled()
+            x, layer = recompute(block, *inputs) if again else block(*inputs)
             layers.append(layer)
         info = state.info if state else {}
         return self.norm_f(x).to(dtype), State(layers, segments.ends(seqlen), dict(info))

@@ -58,6 +58,19 @@ class State:
             lambda tensor: tensor.index_select(0, rows.to(tensor.device)), self.lengths[rows.cpu()]
         )
 
+    def forget(self, rows: Tensor) -> "State":
+        """The same, but that some rows have read nothing.
+
+        Args:
+            rows: (batch,) bool.
+        """
+
+        def empty(tensor: Tensor) -> Tensor:
+            nothing = 0 if tensor.is_floating_point() else -1  # positions in caches
+            return torch.where(rows.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1)), nothing, tensor)
+
+        return self._map(empty, torch.where(rows.cpu(), 0, self.lengths))
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file; read it back with `State.load`."""
         from safetensors.torch import save
