@@ -79,8 +79,8 @@ class Projection(nn.Linear):
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) times the transposed weight (out, in), plus bias (out,); dtype of x, or of autocast where it
-    is active."""
+    """x (..., in) times the transposed weight (out, in), plus a bias (out,); dtype of x, or of autocast where
+    it is active."""
     wanted, dtype = _asked_dtype(x), product_dtype(x)
     if dtype == wanted:
         return nn.functional.linear(x, weight, bias)
