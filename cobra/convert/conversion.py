@@ -31,7 +31,7 @@ LAYOUTS = (STATE_SPACES, MAMBA1, MAMBA2, LLAMA, QWEN2)
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TABLES = ("embedding.weight", "lm_head.weight")  # a row for each token
-GROWN_MULTIPLE = 8  # of a vocabulary that has to grow; GPUs are slow with odd ones
+LEAST_USED = 0.9  # of published embeddings; with fewer ids a tokenizer is that of another model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,14 +204,12 @@ def _find_tokenizer(path: Path, given: str | Path | None) -> Path:
 
 def _vocab_size(tokenizer: Tokenizer, file: Path, rows: int) -> int:
     """Rows of the embeddings with which all tokens have one."""
-    if tokenizer.given_size > rows:
+    if not LEAST_USED * rows <= tokenizer.given_size <= rows:
         raise UserError(
             f"{file}: has {tokenizer.given_size} ids for {rows} embeddings; give the tokenizer that the "
             "model was trained with"
         )
-    if tokenizer.vocab_size <= rows:
-        return rows
-    return tokenizer.vocab_size + -tokenizer.vocab_size % GROWN_MULTIPLE
+    return max(rows, tokenizer.vocab_size)  # as training enlarges a preset
 
 
 def _check_template(template: str, tokenizer: Tokenizer, file: Path) -> None:

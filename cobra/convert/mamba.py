@@ -54,7 +54,7 @@ def _ssm_mamba2(ssm: Options) -> Mamba2Config:
         d_conv=ssm.take("d_conv", int, 4),
         chunk_size=ssm.take("chunk_size", int, 256),
         norm_before_gate=ssm.take("norm_before_gate", bool, False),
-        **_dt_limit(ssm, "dt_limit"),
+        dt_limit=_dt_limit(ssm, "dt_limit"),
     )
 
 
@@ -100,7 +100,7 @@ def _read_mamba2(options: Options) -> LMConfig:
         d_conv=options.take("conv_kernel", int, 4),
         chunk_size=options.take("chunk_size", int, 256),
         norm_eps=eps,
-        **_dt_limit(options, "time_step_limit"),
+        dt_limit=_dt_limit(options, "time_step_limit"),
     )
     options.demand("num_heads", layer.nheads(d_model))
     options.demand("intermediate_size", layer.expand * d_model)
@@ -132,13 +132,11 @@ def _dt_rank(options: Options, name: str) -> int | None:
     return options.take(name, int, None)
 
 
-def _dt_limit(options: Options, name: str) -> dict[str, tuple[float, ...]]:
-    limit = options.take(name, list, None)
-    if limit is None:
-        return {}
+def _dt_limit(options: Options, name: str) -> tuple[float, ...]:
+    limit = options.take(name, list, list(Mamba2Config.dt_limit))
     if not all(isinstance(bound, (int, float)) for bound in limit):
         raise UserError(f"{options.where}: {name} is {limit!r}, must be a lower and an upper bound")
-    return {"dt_limit": tuple(map(float, limit))}
+    return tuple(map(float, limit))
 
 
 def _prefixes(embedding: str):

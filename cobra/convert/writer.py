@@ -55,5 +55,5 @@ def write_tensors(file: Path, entries: Sequence[Entry], advance: Callable[[int],
         for entry in entries:
             tensor = entry.read().detach().to(entry.dtype).contiguous()
             assert tuple(tensor.shape) == entry.shape, entry.name
-            out.write(tensor.flatten().view(torch.uint8).numpy())
+            out.write(tensor.flatten().view(torch.uint8).numpy().data)
             advance(entry.nbytes)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cobra.cli import main
 from tests.cobra.published import as_published, change_config, mamba1, spoil
@@ -39,7 +40,7 @@ def test_a_destination_with_something_in_it_is_left_alone(capsys, published, tmp
     }  # fmt: skip
 
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, WORDS = "model.embed_tokens.weight", "backbone.embeddings.weight"
 DAMAGED_TENSORS = {
     "missing": (
         lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
@@ -134,6 +135,15 @@ DAMAGED_FILES = {  # a case, what is done to its directory, the message
     "no tokenizer": ("mamba", lambda d: (d / "tokenizer.json").unlink(), "has no tokenizer.json; give"),
     "no tokenizer at all": (
         "mamba", lambda d: (d / "tokenizer.json").write_text("{}"), "not a Hugging Face tokenizer"
+    ),
+    "vocabulary too large": (
+        "mamba",
+        lambda d: [
+            (tensors := load_file(d / "model.safetensors")).update({WORDS: tensors[WORDS].repeat(2, 1)}),
+            save_file(tensors, d / "model.safetensors"),
+            change_config(d, vocab_size=576),
+        ],
+        "has 276 ids for 576 embeddings",
     ),
     "vocabulary too small": (
         "llama 3.2",
