@@ -42,17 +42,33 @@ def save(model: "Cobra", path: str | Path, tensors: Mapping[str, Tensor] | None 
     Args:
         model: what to save.
         path: the directory.
-        tensors: values by the names of `tensor_names`, where the model does not hold them itself; None: the model's.
+        tensors: values by the names of `named_tensors`, where the model does not hold them itself; None: the model's.
     """
     from safetensors.torch import save_file
 
-    given = _tensors(model) if tensors is None else {name: tensors[name] for name in tensor_names(model)}
+    own = named_tensors(model)
+    given = own if tensors is None else {name: tensors[name] for name in own}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in given.items()}
-    config = {"format_version": FORMAT_VERSION, **to_dict(model.config)}
+    write_model(
+        path,
+        model.config,
+        model.tokenizer,
+        lambda file: save_file(tensors, file, metadata={"format": "pt"}),
+    )
+
+
+def write_model(
+    path: str | Path,
+    config: "CobraConfig",
+    tokenizer: Tokenizer,
+    write_weights: Callable[[Path], object],
+) -> None:
+    """As `save`, of a model that need not be in memory: `write_weights` writes the safetensors file."""
+    data = {"format_version": FORMAT_VERSION, **to_dict(config)}
     writers: dict[str, Callable[[Path], object]] = {
-        TOKENIZER: model.tokenizer.save,
-        WEIGHTS: lambda file: save_file(tensors, file, metadata={"format": "pt"}),
-        CONFIG: lambda file: file.write_text(json.dumps(config, indent=2) + "\n"),
+        TOKENIZER: tokenizer.save,
+        WEIGHTS: write_weights,
+        CONFIG: lambda file: file.write_text(json.dumps(data, indent=2) + "\n"),
     }
     _write_directory(Path(path), writers)
 
@@ -158,8 +174,10 @@ def assign_tensors(
         UserError: naming the tensors that are missing, unexpected or of another shape.
     """
     parts = tuple(parts)
-    own = {name: tensor for name, tensor in _tensors(model).items() if parts == PARTS or _part(name) in parts}
-    _check_match(own, tensors, where)
+    own = named_tensors(model)
+    if parts != PARTS:
+        own = {name: tensor for name, tensor in own.items() if _part(name) in parts}
+    check_match(own, tensors, where)
     with torch.no_grad():
         for name, target in own.items():
             if not target.is_meta:
@@ -194,12 +212,7 @@ def _device(device: str | torch.device) -> torch.device:
     return device
 
 
-def tensor_names(model: nn.Module) -> list[str]:
-    """The names under which a model directory holds the model's tensors."""
-    return list(_tensors(model))
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; of tied ones the first name only."""
     named: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -225,7 +238,9 @@ def _part(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _check_match(own: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str) -> None:
+def check_match(own: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str) -> None:
+    """Raises UserError unless `given`, from `where`, has the names and shapes of `own`; it names what is
+    missing, unexpected or misshapen."""
     faults = {
         "missing": [name for name in own if name not in given],
         "unexpected": [name for name in given if name not in own],

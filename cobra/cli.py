@@ -1,4 +1,4 @@
-"""The command line: `cobra answer | chat | info | doctor | scan`."""
+"""The command line: `cobra answer | chat | convert | info | doctor | scan`."""
 
 import argparse
 import contextlib
@@ -67,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model_options(chat)
 
+    convert = add(
+        "convert",
+        run_convert,
+        "make a model directory of a published language model",
+        "cobra convert state-spaces/mamba2-130m start --tokenizer gpt-neox-20b/tokenizer.json",
+    )
+    _add_convert_options(convert)
+
     info = add("info", run_info, "print what a model consists of and costs", "cobra info mamba2-130m")
     info.add_argument("model", metavar="DIR|PRESET", help="a model directory, or the name of a preset")
 
@@ -107,6 +115,20 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     add("--device", default=None, help="default: a GPU if there is one, else cpu")
     add("--dtype", default="auto", help="auto (the default), float32, bfloat16")
     add("--weights", default=None, help="int8 or int4: quantise the language model (default: as stored)")
+
+
+def _add_convert_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("source", metavar="SRC", help="directory of a published checkpoint: Mamba, Mamba-2, Llama or Qwen2")
+    add("destination", metavar="DST", help="the model directory to write")
+    add(
+        "--preset",
+        default="tiny",
+        metavar="NAME",
+        help="whose image, vision encoder, connector and template it gets (default: tiny)",
+    )
+    add("--tokenizer", default=None, metavar="FILE", help="a tokenizer.json (default: SRC/tokenizer.json)")
+    add("--dry-run", action="store_true", help="print what would be done, and write nothing")
 
 
 def run_answer(arguments: argparse.Namespace) -> None:
@@ -156,6 +178,20 @@ def run_chat(arguments: argparse.Namespace) -> None:
                 print()
         except UserError as error:  # a slip in a conversation does not end it
             print(f"error: {error}", file=sys.stderr)
+
+
+def run_convert(arguments: argparse.Namespace) -> None:
+    """`cobra convert`"""
+    from cobra.convert.conversion import check_destination, plan
+
+    check_destination(arguments.destination)
+    conversion = plan(arguments.source, preset=arguments.preset, tokenizer=arguments.tokenizer)
+    print("\n".join(conversion.report()))
+    if arguments.dry_run:
+        print("output      nothing, as this is a dry run")
+        return
+    conversion.write(arguments.destination)
+    print(f"output      {arguments.destination}")
 
 
 def run_info(arguments: argparse.Namespace) -> None:

@@ -1,5 +1,7 @@
 """Cobra: pixels -> vision encoder -> connector -> language model -> text."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,12 @@ from .processor import Processor
 from .quantize import QuantizedLinear, replace_projections
 from .tokenizer import Tokenizer
 from .vision_encoder import VISION_ENCODERS
+
+FIXED_SENTENCE = (
+    "Early in the morning the old fisherman walked down to the harbour, untied his small wooden boat, and "
+    "rowed past the lighthouse to the place where the water was calm and the first fish of the day could be "
+    "caught."
+)
 
 
 class Cobra(nn.Module):
@@ -40,10 +48,7 @@ class Cobra(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.processor = Processor(config, tokenizer)
-        encoder = VISION_ENCODERS[config.vision_encoder.kind]
-        connector = CONNECTORS[config.connector.kind]
-        self.vision_encoder = encoder(config.vision_encoder, config.image)
-        self.connector = connector(config.connector, self.vision_encoder.d_model, config.lm.d_model)
+        self.vision_encoder, self.connector = make_vision_parts(config)
         self.lm = LanguageModel(config.lm)
         if config.weights != "plain":
             replace_projections(self, config.weights, QuantizedLinear.like)
@@ -107,6 +112,32 @@ class Cobra(nn.Module):
     answer = generation.answer
     answer_batch = generation.answer_batch
     prefill = generation.prefill
+
+
+@torch.no_grad()
+def fixed_sentence_loss(model: Cobra) -> tuple[float, int]:
+    """How well the language model foretells `FIXED_SENTENCE`, to be held against `chance_loss`: one whose
+    pretrained weights were lost or mixed up does no better than chance.
+
+    Returns:
+        the mean cross entropy of a token, in nats; the number of tokens that it is over.
+    """
+    ids = torch.tensor([model.tokenizer.encode(FIXED_SENTENCE)], device=model.device)
+    hidden, _ = model.lm.read(ids[:, :-1])
+    num_tokens = ids.shape[1] - 1
+    return model.lm.loss(hidden, ids[:, 1:]).item() / num_tokens, num_tokens
+
+
+def chance_loss(model: Cobra) -> float:
+    """The loss of a token where all of the vocabulary are equally likely, in nats."""
+    return math.log(model.config.lm.vocab_size)
+
+
+def make_vision_parts(config: CobraConfig) -> tuple[nn.Module, nn.Module]:
+    """The vision encoder and the connector of a configuration, with random weights."""
+    encoder = VISION_ENCODERS[config.vision_encoder.kind](config.vision_encoder, config.image)
+    connector = CONNECTORS[config.connector.kind]
+    return encoder, connector(config.connector, encoder.d_model, config.lm.d_model)
 
 
 def build(

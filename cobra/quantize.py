@@ -61,18 +61,19 @@ def replace_projections(
 
 
 class QuantizedLinear(nn.Module):
-    """A projection without bias whose weight (out_features, in_features) is stored as integers.
+    """A projection whose weight (out_features, in_features) is stored as integers.
 
     Attributes:
         codes: int8: (blocks, columns / 4, 8, 4) int8; int4: (blocks, columns / 32, 4, 32) uint8, two codes a
             byte, each plus 8. Rows stand in blocks of 8, columns in fours; out_features and in_features are
             filled up with zeros.
         scales: (blocks, groups, 8) bfloat16.
+        bias: (out_features,) in the dtype of the activations, or None.
         dtype: of the activations, follows the model's.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, weights: WeightFormat, dtype, device=None
+        self, in_features: int, out_features: int, weights: WeightFormat, dtype, device=None, bias=False
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.weights, self.dtype = (
@@ -86,12 +87,17 @@ class QuantizedLinear(nn.Module):
             codes = torch.zeros(blocks, columns // 32, 4, 32, dtype=torch.uint8, device=device)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", torch.zeros(blocks, groups, ROWS, dtype=torch.bfloat16, device=device))
+        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if zeros is None else nn.Parameter(zeros)
 
     @staticmethod
     def like(linear: Projection, weights: WeightFormat) -> "QuantizedLinear":
         """One of the same size, with zeros."""
         weight = linear.weight
-        return QuantizedLinear(linear.in_features, linear.out_features, weights, weight.dtype, weight.device)
+        has_bias = linear.bias is not None
+        return QuantizedLinear(
+            linear.in_features, linear.out_features, weights, weight.dtype, weight.device, has_bias
+        )
 
     @staticmethod
     def of(linear: Projection, weights: WeightFormat) -> "QuantizedLinear":
@@ -103,6 +109,7 @@ class QuantizedLinear(nn.Module):
             codes, scales = _quantize(weight[start : start + rows].float(), weights)
             blocks = slice(start // ROWS, start // ROWS + len(codes))
             result.codes[blocks], result.scales[blocks] = codes, scales
+        result.bias = linear.bias
         return result
 
     @property
@@ -127,12 +134,14 @@ class QuantizedLinear(nn.Module):
         return values.flatten(1)[:, : self.in_features].to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return project(x, self.weight)
+        return project(x, self.weight, self.bias)
 
     def _apply(self, fn, recurse=True):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         self.codes = fn(self.codes)
         self.scales = fn(self.scales.view(torch.int16)).view(torch.bfloat16)  # moved, never cast
+        if self.bias is not None:
+            self.bias = nn.Parameter(fn(self.bias.data), self.bias.requires_grad)
         return self
 
     def check(self, name: str, where: str) -> None:

@@ -26,6 +26,8 @@ class Tokenizer:
     Attributes:
         vocab_size: the number of ids, special tokens included (the largest id plus one).
         pad_id, image_id, end_id: ids of `<pad>`, `<image>` and `<|end|>`.
+        added: those of the special tokens of Cobra, with their ids, that the given tokenizer did not have.
+        given_size: the number of ids without them (the largest id plus one).
     """
 
     def __init__(self, backend: "tokenizers.Tokenizer") -> None:
@@ -34,6 +36,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True  # text is text; encode() finds the specials itself
+        lacking = [name for name in SPECIALS if backend.token_to_id(name) is None]
         backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
         self._backend = backend
         self._specials = {
@@ -43,8 +46,16 @@ class Tokenizer:
         }
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._special_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocab.values())
         self.pad_id, self.image_id, self.end_id = map(self.id_of, (PAD, IMAGE, END))
+        self.added = {name: vocab[name] for name in lacking}
+        self.given_size = 1 + max((index for name, index in vocab.items() if name not in lacking), default=-1)
+        if len(set(vocab.values())) < len(vocab):  # new ids are counted from the number of tokens
+            raise UserError(
+                "the tokenizer's ids have gaps, so that special tokens would share theirs with others; "
+                f"it must have {', '.join(SPECIALS)} itself"
+            )
 
     @classmethod
     def bytes(cls) -> "Tokenizer":
@@ -72,7 +83,10 @@ class Tokenizer:
             backend = Tokenizer.from_file(str(path))
         except Exception as error:  # the only class that the library raises
             raise UserError(f"{path}: not a Hugging Face tokenizer.json ({error})") from error
-        return cls(backend)
+        try:
+            return cls(backend)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":

@@ -8,6 +8,7 @@ Source: Vaswani et al. 2017 (arXiv:1706.03762); RoPE: Su et al. 2021 (arXiv:2104
 Llama; GQA: Ainslie et al. 2023 (arXiv:2305.13245).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,15 +18,44 @@ from torch import Tensor, nn
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
 
-from .decode import stored
+from .decode import UnservableError, stored
 from .mixer import LayerCost, LayerState, Segments
 from .precision import Projection, RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
+class Llama3RopeScaling:
+    """Rotations slowed down for contexts longer than the original one, as in Llama 3.1: channels that turn
+    less than low_freq_factor times in original_max_position_embeddings tokens are slowed factor-fold, those
+    that turn more than high_freq_factor times stay, and between the two the frequencies are blended."""
+
+    kind: Literal["llama3"] = "llama3"
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        require_positive(self, "original_max_position_embeddings")
+        if self.factor <= 0 or not 0 <= self.low_freq_factor < self.high_freq_factor:
+            raise UserError(
+                f"rope_scaling: factor {self.factor} must be above 0, and low_freq_factor "
+                f"{self.low_freq_factor} below high_freq_factor {self.high_freq_factor}"
+            )
+
+    def scale(self, frequency: Tensor) -> Tensor:
+        """Radians per token of each pair of channels -> the same, slowed down."""
+        turns = self.original_max_position_embeddings * frequency / (2 * math.pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = kept.clamp(0, 1)
+        return (1 - kept) * frequency / self.factor + kept * frequency
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """num_heads query heads of headdim share num_kv_heads keys and values; a token sees the last `window`
-    tokens, itself included (None: all); rope_theta None: no positions."""
+    tokens, itself included (None: all); rope_theta None: no positions; qkv_bias: queries, keys and values
+    have biases, as in Qwen2."""
 
     kind: Literal["attention"] = "attention"
     num_heads: int
@@ -33,6 +63,8 @@ class AttentionConfig:
     headdim: int = 64
     rope_theta: float | None = 10000.0
     window: int | None = None
+    rope_scaling: Llama3RopeScaling | None = None
+    qkv_bias: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "num_kv_heads", "headdim")
@@ -43,15 +75,17 @@ class AttentionConfig:
             )
         if self.headdim % 2 and self.rope_theta is not None:
             raise UserError(f"attention: headdim {self.headdim} must be even for rotary positions")
+        if self.rope_scaling is not None and self.rope_theta is None:
+            raise UserError("attention: rope_scaling needs rope_theta, which is none")
         if self.window is not None and self.window < 1:
             raise UserError(f"attention: window {self.window} must be 1 or more, or none")
 
     def cost(self, d_model: int) -> LayerCost:
         queries, keys = self.num_heads * self.headdim, self.num_kv_heads * self.headdim
-        parameters = 2 * d_model * (queries + keys)
+        weights = 2 * d_model * (queries + keys)
         return LayerCost(
-            parameters=parameters,
-            flops_per_token=2 * parameters,
+            parameters=weights + (queries + 2 * keys) * self.qkv_bias,
+            flops_per_token=2 * weights,
             flops_per_context_token=4 * queries,
             cache_elements=2 * keys,
             cache_index_bytes=8,  # the position of each slot, int64
@@ -72,9 +106,9 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         queries, keys = config.num_heads * config.headdim, config.num_kv_heads * config.headdim
-        self.q_proj = Projection(d_model, queries)
-        self.k_proj = Projection(d_model, keys)
-        self.v_proj = Projection(d_model, keys)
+        self.q_proj = Projection(d_model, queries, config.qkv_bias)
+        self.k_proj = Projection(d_model, keys, config.qkv_bias)
+        self.v_proj = Projection(d_model, keys, config.qkv_bias)
         self.o_proj = Projection(queries, d_model)
         for proj in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.normal_(proj.weight, std=d_model**-0.5)  # queries, keys and values of unit size
@@ -93,6 +127,8 @@ class Attention(nn.Module):
 
     def add_to(self, decoder, norm: RMSNorm) -> None:
         config = self.config
+        if config.rope_scaling is not None:
+            raise UnservableError
         projections = [stored(proj) for proj in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)]
         sizes = [config.num_heads, config.num_kv_heads, config.headdim]
         decoder.add_attention(norm.weight, norm.eps, *projections, sizes, config.rope_theta or 0.0)
@@ -113,7 +149,8 @@ class Attention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.config.rope_theta is not None:
-            q, k = rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta)
+            turn = self.config.rope_theta, self.config.rope_scaling
+            q, k = rotate(q, positions, *turn), rotate(k, positions, *turn)
         if state is not None and segments.overwrite and seqlen == 1:
             y, state = self._decode(q, k, v, positions, state, segments)
         else:
@@ -195,11 +232,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
     )
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+def rotate(
+    x: Tensor, positions: Tensor, theta: float, scaling: Llama3RopeScaling | None = None
+) -> Tensor:
     """Rotary position embedding: x (batch, heads, seqlen, headdim), positions (batch, seqlen)."""
     half = x.shape[-1] // 2
     wide = torch.promote_types(x.dtype, torch.float32)
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+    if scaling is not None:
+        frequency = scaling.scale(frequency)
     angle = positions[:, None, :, None].to(wide) * frequency
     cos, sin = angle.cos(), angle.sin()
     first, second = x.to(wide).split(half, dim=-1)

@@ -138,8 +138,11 @@ def stored(projection: nn.Module, kind: type[nn.Module] = Projection) -> list[Te
     """A projection as the kernels take it: its weight, or the packed codes and scales of a quantised one.
 
     Raises:
-        UnservableError: if it is another module than a `kind`, which may compute something else.
+        UnservableError: if it adds a bias, or is another module than a `kind`, which may compute something
+            else.
     """
+    if kind is Projection and getattr(projection, "bias", None) is not None:
+        raise UnservableError
     if hasattr(projection, "packed"):
         return projection.packed
     if type(projection) is not kind:

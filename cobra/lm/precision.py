@@ -25,22 +25,26 @@ class RMSNorm(Float32Parameters):
 
 
 class Projection(nn.Linear):
-    """y = x W^T, see `project`."""
+    """y = x W^T, and a bias (zero at the start) where one is asked for; see `project`."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        if bias:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return project(x, self.weight)
+        return project(x, self.weight, self.bias)
 
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in) times the transposed weight (out, in), dtype of x, or of autocast where it is active."""
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times the transposed weight (out, in), plus a bias (out,); dtype of x, or of autocast where
+    it is active."""
     wanted, dtype = _asked_dtype(x), product_dtype(x)
     if dtype == wanted:
-        return nn.functional.linear(x, weight)
+        return nn.functional.linear(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
-        return nn.functional.linear(x.to(dtype), weight.to(dtype)).to(wanted)
+        bias = None if bias is None else bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), weight.to(dtype), bias).to(wanted)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -44,10 +44,17 @@ ODD["even, norm first"] = (48, 24, (Mamba2Config(d_state=128, headdim=96, norm_b
 EMULATED = bool(os.environ.get("VISION_SCAN_EMULATE"))  # the CUDA kernels, on the CPU
 
 
+def is_served(layer) -> bool:
+    """Whether the compiled steps at hand know a layer; those of a GPU know Mamba-2 alone, and none knows
+    biases or scaled positions."""
+    if EMULATED:
+        return layer.kind == "mamba2"
+    return layer.kind != "attention" or not (layer.qkv_bias or layer.rope_scaling)
+
+
 def served(names) -> list[str]:
-    """The models that the compiled steps at hand know; those of a GPU know Mamba-2 alone."""
     layers = {**STACKS, **{name: sizes[2] for name, sizes in ODD.items()}}
-    return [name for name in names if not EMULATED or {layer.kind for layer in layers[name]} == {"mamba2"}]
+    return [name for name in names if all(map(is_served, layers[name]))]
 
 
 NAMES = served([*STACKS, *ODD])

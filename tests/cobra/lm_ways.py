@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cobra.lm import LAYERS, LanguageModel, LMConfig, State
-from cobra.lm.attention import AttentionConfig
+from cobra.lm.attention import AttentionConfig, Llama3RopeScaling
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
 from tests.tolerance import assert_close
@@ -24,6 +24,12 @@ MORE = 6  # tokens read afterwards, from the state that a way of reading left
 
 # The name of a field of a layer's Config decides its small size: a further kind is tested by being in LAYERS.
 SIZES = {"d_state": 5, "headdim": 8, "chunk_size": 4, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24}
+
+
+# Of the three pairs of channels below, the first stays, the second is blended, the third is slowed.
+SCALING = Llama3RopeScaling(
+    factor=4.0, low_freq_factor=0.05, high_freq_factor=1.0, original_max_position_embeddings=10
+)
 
 
 def small(kind: str):
@@ -40,6 +46,8 @@ def stacks() -> dict[str, tuple]:
     gqa = AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8)
     window = AttentionConfig(num_heads=2, num_kv_heads=1, headdim=6, window=5, rope_theta=100.0)
     nope = AttentionConfig(num_heads=3, num_kv_heads=3, headdim=5, rope_theta=None)
+    biased = AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8, qkv_bias=True)
+    scaled = AttentionConfig(num_heads=2, num_kv_heads=1, headdim=6, window=7, rope_scaling=SCALING)
     mlp = MLPConfig(d_ff=24)
     return {
         **{kind: (small(kind),) * 2 for kind in LAYERS},
@@ -47,6 +55,7 @@ def stacks() -> dict[str, tuple]:
         "transformer": (gqa, mlp) * 2,
         "window": (window, mlp, window),
         "nope": (nope, mlp, nope),
+        "biases and scaled positions": (biased, mlp, scaled),
         "hybrid": (mamba2, mlp, gqa, grouped, window, mlp, nope, mamba2),
     }
 

@@ -181,7 +181,10 @@ def test_scan_show_names_the_mistake(capsys):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["answer"], ["chat"], ["info"], ["doctor"], ["scan"], ["scan", "list"], ["scan", "show"]],
+    [
+        *([], ["answer"], ["chat"], ["convert"], ["info"], ["doctor"]),
+        *(["scan"], ["scan", "list"], ["scan", "show"]),
+    ],
 )
 def test_help_fits_a_screen_and_has_an_example(capsys, command):
     status, out, _ = run(capsys, *command, "--help")

@@ -9,7 +9,7 @@ from cobra.connector import CONNECTORS, LinearConfig
 from cobra.cost import LMCost, count_parts
 from cobra.image import ImageConfig
 from cobra.lm import LAYERS, LanguageModel, LMConfig
-from cobra.lm.attention import AttentionConfig
+from cobra.lm.attention import AttentionConfig, Llama3RopeScaling
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
 from cobra.vision_encoder import VISION_ENCODERS, SmallEncoderConfig
@@ -215,6 +215,11 @@ def test_an_image_smaller_than_a_patch_fails_at_construction():
         small_config(image=ImageConfig(height=4, width=64))
 
 
+def scaling(**changes) -> Llama3RopeScaling:
+    right = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return Llama3RopeScaling(**{**right, "original_max_position_embeddings": 8192, **changes})
+
+
 WRONG = {
     "no layers": lambda: LMConfig(d_model=8, vocab_size=8, layers=()),
     "d_model 0": lambda: LMConfig(d_model=0, vocab_size=8, layers=(MLPConfig(d_ff=8),)),
@@ -227,6 +232,12 @@ WRONG = {
     "odd headdim": lambda: AttentionConfig(num_heads=4, num_kv_heads=2, headdim=9),
     "headdim 0": lambda: AttentionConfig(num_heads=4, num_kv_heads=2, headdim=0),
     "window 0": lambda: AttentionConfig(num_heads=4, num_kv_heads=2, window=0),
+    "scaled positions that are none": lambda: AttentionConfig(
+        num_heads=4, num_kv_heads=2, rope_theta=None, rope_scaling=scaling()
+    ),
+    "rope factor 0": lambda: scaling(factor=0.0),
+    "rope factors upside down": lambda: scaling(low_freq_factor=4.0),
+    "rope of no context": lambda: scaling(original_max_position_embeddings=0),
     "mamba2 d_state 0": lambda: Mamba2Config(d_state=0),
     "mamba2 headdim 0": lambda: Mamba2Config(headdim=0),
     "mamba2 ngroups 0": lambda: Mamba2Config(ngroups=0),

@@ -22,12 +22,14 @@ PUBLISHED = {
 MAMBA2 = Mamba2Config(d_state=5, headdim=8, ngroups=2, d_conv=3)
 GQA = AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8)
 WINDOW = AttentionConfig(num_heads=4, num_kv_heads=1, headdim=8, window=6)
+BIASED = AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8, qkv_bias=True)
 MLP = MLPConfig(d_ff=24)
 STACKS = {
     "mamba1": (Mamba1Config(d_state=5), Mamba1Config(d_state=3, expand=3, d_conv=2, dt_rank=5)),
     "mamba2": (MAMBA2,) * 3,
     "attention": (GQA, MLP) * 2,
     "window": (WINDOW, MLP),
+    "biases": (BIASED, MLP),
     "hybrid": (MAMBA2, GQA, MLP, WINDOW, MAMBA2),
 }
 

@@ -15,6 +15,7 @@ from cobra.lm.mamba2 import Mamba2
 from cobra.lm.mixer import UPDATE_TOKENS
 from cobra.lm.precision import Projection, RMSNorm
 from cobra.lm.stack import Block
+from cobra.quantize import QuantizedLinear
 from tests.cobra.decode_ways import (
     assert_same_bits,
     assert_same_state,
@@ -56,6 +57,20 @@ def test_what_is_not_served_goes_layer_by_layer(case, taken):
             logits, state = model(token, state=state, **{"overwrite_state": True, **options})
             parts.append(logits)
     assert_close(case, torch.cat(parts, 1).double(), expected, ratio)
+    assert not taken
+
+
+@pytest.mark.parametrize("weights", ["plain", "int8"])
+@torch.no_grad()
+def test_biases_and_scaled_positions_go_layer_by_layer(weights, taken):
+    model = fresh("biases and scaled positions")
+    if weights != "plain":
+        for name in ("q_proj", "k_proj", "v_proj"):
+            mixer = model.layers[0].mixer
+            setattr(mixer, name, QuantizedLinear.of(getattr(mixer, name), weights))
+    ids = random_ids(model, 2, 9)
+    parts, _ = decode(model, ids.split(1, dim=1))
+    assert_close(weights, torch.cat(parts, 1), model(ids)[0])
     assert not taken
 
 

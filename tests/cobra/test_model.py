@@ -14,6 +14,7 @@ from cobra.connector import FusedMLPConfig
 from cobra.image import ImageConfig
 from cobra.lm import LMConfig
 from cobra.lm.mlp import MLPConfig
+from cobra.model import FIXED_SENTENCE, chance_loss, fixed_sentence_loss
 from cobra.tokenizer import Tokenizer
 from cobra.vision_encoder import SmallEncoderConfig, TimmEncoderConfig
 from tests.tolerance import assert_close
@@ -297,3 +298,26 @@ def test_a_model_of_other_parts():
     ids = torch.tensor([[IMAGE] * 12 + text(2)])
     embeds = model.embed(ids, torch.rand(2, 3, 32, 48))
     assert embeds.shape == (1, 14, 16) and embeds.isfinite().all()
+
+
+@pytest.mark.parametrize("preset", ["tiny", "transformer-tiny"])
+@torch.no_grad()
+def test_the_fixed_sentence_is_foretold_by_chance_at_first_and_better_when_it_was_learned(preset):
+    model = cobra.build(small(preset), tokenizer=Tokenizer.train([FIXED_SENTENCE], 300))
+    loss, num_tokens = fixed_sentence_loss(model)
+    ids = torch.tensor([model.tokenizer.encode(FIXED_SENTENCE)])
+    logits = model.lm(ids)[0][:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert num_tokens == ids.shape[1] - 1 > 40
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert chance_loss(model) == pytest.approx(math.log(384))
+    assert abs(loss - chance_loss(model)) < 1
+    optimizer = torch.optim.AdamW(model.lm.parameters(), lr=1e-2)
+    for _ in range(8):
+        with torch.enable_grad():
+            hidden, _ = model.lm.read(ids[:, :-1])
+            (model.lm.loss(hidden, ids[:, 1:]) / num_tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert fixed_sentence_loss(model)[0] < chance_loss(model) - 2
+    assert fixed_sentence_loss(model.bfloat16())[0] < chance_loss(model) - 2

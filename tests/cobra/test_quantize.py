@@ -323,6 +323,26 @@ def test_save_and_load_keep_every_bit(weights, is_tied, tmp_path):
 
 
 @pytest.mark.parametrize("weights", FORMATS)
+@torch.no_grad()
+def test_biases_stay_as_they_are(weights, monkeypatch, tmp_path):
+    monkeypatch.setitem(STACKS, "biased", (replace(GQA, qkv_bias=True),))
+    plain = small("biased")
+    for name, parameter in plain.lm.named_parameters():
+        if name.endswith("bias"):
+            parameter.uniform_(-1, 1)
+    bias = plain.lm.layers[0].mixer.k_proj.bias.clone()
+    model = quantize(copy.deepcopy(plain), weights)
+    cobra.save(model, tmp_path / "model")
+    loaded = cobra.load(tmp_path / "model", dtype="float32")
+    for lm in (model.lm, loaded.lm):
+        assert torch.equal(lm.layers[0].mixer.k_proj.bias, bias)
+        assert rms_ratio(decode(lm), decode(plain.lm)) < (0.02 if weights == "int8" else 0.3)
+    half = model.bfloat16().lm
+    assert torch.equal(half.layers[0].mixer.k_proj.bias, bias.bfloat16())
+    assert decode(half).isfinite().all()
+
+
+@pytest.mark.parametrize("weights", FORMATS)
 def test_a_plain_model_is_quantized_when_it_is_loaded(weights, tmp_path):
     model = small()
     cobra.save(model, tmp_path / "model")

@@ -135,3 +135,28 @@ def test_from_file_names_a_bad_file(tmp_path, content):
 def test_id_of_names_an_unknown_token(tokenizer):
     with pytest.raises(UserError, match=r"<\|system\|>"):
         tokenizer.id_of("<|system|>")
+
+
+def foreign(vocab: dict[str, int], specials=()):
+    from tokenizers import AddedToken, Tokenizer, models
+
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
+    return backend
+
+
+def test_special_tokens_that_were_added_are_told():
+    assert Tokenizer(foreign({"a": 0, "b": 1})).added == dict(zip(SPECIALS, range(2, 7), strict=True))
+    some = Tokenizer(foreign({"a": 0, "<pad>": 1}, ["<|end|>", "<s>"]))
+    assert some.added == {"<image>": 4, "<|user|>": 5, "<|assistant|>": 6}
+    assert (some.pad_id, some.end_id, some.given_size, some.vocab_size) == (1, 2, 4, 7)
+    assert BYTES.added.keys() == set(SPECIALS) and not TRAINED.added
+
+
+def test_ids_with_gaps_that_special_tokens_would_fall_into_are_refused(tmp_path):
+    foreign({"a": 0, "b": 1, "c": 6}).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"tokenizer\.json: the tokenizer's ids have gaps") as caught:
+        Tokenizer.from_file(tmp_path / "tokenizer.json")
+    assert "\n" not in str(caught.value)
+    wide = Tokenizer(foreign({"a": 0, "b": 1, "c": 99}))
+    assert (wide.vocab_size, wide.given_size, wide.pad_id) == (100, 100, 3)

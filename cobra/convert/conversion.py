@@ -1,0 +1,318 @@
+"""From a published language model to a model directory: planned and checked in full, then written."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from sys import stderr
+
+import torch
+from torch import Tensor
+
+from cobra.checkpoint import TOKENIZER, check_match, named_tensors, write_model
+from cobra.config import PRESETS, CobraConfig
+from cobra.lm import LanguageModel, LMConfig
+from cobra.lm.precision import Float32Parameters
+from cobra.model import make_vision_parts
+from cobra.prompt import TEMPLATES
+from cobra.tokenizer import Tokenizer
+from vision_scan.errors import UserError, choose
+
+from .layout import Layout, Options
+from .mamba import MAMBA1, MAMBA2, STATE_SPACES
+from .source import CONFIG, Source, read_source
+from .transformer import LLAMA, QWEN2
+from .writer import Entry, write_tensors
+
+LAYOUTS = (STATE_SPACES, MAMBA1, MAMBA2, LLAMA, QWEN2)
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TABLES = ("embedding.weight", "lm_head.weight")  # a row for each token
+LEAST_USED = 0.9  # of published embeddings; with fewer ids a tokenizer is that of another model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a conversion will write. Everything is checked; nothing is in memory but the small parts.
+
+    Attributes:
+        source, layout: what was found.
+        config, tokenizer: of the model that it becomes.
+        preset: where its image, vision encoder, connector and template come from.
+        rows: of the published embeddings.
+        language: the tensors of the language model.
+        vision: those of the vision encoder and the connector, which are random.
+    """
+
+    source: Source
+    layout: Layout
+    config: CobraConfig
+    tokenizer: Tokenizer
+    tokenizer_file: Path
+    preset: str
+    rows: int
+    language: list[Entry]
+    vision: list[Entry]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors to be written."""
+        return sum(entry.nbytes for entry in (*self.language, *self.vision))
+
+    def report(self) -> list[str]:
+        """What is done, in lines to be read."""
+        lm = self.config.lm
+        layers = ", ".join(f"{n} {kind}" for kind, n in Counter(layer.kind for layer in lm.layers).items())
+        size = Counter[str]()
+        for entry in self.language:
+            size[str(entry.dtype).removeprefix("torch.")] += entry.nbytes
+        return [
+            f"layout      {self.layout.name}, {self.source.weights.name}",
+            f"layers      {layers}; d_model {lm.d_model}, vocabulary {lm.vocab_size}",
+            f"parameters  {_count(self.language):,} of the language model",
+            f"            {_count(self.vision):,} of {self.preset}'s vision encoder and connector, random",
+            f"dtype       {', '.join(name for name, _ in size.most_common())}",
+            f"tokenizer   {self.tokenizer_file}, {self.tokenizer.given_size} ids for {self.rows} embeddings",
+            f"            {self._special_tokens()}",
+            f"bytes       {self.nbytes:,}",
+        ]
+
+    def _special_tokens(self) -> str:
+        added, vocab = self.tokenizer.added, self.config.lm.vocab_size
+        if not added:
+            return "has all special tokens"
+        told = ", ".join(f"{name} {index}" for name, index in added.items())
+        if vocab == self.rows:
+            return f"special tokens on unused ids: {told}"
+        return (
+            f"special tokens added: {told}; {vocab - self.rows} new embeddings, each the mean of the others"
+        )
+
+    def write(self, path: str | Path) -> None:
+        """Writes the model directory, whole or not at all.
+
+        Raises:
+            UserError: if there is something at `path` already.
+        """
+        check_destination(path)
+        with _progress(self.nbytes) as advance:
+            entries = [*self.language, *self.vision]
+            write = functools.partial(write_tensors, entries=entries, advance=advance)
+            write_model(path, self.config, self.tokenizer, write)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    preset: str = "tiny",
+    tokenizer: str | Path | None = None,
+    seed: int = 0,
+) -> Conversion:
+    """Makes a model directory of a published language model, see `plan`.
+
+    Args:
+        destination: the directory to write; it must not exist, or be empty.
+    Raises:
+        UserError: as `plan`, or if there is something at the destination already.
+    """
+    check_destination(destination)
+    conversion = plan(source, preset=preset, tokenizer=tokenizer, seed=seed)
+    conversion.write(destination)
+    return conversion
+
+
+def plan(
+    source: str | Path, *, preset: str = "tiny", tokenizer: str | Path | None = None, seed: int = 0
+) -> Conversion:
+    """Finds out what a checkpoint is and what it becomes; writes nothing.
+
+    Args:
+        source: the directory of a published checkpoint.
+        preset: whose image, vision encoder, connector and template the model gets.
+        tokenizer: a Hugging Face tokenizer.json; None: the one beside the checkpoint.
+        seed: of the weights of vision encoder and connector.
+    Raises:
+        UserError: if the checkpoint is of no known layout, an option of its configuration is not supported,
+            a tensor is missing, unexpected or of another shape or dtype, or tokenizer or preset do not fit.
+    """
+    parts = choose("preset", preset, PRESETS)
+    checkpoint = read_source(source)
+    layout = detect(checkpoint)
+    lm = _read_config(layout, checkpoint)
+    file = _find_tokenizer(checkpoint.path, tokenizer)
+    tokens = Tokenizer.from_file(file)
+    vocab = _vocab_size(tokens, file, lm.vocab_size)
+    config = replace(parts, lm=replace(lm, vocab_size=vocab))
+    _check_template(config.template, tokens, file)
+    return Conversion(
+        source=checkpoint,
+        layout=layout,
+        config=config,
+        tokenizer=tokens,
+        tokenizer_file=file,
+        preset=preset,
+        rows=lm.vocab_size,
+        language=_language_entries(layout, lm, checkpoint, vocab),
+        vision=_vision_entries(preset, config, seed),
+    )
+
+
+def detect(source: Source) -> Layout:
+    """The layout of a checkpoint, by its configuration and the names of its tensors."""
+    for layout in LAYOUTS:
+        if layout.detects(source.config, source.tensors):
+            return layout
+    raise UserError(
+        f"{source.path}: of no known layout (model_type {source.config.get('model_type')!r}, tensors like "
+        f"{', '.join(sorted(source.tensors)[:2]) or 'none'}); known are "
+        f"{', '.join(layout.name for layout in LAYOUTS)}"
+    )
+
+
+def check_destination(path: str | Path) -> None:
+    """Raises UserError unless a new directory can be made at `path`, or an empty one is there."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists already and is not empty; give a new directory")
+
+
+def _read_config(layout: Layout, source: Source) -> LMConfig:
+    options = Options(source.config, str(source.path / CONFIG))
+    try:
+        config = layout.read_config(options)
+        options.close()
+    except UserError as error:  # of a layer, which does not know the file
+        told = str(error)
+        raise UserError(told if options.where in told else f"{options.where}: {told}") from error
+    return config
+
+
+def _find_tokenizer(path: Path, given: str | Path | None) -> Path:
+    if given is not None:
+        return Path(given)
+    if not (path / TOKENIZER).is_file():
+        raise UserError(
+            f"{path}: has no {TOKENIZER}; give the one that the model was trained with by --tokenizer FILE "
+            f"(for state-spaces models the {TOKENIZER} of EleutherAI/gpt-neox-20b)"
+        )
+    return path / TOKENIZER
+
+
+def _vocab_size(tokenizer: Tokenizer, file: Path, rows: int) -> int:
+    """Rows of the embeddings with which all tokens have one."""
+    if not LEAST_USED * rows <= tokenizer.given_size <= rows:
+        raise UserError(
+            f"{file}: has {tokenizer.given_size} ids for {rows} embeddings; give the tokenizer that the "
+            "model was trained with"
+        )
+    return max(rows, tokenizer.vocab_size)  # as training enlarges a preset
+
+
+def _check_template(template: str, tokenizer: Tokenizer, file: Path) -> None:
+    for token in TEMPLATES[template].tokens:
+        try:
+            tokenizer.id_of(token)
+        except UserError as error:
+            raise UserError(f"{file} does not fit the template {template!r}: {error}") from error
+
+
+def _language_entries(layout: Layout, config: LMConfig, source: Source, vocab: int) -> list[Entry]:
+    """The language model's tensors, the source's being exactly those of `config`.
+
+    Args:
+        vocab: rows that the embeddings get.
+    """
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    own = named_tensors(model)
+    names = layout.key_map(config, {**own, "lm_head.weight": None})
+    given = {name: tensor for name, tensor in source.tensors.items() if not layout.is_derived(name)}
+    if config.tie_word_embeddings:
+        _drop_tied_head(given, names, source)
+    check_match({names[name]: tensor for name, tensor in own.items()}, given, str(source.weights))
+    wide = _float32_names(model)
+    return [
+        _entry(name, given[names[name]], name in wide, vocab if name in TABLES else None, source)
+        for name in own
+    ]
+
+
+def _drop_tied_head(given: dict[str, Tensor], names: Mapping[str, str], source: Source) -> None:
+    """Takes out a head that is stored beside the embeddings although they are one."""
+    table, head = (given.get(names[name]) for name in TABLES)
+    if table is None or head is None:
+        return
+    if not torch.equal(table, head):
+        raise UserError(
+            f"{source.weights}: {names[TABLES[1]]} differs from {names[TABLES[0]]}, but {CONFIG} says that "
+            "they are tied"
+        )
+    del given[names[TABLES[1]]]
+
+
+def _entry(name: str, tensor: Tensor, is_wide: bool, rows: int | None, source: Source) -> Entry:
+    if tensor.dtype not in WEIGHT_DTYPES:
+        raise UserError(
+            f"{source.weights}: {name} is {tensor.dtype}, allowed are {', '.join(map(str, WEIGHT_DTYPES))}"
+        )
+    dtype = torch.promote_types(tensor.dtype, torch.float32) if is_wide else tensor.dtype
+    if rows is None or rows == len(tensor):
+        return Entry(f"lm.{name}", dtype, tuple(tensor.shape), lambda: tensor)
+    return Entry(f"lm.{name}", dtype, (rows, *tensor.shape[1:]), lambda: _grown(tensor, rows))
+
+
+def _grown(table: Tensor, rows: int) -> Tensor:
+    """With rows that are the mean of those there: a new token is then never the likeliest."""
+    mean = table.mean(0, keepdim=True, dtype=torch.promote_types(table.dtype, torch.float32))
+    return torch.cat([table, mean.to(table.dtype).expand(rows - len(table), -1)])
+
+
+def _float32_names(model: LanguageModel) -> set[str]:
+    """The names of parameters that are never stored in half precision."""
+    return {
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        if isinstance(module, Float32Parameters)
+        for leaf in module.float32_parameters
+    }
+
+
+def _vision_entries(preset: str, config: CobraConfig, seed: int) -> list[Entry]:
+    """Vision encoder and connector as `build` makes them from this seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            made = make_vision_parts(config)
+        except UserError as error:  # of a part, which knows nothing of the language model
+            raise UserError(
+                f"preset {preset} does not fit a language model with d_model {config.lm.d_model}: {error}"
+            ) from error
+    parts = dict(zip(("vision_encoder", "connector"), made, strict=True))
+    return [
+        Entry(f"{part}.{name}", tensor.dtype, tuple(tensor.shape), functools.partial(torch.clone, tensor))
+        for part, module in parts.items()
+        for name, tensor in named_tensors(module).items()
+    ]
+
+
+def _count(entries: list[Entry]) -> int:
+    return sum(entry.nbytes // entry.dtype.itemsize for entry in entries)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal, where rich is; nothing elsewhere."""
+    if not stderr.isatty() or find_spec("rich") is None:
+        yield lambda nbytes: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("writing", total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)

@@ -1,0 +1,138 @@
+"""Llama and Qwen2 as transformers publishes them: blocks of attention and a gated feed-forward layer."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from cobra.lm import LMConfig
+from cobra.lm.attention import AttentionConfig, Llama3RopeScaling
+from cobra.lm.mlp import MLPConfig
+from vision_scan.errors import UserError, choose
+
+from .layout import TRANSFORMERS_KEYS, Layout, Options
+
+
+def _read_llama(options: Options) -> LMConfig:
+    options.demand("attention_bias", False)
+    options.demand("mlp_bias", False)
+    options.demand("rope_interleaved", False)
+    options.ignore("pretraining_tp", "is_llama_config")  # the first splits products over devices
+    windows = [None] * options.take("num_hidden_layers", int)
+    return _read_blocks(options, windows, qkv_bias=False)
+
+
+def _read_qwen2(options: Options) -> LMConfig:
+    windows = _read_windows(options, options.take("num_hidden_layers", int))
+    return _read_blocks(options, windows, qkv_bias=True)
+
+
+def _read_blocks(options: Options, windows: Sequence[int | None], qkv_bias: bool) -> LMConfig:
+    """What both have in common; a block for each window."""
+    d_model, num_heads = options.take("hidden_size", int), options.take("num_attention_heads", int)
+    theta, scaling = _read_rope(options)
+    feed_forward = MLPConfig(d_ff=options.take("intermediate_size", int))
+    num_kv_heads = options.take("num_key_value_heads", int, num_heads)
+    headdim = options.take("head_dim", int, d_model // max(num_heads, 1))
+    layers: list[AttentionConfig | MLPConfig] = []
+    for window in windows:
+        attention = AttentionConfig(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            headdim=headdim,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            window=window,
+            qkv_bias=qkv_bias,
+        )
+        layers += [attention, feed_forward]
+    options.demand("hidden_act", "silu", "swish")
+    options.demand("attention_dropout", 0.0)
+    options.ignore(*TRANSFORMERS_KEYS)
+    return LMConfig(
+        d_model=d_model,
+        vocab_size=options.take("vocab_size", int),
+        layers=tuple(layers),
+        norm_eps=options.take("rms_norm_eps", float, 1e-6),
+        tie_word_embeddings=options.take("tie_word_embeddings", bool, False),
+    )
+
+
+def _read_rope(options: Options) -> tuple[float, Llama3RopeScaling | None]:
+    """theta and scaling, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`."""
+    theta = options.take("rope_theta", float, 10000.0)
+    context = options.take("max_position_embeddings", int, 0)
+    newer, older = options.section("rope_parameters"), options.section("rope_scaling")
+    if newer:
+        older.close()
+    rope = newer or older
+    rope.demand("partial_rotary_factor", 1.0)
+    theta = rope.take("rope_theta", float, theta)
+    legacy = rope.take("type", str, "default")
+    kind = choose(f"rope_type in {rope.where}", rope.take("rope_type", str, legacy), _ROPE_TYPES)
+    scaling = kind(rope, context)
+    rope.close()
+    return theta, scaling
+
+
+def _llama3_rope(rope: Options, context: int) -> Llama3RopeScaling:
+    return Llama3RopeScaling(
+        factor=rope.take("factor", float),
+        low_freq_factor=rope.take("low_freq_factor", float),
+        high_freq_factor=rope.take("high_freq_factor", float),
+        original_max_position_embeddings=rope.take("original_max_position_embeddings", int, context),
+    )
+
+
+_ROPE_TYPES = {"default": lambda rope, context: None, "llama3": _llama3_rope}
+
+
+def _read_windows(options: Options, depth: int) -> list[int | None]:
+    """The window of each block, as `layer_types` says or, in older files, `max_window_layers`, from which on
+    blocks have one."""
+    is_used = options.take("use_sliding_window", bool, False)
+    window = options.take("sliding_window", int, 4096)
+    first = options.take("max_window_layers", int, 28)
+    kinds = [
+        "sliding_attention" if is_used and index >= first else "full_attention" for index in range(depth)
+    ]
+    kinds = options.take("layer_types", list, kinds)
+    windows = {"full_attention": None, **({"sliding_attention": window} if is_used else {})}
+    if len(kinds) != depth:
+        raise UserError(f"{options.where}: layer_types has {len(kinds)} entries for {depth} layers")
+    return [choose(f"entry of layer_types in {options.where}", kind, windows) for kind in kinds]
+
+
+def _prefixes(config: LMConfig) -> dict[str, str]:
+    names = {"embedding.": "model.embed_tokens.", "norm_f.": "model.norm.", "lm_head.": "lm_head."}
+    for index in range(len(config.layers) // 2):
+        attention, feed_forward = f"layers.{2 * index}.", f"layers.{2 * index + 1}."
+        block = f"model.layers.{index}."
+        names |= {
+            f"{attention}norm.": f"{block}input_layernorm.",
+            f"{attention}mixer.": f"{block}self_attn.",
+            f"{feed_forward}norm.": f"{block}post_attention_layernorm.",
+            f"{feed_forward}mixer.": f"{block}mlp.",
+        }
+    return names
+
+
+def _is_transformers(model_type: str):
+    def detects(config: Mapping[str, Any], names: Collection[str]) -> bool:
+        return config.get("model_type") == model_type and "model.embed_tokens.weight" in names
+
+    return detects
+
+
+LLAMA = Layout(
+    name="transformers Llama",
+    detects=_is_transformers("llama"),
+    read_config=_read_llama,
+    prefixes=_prefixes,
+    derived=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+)
+QWEN2 = Layout(
+    name="transformers Qwen2",
+    detects=_is_transformers("qwen2"),
+    read_config=_read_qwen2,
+    prefixes=_prefixes,
+    derived=LLAMA.derived,
+)

@@ -1,0 +1,266 @@
+"""Tiny checkpoints with random weights in the published layouts, made by transformers' own classes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tests.cobra.test_oracles import randomise
+
+ROWS, MERGES = 288, 20  # of the embeddings, more than the tokenizer has ids
+TEXTS = ["how many lighthouses are there in the harbour, and where is the other boat?"] * 3
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0, "low_freq_factor": 0.3,
+    "high_freq_factor": 2.0, "original_max_position_embeddings": 24,
+}  # fmt: skip
+
+
+def mamba1(**options):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    settings = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": ROWS, "state_size": 6, **options}
+    return randomise(MambaForCausalLM(MambaConfig(**settings)))
+
+
+def mamba2(**options):
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    settings = {
+        "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": ROWS, "state_size": 6, "num_heads": 8,
+        "head_dim": 16, "n_groups": 1, "chunk_size": 16, "tie_word_embeddings": True, **options,
+    }  # fmt: skip
+    return randomise(Mamba2ForCausalLM(Mamba2Config(**settings)))
+
+
+TRANSFORMER = {
+    "hidden_size": 64, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": ROWS, "rms_norm_eps": 1e-3,
+}  # fmt: skip
+
+
+def llama(**options):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return randomise(LlamaForCausalLM(LlamaConfig(**{**TRANSFORMER, **options})))
+
+
+def qwen2(**options):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return randomise(Qwen2ForCausalLM(Qwen2Config(**{**TRANSFORMER, **options})))
+
+
+Save = Callable[[torch.nn.Module, Path], None]
+
+
+def as_published(model, path: Path) -> None:
+    model.save_pretrained(path)
+
+
+def in_shards(model, path: Path) -> None:
+    model.save_pretrained(path, max_shard_size="60KB")
+    assert len(list(path.glob("*.safetensors"))) > 2
+
+
+def as_pickle(model, path: Path) -> None:
+    model.config.save_pretrained(path)
+    torch.save(model.state_dict(), path / "pytorch_model.bin")
+
+
+def as_old_pickle(model, path: Path) -> None:
+    model.config.save_pretrained(path)
+    torch.save(model.state_dict(), path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def as_pickled_shards(model, path: Path) -> None:
+    model.config.save_pretrained(path)
+    places = {}
+    for index, (name, tensor) in enumerate(model.state_dict().items()):
+        places[name] = f"pytorch_model-{index:05}.bin"
+        torch.save({name: tensor.clone()}, path / places[name])
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def as_state_spaces(**ssm) -> Save:
+    def save(model, path: Path) -> None:
+        theirs = model.config
+        config = {
+            "d_model": theirs.hidden_size, "n_layer": theirs.num_hidden_layers, "vocab_size": ROWS - 5,
+            "ssm_cfg": {"d_state": theirs.state_size, **ssm}, "rms_norm": True, "residual_in_fp32": True,
+            "fused_add_norm": True, "pad_vocab_size_multiple": 8,
+        }  # fmt: skip
+        tensors = {
+            name.replace("backbone.embeddings", "backbone.embedding"): tensor
+            for name, tensor in model.state_dict().items()
+        }
+        assert "lm_head.weight" in tensors  # tied, and saved nevertheless, as theirs are
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config))
+        torch.save(tensors, path / "pytorch_model.bin")
+
+    return save
+
+
+MAMBA2_SSM = {"layer": "Mamba2", "headdim": 16, "chunk_size": 16}
+CASES: dict[str, tuple] = {  # what is published, its options, how it is saved, the layout
+    "mamba": (mamba1, {}, as_published, "transformers Mamba"),
+    "mamba, more of everything": (
+        mamba1,
+        {
+            "expand": 3,
+            "conv_kernel": 3,
+            "time_step_rank": 5,
+            "tie_word_embeddings": False,
+            "layer_norm_epsilon": 1e-2,
+        },
+        in_shards,
+        "transformers Mamba",
+    ),
+    "mamba as state-spaces": (mamba1, {}, as_state_spaces(), "state-spaces Mamba"),
+    "mamba-2": (mamba2, {}, as_published, "transformers Mamba-2"),
+    "mamba-2, groups, untied": (
+        mamba2,
+        {"n_groups": 2, "tie_word_embeddings": False, "conv_kernel": 3, "layer_norm_epsilon": 1e-2},
+        as_old_pickle,
+        "transformers Mamba-2",
+    ),
+    "mamba-2 as state-spaces": (mamba2, {}, as_state_spaces(**MAMBA2_SSM), "state-spaces Mamba"),
+    "llama": (llama, {}, in_shards, "transformers Llama"),
+    "llama 3.2": (
+        llama,
+        {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True, "head_dim": 12},
+        as_pickle,
+        "transformers Llama",
+    ),
+    "qwen2": (qwen2, {"tie_word_embeddings": True}, as_published, "transformers Qwen2"),
+    "qwen2, sliding window": (
+        qwen2,
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+        as_pickled_shards,
+        "transformers Qwen2",
+    ),
+}
+
+
+def train_tokenizer(file: Path, specials: tuple[str, ...] = ("<|endoftext|>",)) -> Path:
+    """A byte-level BPE as others make them, which knows nothing of Cobra."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + MERGES, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.save(str(file))
+    return file
+
+
+def change_config(path: Path, **changes) -> None:
+    config = json.loads((path / "config.json").read_text())
+    config.update(changes)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def spoil(path: Path, change: Callable[[dict], object]) -> None:
+    tensors = torch.load(path / "pytorch_model.bin", weights_only=True)
+    change(tensors)
+    torch.save(tensors, path / "pytorch_model.bin")
+
+
+_LIKE_MAMBA_130M = {
+    "fused_add_norm": True, "residual_in_fp32": True, "rms_norm": True, "d_model": 768, "n_layer": 24
+}  # fmt: skip
+_LIKE_LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "mlp_bias": False,
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": [1, 8],
+    "initializer_range": 0.02, "pretraining_tp": 1, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0", "use_cache": True, "rms_norm_eps": 1e-05,
+}  # fmt: skip
+# Layout, config.json, and the parameters of the model that it belongs to.
+RELEASED: dict[str, tuple[str, dict, int]] = {
+    "mamba-130m": (
+        "state-spaces Mamba",
+        {**_LIKE_MAMBA_130M, "vocab_size": 50277, "ssm_cfg": {}, "pad_vocab_size_multiple": 8},
+        129_135_360,
+    ),
+    "mamba2-130m": (
+        "state-spaces Mamba",
+        {
+            **_LIKE_MAMBA_130M, "vocab_size": 50277, "ssm_cfg": {"layer": "Mamba2"}, "d_intermediate": 0,
+            "attn_layer_idx": [], "attn_cfg": {}, "pad_vocab_size_multiple": 16, "tie_embeddings": True,
+        },
+        128_989_632,
+    ),
+    "mamba-130m-hf": (
+        "transformers Mamba",
+        {
+            **_LIKE_MAMBA_130M, "architectures": ["MambaForCausalLM"], "model_type": "mamba", "ssm_cfg": {},
+            "pad_vocab_size_multiple": 8, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+            "conv_kernel": 4, "d_inner": 1536, "expand": 2, "hidden_act": "silu", "hidden_size": 768,
+            "initializer_range": 0.1, "intermediate_size": 1536, "layer_norm_epsilon": 1e-05,
+            "num_hidden_layers": 24, "rescale_prenorm_residual": False, "state_size": 16,
+            "time_step_floor": 0.0001, "time_step_init_scheme": "random", "time_step_max": 0.1,
+            "time_step_min": 0.001, "time_step_rank": 48, "time_step_scale": 1.0, "torch_dtype": "float32",
+            "transformers_version": "4.39.0.dev0", "use_bias": False, "use_cache": True,
+            "use_conv_bias": True, "vocab_size": 50280,
+        },
+        129_135_360,
+    ),
+    "mamba-codestral-7b": (
+        "transformers Mamba-2",
+        {
+            "architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "bos_token_id": 0,
+            "chunk_size": 256, "conv_kernel": 4, "eos_token_id": 0, "expand": 2, "head_dim": 64,
+            "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.1, "intermediate_size": 8192,
+            "layer_norm_epsilon": 1e-05, "n_groups": 8, "norm_before_gate": True, "num_heads": 128,
+            "num_hidden_layers": 64, "pad_token_id": 0, "rescale_prenorm_residual": False,
+            "residual_in_fp32": True, "rms_norm": True, "state_size": 128, "tie_word_embeddings": False,
+            "time_step_floor": 0.0001, "time_step_init_scheme": "random", "time_step_max": 0.1,
+            "time_step_limit": [0.0, float("inf")], "time_step_min": 0.001, "time_step_rank": 256,
+            "time_step_scale": 1.0, "torch_dtype": "bfloat16", "transformers_version": "4.44.0.dev0",
+            "use_bias": False, "use_cache": True, "use_conv_bias": True, "vocab_size": 32768,
+        },
+        7_285_403_648,
+    ),
+    "llama-3.2-1b": (
+        "transformers Llama",
+        {
+            **_LIKE_LLAMA, "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192,
+            "max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 16,
+            "num_key_value_heads": 8, "rope_theta": 500000.0, "vocab_size": 128256,
+            "rope_scaling": {
+                "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+        },
+        1_235_814_400,
+    ),
+    "smollm2-135m": (
+        "transformers Llama",
+        {
+            **_LIKE_LLAMA, "hidden_size": 576, "intermediate_size": 1536, "is_llama_config": True,
+            "max_position_embeddings": 8192, "num_attention_heads": 9, "num_hidden_layers": 30,
+            "num_key_value_heads": 3, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
+            "vocab_size": 49152,
+        },
+        134_515_008,
+    ),
+    "qwen2.5-0.5b": (
+        "transformers Qwen2",
+        {
+            "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+            "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02,
+            "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24,
+            "model_type": "qwen2", "num_attention_heads": 14, "num_hidden_layers": 24,
+            "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+            "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+            "transformers_version": "4.40.1", "use_cache": True, "use_mrope": False,
+            "use_sliding_window": False, "vocab_size": 151936,
+        },
+        494_032_768,
+    ),
+}  # fmt: skip
