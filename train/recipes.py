@@ -6,9 +6,9 @@ own configuration follow `model.`: `--set model.connector.order=hilbert`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from cobra.config import PRESETS, CobraConfig
 from cobra.typed_config import override
@@ -34,9 +34,14 @@ class ModelSettings:
     def __post_init__(self) -> None:
         self.build_config()
 
-    def build_config(self) -> CobraConfig:
-        """The preset with the changes applied."""
+    def build_config(self, given: Mapping[str, Any] | None = None) -> CobraConfig:
+        """The preset with the changes applied.
+
+        Args:
+            given: sections that stand in for the preset's own, those of weights that the run begins with.
+        """
         config = choose("preset", self.preset, PRESETS)
+        config = dataclasses.replace(config, **(given or {}))
         for change in self.changes:
             path, equals, value = change.partition("=")
             _require(bool(equals), f"model.changes: got {change!r}, allowed: field=value")
@@ -59,6 +64,11 @@ class InitSettings:
     tokenizer: bool = True
     """Whether the tokenizer of `path` is taken too; the settings under `tokenizer` are then not
     used."""
+    towers: tuple[str, ...] = ()
+    """Files with the weights of the timm towers, one for each, in their order."""
+    check_lm: bool = True
+    """Stop before the first step if a language model from `path` foretells plain English hardly better than
+    chance."""
     residual: float = 1.0
     """Factor on what each layer of a language model with random weights adds to the residual stream; 0: at
     first every layer leaves it as it is."""

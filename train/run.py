@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,14 +9,13 @@ import torch
 import cobra
 import cobra.checkpoint
 import vision_scan
-from cobra.model import Cobra
-from cobra.tokenizer import Tokenizer
 from train import processes
 from train import resume as resuming
 from train.data.batches import BatchSource, SampleOrder
 from train.data.dataset import Dataset, open_dataset
 from train.data.loader import load_steps
 from train.engine import build_engine
+from train.init import build_model, build_objective, check_language_model
 from train.loop import Loop, train
 from train.metrics import Metrics
 from train.objectives import OBJECTIVES, Objective
@@ -51,8 +49,7 @@ def run(
     output = Path(output)
     with StopRequest() as stop:
         _check_paths(config, output, resume)
-        loop, rows = prepare(config, output, resume)
-        plan = list(describe_plan(loop, rows))  # on every process: a bad row is met by all
+        loop, plan = prepare(config, output, resume)
         is_first = loop.engine.rank == 0
         if is_first:
             for line in [*plan, f"output: {output}"]:
@@ -72,8 +69,8 @@ def run(
         return finished
 
 
-def prepare(config: RunConfig, output: Path, resume: bool = False) -> tuple[Loop, Dataset]:
-    """Everything that the loop works with, as at the start or as it was at a checkpoint, and the data."""
+def prepare(config: RunConfig, output: Path, resume: bool = False) -> tuple[Loop, list[str]]:
+    """Everything that the loop works with, as at the start or as it was at a checkpoint, and the lines of the plan."""
     settings, data = config.train, config.data
     device = processes.choose_device(settings.device)
     rank, world_size = processes.join_processes(settings.engine, device, settings.timeout)
@@ -97,6 +94,9 @@ def prepare(config: RunConfig, output: Path, resume: bool = False) -> tuple[Loop
         skip_bad=data.skip_bad,
     )
     optimizer = build_optimizer(objective, config.optim)
+    plan = list(describe_model(config, objective, optimizer))  # before DeepSpeed takes the parameters apart
+    if checkpoint is None and config.init.path is not None and "lm" in config.init.parts:
+        plan.append(check_language_model(model, config))
     engine = build_engine(settings.engine, objective, optimizer, device, config.zero)
     checkpoints = resuming.Checkpoints(output, config, rows.fingerprint)
     start = 0 if checkpoint is None else checkpoints.restore(engine, checkpoint)
@@ -111,7 +111,7 @@ def prepare(config: RunConfig, output: Path, resume: bool = False) -> tuple[Loop
         batches=load_steps(source, start, num_steps, workers, pin_memory=device.type == "cuda"),
         checkpoints=checkpoints,
     )
-    return loop, rows
+    return loop, [*plan, *describe_course(loop, rows)]
 
 
 def _agree_on_checkpoint(output: Path, rank: int) -> Path | None:
@@ -139,59 +139,9 @@ def count_steps(config: RunConfig, rows: Dataset) -> int:
     return max(1, math.ceil(config.train.epochs * rows.epoch_size / config.train.batch_size))
 
 
-def build_model(config: RunConfig, rows: Dataset) -> Cobra:
-    """The model that a run begins with, float32, on the CPU: at random, and from `init.path` what
-    is asked for."""
-    source = config.init.path
-    if source is not None and "lm" in config.init.parts:
-        stored = cobra.checkpoint.read_config(source).weights
-        if stored != "plain":
-            raise UserError(
-                f"--init-from {source}: its language model is stored in {stored}, which cannot learn; give "
-                "the model that it was quantised from"
-            )
-    if source is not None and config.init.tokenizer:
-        tokenizer = Tokenizer.from_file(Path(source) / cobra.checkpoint.TOKENIZER)
-    else:
-        tokenizer = build_tokenizer(config, rows)
-    model_config = config.model.build_config()
-    vocab_size = max(model_config.lm.vocab_size, tokenizer.vocab_size)
-    model_config = replace(model_config, lm=replace(model_config.lm, vocab_size=vocab_size))
-    model = cobra.build(model_config, seed=config.train.seed, tokenizer=tokenizer)
-    model.lm.scale_residual(config.init.residual)
-    if source is not None:
-        tensors = cobra.checkpoint.read_tensors(source, config.init.parts)
-        cobra.checkpoint.assign_tensors(model, tensors, source, config.init.parts)
-    return model.train()
-
-
-def build_tokenizer(config: RunConfig, rows: Dataset) -> Tokenizer:
-    """The tokenizer of a new model, as `tokenizer.kind` asks."""
-    settings = config.tokenizer
-    if settings.kind == "bytes":
-        return Tokenizer.bytes()
-    if settings.kind == "file" and settings.path is not None:
-        return Tokenizer.from_file(settings.path)
-    return Tokenizer.train(rows.texts(), settings.vocab_size)
-
-
-def build_objective(config: RunConfig, model: Cobra, rows: Dataset, device: torch.device) -> Objective:
-    """The objective on its device, with the frozen parts frozen; seeds torch for it and for
-    dropout."""
-    torch.manual_seed(config.train.seed)
-    autocast = processes.autocast_dtype(config.train.dtype, device)
-    objective = OBJECTIVES[config.train.objective](model, rows, autocast).to(device)
-    model.lm.recompute_layers = config.train.recompute == "layer"
-    model.lm.recompute_tokens = config.train.segment_tokens if config.train.recompute == "segment" else 0
-    for part in config.train.freeze:
-        getattr(model, part).requires_grad_(False).eval()
-    return objective
-
-
-def describe_plan(loop: Loop, rows: Dataset) -> Iterator[str]:
-    """What is about to happen, line by line."""
-    config, engine, source = loop.config, loop.engine, loop.source
-    settings, optim, model = config.train, config.optim, engine.objective.model
+def describe_model(config: RunConfig, objective: Objective, optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    """What learns, and how, line by line."""
+    settings, optim, model = config.train, config.optim, objective.model
     yield f"recipe {config.recipe}: preset {config.model.preset}, objective {settings.objective}"
     for part in PARTS:
         count = sum(parameter.numel() for parameter in getattr(model, part).parameters())
@@ -200,7 +150,13 @@ def describe_plan(loop: Loop, rows: Dataset) -> Iterator[str]:
         origin = f", from {config.init.path}" if taken else ""
         yield f"  {part:<16}{count:>14,} parameters, {fate}{origin}"
     yield f"optimizer: {optim.kind}, learning rate {optim.lr:g} falling to {optim.min_lr_ratio:.0%} of it"
-    yield from describe_groups(engine.optimizer)
+    yield from describe_groups(optimizer)
+
+
+def describe_course(loop: Loop, rows: Dataset) -> Iterator[str]:
+    """What it learns from, and where it runs, line by line."""
+    config, engine, source = loop.config, loop.engine, loop.source
+    settings = config.train
     yield f"data: {rows.path}, {len(rows):,} rows, images checked: {config.data.check}"
     if rows.bad:
         yield f"  {len(rows.bad):,} rows left out: {'; '.join(rows.bad[:3])}, ..."
@@ -216,7 +172,8 @@ def describe_plan(loop: Loop, rows: Dataset) -> Iterator[str]:
         f"{engine.world_size} processes, about {num_tokens:,} tokens a step"
     )
     dtype = "float32" if engine.objective.autocast is None else "bfloat16 autocast"
-    yield f"engine: {settings.engine}, {engine.device}, {dtype}, {torch.get_num_threads()} threads"
+    zero = f", ZeRO {config.zero.stage}" if config.zero.stage else ""
+    yield f"engine: {settings.engine}{zero}, {engine.device}, {dtype}, {torch.get_num_threads()} threads"
     kernels = vision_scan.backend_report()
     kinds = ", ".join(f"{name} {report[engine.device.type]}" for name, report in kernels.items())
     yield f"kernels: {kinds}"

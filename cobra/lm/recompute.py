@@ -1,7 +1,7 @@
 """Training in less memory: activations are computed again in the backward pass instead of being kept.
 
-By layer, what is kept is the residual stream in front of each (Chen et al. 2016, arXiv:1604.06174). By segment, a row is
-read in pieces, each going on from the state behind the last, and what is kept of a piece is that state alone: of all
+By layer, what is kept is the residual stream in front of each (Chen et al. 2016, arXiv:1604.06174). By segment, a row
+is read in pieces, each going on from the state behind the last, and what is kept of a piece is that state alone: of all
 layers together no more than of one decoding step, however many tokens the piece has.
 """
 

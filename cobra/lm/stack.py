@@ -67,7 +67,8 @@ class LanguageModel(nn.Module):
 
     Attributes:
         recompute_layers: in training, compute the activations within layers again for the backward pass.
-        recompute_tokens: in training, read rows in pieces of so many tokens, of which only the state is kept; 0: do not.
+        recompute_tokens: in training, read rows in pieces of so many tokens, of which only the state is kept; 0: as a
+            whole.
     """
 
     recompute_layers = False

@@ -10,11 +10,12 @@ import torch
 import cobra
 from tests.train.small_run import load, losses, small_config, write_data, write_region_data
 from train.data.rows import BadRowError
+from train.init import build_model
 from train.loop import NonFiniteError
 from train.metrics import read_metrics
 from train.objectives import Conversation
 from train.resume import latest_checkpoint
-from train.run import build_model, run
+from train.run import run
 
 
 def test_conversation_loss_drops(tmp_path: Path) -> None:

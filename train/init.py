@@ -1,0 +1,98 @@
+"""What a run begins with: the model, its tokenizer, the objective."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cobra
+import cobra.checkpoint
+from cobra.model import Cobra, chance_loss, fixed_sentence_loss
+from cobra.tokenizer import Tokenizer
+from cobra.vision_encoder import load_tower_weights
+from train import processes
+from train.data.dataset import Dataset
+from train.objectives import OBJECTIVES, Objective
+from train.recipes import RunConfig
+from vision_scan.errors import UserError
+
+MOST_LOSS = 0.8  # share of the loss by chance that a pretrained language model may have; one of 130 M has about 0.35
+
+
+def build_model(config: RunConfig, rows: Dataset) -> Cobra:
+    """The model that a run begins with, float32, on the CPU: at random, and from `init.path` what
+    is asked for."""
+    source = config.init.path
+    if source is not None and "lm" in config.init.parts:
+        stored = cobra.checkpoint.read_config(source).weights
+        if stored != "plain":
+            raise UserError(
+                f"--init-from {source}: its language model is stored in {stored}, which cannot learn; give "
+                "the model that it was quantised from"
+            )
+    if source is not None and config.init.tokenizer:
+        tokenizer = Tokenizer.from_file(Path(source) / cobra.checkpoint.TOKENIZER)
+    else:
+        tokenizer = build_tokenizer(config, rows)
+    model_config = config.model.build_config(_given_sections(config))
+    vocab_size = max(model_config.lm.vocab_size, tokenizer.vocab_size)
+    model_config = replace(model_config, lm=replace(model_config.lm, vocab_size=vocab_size))
+    model = cobra.build(model_config, seed=config.train.seed, tokenizer=tokenizer)
+    model.lm.scale_residual(config.init.residual)
+    if source is not None:
+        tensors = cobra.checkpoint.read_tensors(source, config.init.parts)
+        cobra.checkpoint.assign_tensors(model, tensors, source, config.init.parts)
+    if config.init.towers:
+        load_tower_weights(model.vision_encoder, config.init.towers)
+    return model.train()
+
+
+def _given_sections(config: RunConfig) -> dict[str, Any]:
+    """The configuration of what comes from `init.path`: the weights mean something else under another."""
+    if config.init.path is None:
+        return {}
+    stored = cobra.checkpoint.read_config(config.init.path)
+    sections = {part: getattr(stored, part) for part in config.init.parts}
+    return {**sections, "image": stored.image} if "vision_encoder" in sections else sections
+
+
+def check_language_model(model: Cobra, config: RunConfig) -> str:
+    """The line of the plan on what a language model from `init.path` knows.
+
+    Raises:
+        UserError: if it foretells a plain sentence hardly better than chance, and `init.check_lm` asks for more.
+    """
+    with torch.no_grad():
+        loss, num_tokens = fixed_sentence_loss(model)
+    chance = chance_loss(model)
+    told = f"language model: loss {loss:.3f} a token on a fixed sentence of {num_tokens}, by chance {chance:.3f}"
+    if config.init.check_lm and loss > MOST_LOSS * chance:
+        raise UserError(
+            f"{config.init.path}: {told}; its weights or its tokenizer are not those that it was trained with; "
+            "convert it again, or set init.check_lm=false if it has never learned English"
+        )
+    return told
+
+
+def build_tokenizer(config: RunConfig, rows: Dataset) -> Tokenizer:
+    """The tokenizer of a new model, as `tokenizer.kind` asks."""
+    settings = config.tokenizer
+    if settings.kind == "bytes":
+        return Tokenizer.bytes()
+    if settings.kind == "file" and settings.path is not None:
+        return Tokenizer.from_file(settings.path)
+    return Tokenizer.train(rows.texts(), settings.vocab_size)
+
+
+def build_objective(config: RunConfig, model: Cobra, rows: Dataset, device: torch.device) -> Objective:
+    """The objective on its device, with the frozen parts frozen; seeds torch for it and for
+    dropout."""
+    torch.manual_seed(config.train.seed)
+    autocast = processes.autocast_dtype(config.train.dtype, device)
+    objective = OBJECTIVES[config.train.objective](model, rows, autocast).to(device)
+    model.lm.recompute_layers = config.train.recompute == "layer"
+    model.lm.recompute_tokens = config.train.segment_tokens if config.train.recompute == "segment" else 0
+    for part in config.train.freeze:
+        getattr(model, part).requires_grad_(False).eval()
+    return objective
