@@ -137,7 +137,8 @@ class Cobra(nn.Module):
         if group is None:
             hidden, _ = self.lm.read(inputs_embeds=self.embed(ids, pixels), seq_idx=seq_idx)
         else:
-            shard = SequenceShard.cut(*ids.shape, group, seq_idx)
+            batch_size, seqlen = ids.shape
+            shard = SequenceShard.cut(batch_size, seqlen, group, seq_idx)
             targets = shard.take(targets)
             hidden, _ = self.lm.read(inputs_embeds=self.embed_shard(ids, pixels, shard), shard=shard)
         supervised = targets != IGNORE

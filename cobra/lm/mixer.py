@@ -6,7 +6,9 @@ A mixer is a module `Mixer(config, d_model)` with
     allocate(batch, capacity, device, dtype)      the state of a row that has read nothing
     Config                                        a frozen dataclass with a `kind`, and its costs
     residual_projection                           optional: the name of the projection at its end
-    reads_shards                                  optional: True if it honours `segments.shard`
+    reads_shards                                  optional: True if it reads a piece of a row whose rest is in
+                                                  other processes: a recurrence asks `segments.shard` for its
+                                                  entering state (sequence_parallel.py)
 
 `state` is a dict of tensors with batch first, or None for rows that have read nothing. It is never
 changed, unless `segments.overwrite` says that it may be. The stack knows nothing else of a layer, so a new

@@ -64,13 +64,17 @@ class SequenceShard:
             seq_idx: (batch, seqlen) integer, that of the whole rows: a change starts a new segment, below 0
                 is padding.
         Raises:
-            UserError: if there are fewer tokens than processes.
+            UserError: if there are fewer tokens than processes, or seq_idx is of another shape.
         """
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         if seqlen < size:
             raise UserError(
                 f"rows of {seqlen} tokens cannot be cut over {size} processes: each needs 1 token at least; "
                 "take fewer processes for a row, or pad the rows"
+            )
+        if seq_idx is not None and seq_idx.shape != (batch, seqlen):
+            raise UserError(
+                f"seq_idx must have the shape of the whole rows {(batch, seqlen)}, got {tuple(seq_idx.shape)}"
             )
         start, stop = (place * seqlen // size for place in (rank, rank + 1))
         if seq_idx is None:
@@ -81,9 +85,8 @@ class SequenceShard:
         first = own_run.gather(1, own.long().argmax(1, keepdim=True))[:, 0]
         first = torch.where(own.any(1), first, before)
         starts = (real & (run == first[:, None]))[:, :start].sum(1).cpu()
-        return SequenceShard(
-            group, start, stop, starts, seq_idx[:, start:stop].long(), first == before, own_run[:, -1] == before
-        )
+        own_idx = seq_idx[:, start:stop].long()
+        return SequenceShard(group, start, stop, starts, own_idx, first == before, own_run[:, -1] == before)
 
     def take(self, whole: Tensor) -> Tensor:
         """(batch, seqlen, ...) -> (batch, stop - start, ...)."""
@@ -179,16 +182,18 @@ def _ssd_map(x, dt, A, B, dt_bias, dt_limit, seq_idx) -> tuple[Tensor, Tensor]:
         weight = (through[:, -1:] - through).exp().to(wide) * dt
         if run is not None:
             weight = weight * (run == run[:, -1:])[..., None]
-        inflow = (x.to(wide) * weight[..., None]).unflatten(2, (B.shape[2], -1))
-        final = torch.einsum("blgrp,blgn->bgrpn", inflow, B.to(wide)).flatten(1, 2)
+        inflow = (x.to(wide) * weight[..., None]).unflatten(2, (B.shape[2], -1)).flatten(3)
+        # In this order the gradient of inflow is laid out as x is.
+        final = B.to(wide).movedim(1, 3) @ inflow.movedim(1, 2)  # batch ngroups d_state heads*headdim
+        final = final.mT.reshape(len(x), *x.shape[2:], -1)
         return final, through[:, -1, :, None, None].exp().to(wide)
 
 
 def selective_scan_map(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What `vision_scan.selective_scan` (with a softplus) does to a state: by a scan whose outputs are dropped,
-    as each channel and state has a decay of its own.
+    """What `vision_scan.selective_scan` (with a softplus) does to a state. As each channel and state has a
+    decay of its own, it takes a scan, whose outputs are dropped.
 
     Args:
         u, dt, A, B, C, dt_bias, seq_idx: as `vision_scan.selective_scan`.
@@ -227,8 +232,8 @@ def window_map(x: Tensor, taps: int, seq_idx: Tensor | None) -> tuple[Tensor, Te
     Args:
         x: (batch, channels, seqlen); seq_idx (batch, seqlen) or None.
     Returns:
-        final: (batch, channels, taps), from an empty window, float32 or wider; transition: (batch, taps, taps)
-        with ones where an entry of the window moves from row to column.
+        final: (batch, channels, taps), from an empty window, float32 or wider; transition: (batch, taps,
+        taps), with ones where an entry of the window moves from row to column.
     """
     seqlen = x.shape[2]
     places = torch.arange(seqlen, device=x.device).expand(len(x), -1)
