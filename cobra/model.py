@@ -86,7 +86,7 @@ class Cobra(nn.Module):
         embeds = self.lm.embedding(input_ids)
         if pixel_values is None:
             return embeds + self._blank() if self.encodes_always else embeds
-        tokens = self.encode_images(pixel_values.to(self.device)).flatten(0, 1).to(embeds.dtype)
+        tokens = self.encode_images(pixel_values.to(self.device, non_blocking=True)).flatten(0, 1).to(embeds.dtype)
         return embeds.index_put(is_image.nonzero(as_tuple=True), tokens)
 
     def embed_shard(self, input_ids: Tensor, pixel_values: Tensor | None, shard: SequenceShard) -> Tensor:
