@@ -1,6 +1,7 @@
 """Cobra: pixels -> vision encoder -> connector -> language model -> text."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,15 @@ from .checkpoint import resolve_dtype
 from .config import PRESETS, CobraConfig
 from .connector import CONNECTORS
 from .lm import LanguageModel
+from .lm.sequence_parallel import SequenceShard
 from .processor import Processor
+from .prompt import IGNORE
 from .quantize import QuantizedLinear, replace_projections
 from .tokenizer import Tokenizer
 from .vision_encoder import VISION_ENCODERS
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 FIXED_SENTENCE = (
     "Early in the morning the old fisherman walked down to the harbour, untied his small wooden boat, and "
@@ -76,6 +82,41 @@ class Cobra(nn.Module):
         Raises:
             UserError: if the image tokens are not as many as the tiles give.
         """
+        is_image = self._image_places(input_ids, pixel_values)
+        embeds = self.lm.embedding(input_ids)
+        if pixel_values is None:
+            return embeds + self._blank() if self.encodes_always else embeds
+        tokens = self.encode_images(pixel_values.to(self.device, non_blocking=True)).flatten(0, 1).to(embeds.dtype)
+        return embeds.index_put(is_image.nonzero(as_tuple=True), tokens)
+
+    def embed_shard(self, input_ids: Tensor, pixel_values: Tensor | None, shard: SequenceShard) -> Tensor:
+        """`embed` for one process's piece of the rows: (batch, tokens of the piece, d_model).
+
+        Only the tiles with a token in it are encoded, and nothing is exchanged: a tile that is cut is encoded
+        on both sides, and each side's gradient is that of its own tokens.
+
+        Args:
+            input_ids, pixel_values: of the whole rows, as `embed`; pixels may stay on the CPU.
+        """
+        is_image = self._image_places(input_ids, pixel_values)
+        numbers = shard.take(is_image.flatten().cumsum(0).view_as(is_image) - 1)
+        is_image = shard.take(is_image)
+        embeds = self.lm.embedding(shard.take(input_ids))
+        if pixel_values is None or not is_image.any():
+            return embeds + self._blank() if self.encodes_always else embeds
+        size = self.config.tokens_per_tile
+        tiles, place = (numbers[is_image] // size).unique(return_inverse=True)
+        tokens = self.encode_images(pixel_values[tiles.to(pixel_values.device)].to(self.device))
+        tokens = tokens[place, numbers[is_image] % size].to(embeds.dtype)
+        return embeds.index_put(is_image.nonzero(as_tuple=True), tokens)
+
+    def _blank(self) -> Tensor:
+        """A zero that comes of a blank tile."""
+        image = self.config.image
+        return 0.0 * self.encode_images(torch.zeros(1, 3, image.height, image.width, device=self.device)).sum()
+
+    def _image_places(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """Where image tokens stand; as many as the tiles give."""
         is_image = input_ids == self.tokenizer.image_id
         places = int(is_image.sum())
         given = 0 if pixel_values is None else len(pixel_values) * self.config.tokens_per_tile
@@ -84,29 +125,37 @@ class Cobra(nn.Module):
                 f"the prompt has {places} image tokens, the images give {given} "
                 f"({self.config.tokens_per_tile} per tile): their numbers must be equal"
             )
-        embeds = self.lm.embedding(input_ids)
-        if pixel_values is None and self.encodes_always:
-            image = self.config.image
-            return embeds + 0.0 * self.encode_images(embeds.new_zeros(1, 3, image.height, image.width)).sum()
-        if pixel_values is None:
-            return embeds
-        tokens = self.encode_images(pixel_values.to(self.device)).flatten(0, 1).to(embeds.dtype)
-        return embeds.index_put(is_image.nonzero(as_tuple=True), tokens)
+        return is_image
 
-    def loss(self, batch: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, batch: dict[str, Tensor | None], group: "dist.ProcessGroup | None" = None
+    ) -> tuple[Tensor, Tensor]:
         """Sum of the token losses of a batch, and how many tokens it is over.
 
         Args:
             batch: `input_ids` and `labels` (batch, seqlen), rows padded on the right, labels[t] the id to
-                be predicted for place t or -100; `pixel_values` or None; `seq_idx` (batch, seqlen) if rows are packed.
+                be predicted for place t or -100; `pixel_values` or None; `seq_idx` (batch, seqlen), if
+                several texts are packed into a row (the first token of each has no label), or None.
+            group: processes that share each row, all given the same batch. Each returns the sum and the
+                number of its own piece: loss, number and gradients are to be summed over the group. If one
+                of them goes backward, all must. See lm/sequence_parallel.py.
         Returns:
             sum of cross entropies, scalar float32; number of supervised tokens, scalar int64.
+        Raises:
+            UserError: if image tokens and tiles do not fit, or rows or layers cannot be shared by the group.
         """
-        labels = batch["labels"][:, 1:]
-        embeds = self.embed(batch["input_ids"], batch.get("pixel_values"))
-        hidden, _ = self.lm.read(inputs_embeds=embeds, seq_idx=batch.get("seq_idx"))
-        supervised = labels != -100
-        return self.lm.loss(hidden[:, :-1][supervised], labels[supervised]), supervised.sum()
+        ids, pixels, seq_idx = batch["input_ids"], batch.get("pixel_values"), batch.get("seq_idx")
+        # What each place predicts is the label of the next, which may stand in another process's piece.
+        targets = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+        if group is None:
+            hidden, _ = self.lm.read(inputs_embeds=self.embed(ids, pixels), seq_idx=seq_idx)
+        else:
+            batch_size, seqlen = ids.shape
+            shard = SequenceShard.cut(batch_size, seqlen, group, seq_idx)
+            targets = shard.take(targets)
+            hidden, _ = self.lm.read(inputs_embeds=self.embed_shard(ids, pixels, shard), shard=shard)
+        supervised = targets != IGNORE
+        return self.lm.loss(hidden[supervised], targets[supervised]), supervised.sum()
 
     generate = generation.generate
     answer = generation.answer

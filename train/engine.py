@@ -23,6 +23,8 @@ from train.objectives import Naming, Objective, Stats
 from train.recipes import ZeroSettings
 from vision_scan.errors import UserError
 
+PIXELS = "pixel_values"
+
 OptimizerState = dict[str, Tensor]
 """What an optimizer keeps of one parameter: arrays of its shape, and `step`."""
 
@@ -121,8 +123,9 @@ class PlainEngine:
         self.optimizer.step()
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Stats]:
+        # Pixels go where they are encoded: of rows that are shared, not all are.
         inputs = {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) and name != PIXELS else value
             for name, value in batch.inputs.items()
         }
         loss, stats = self._call(inputs)
@@ -207,6 +210,11 @@ class ZeroEngine(DeepSpeedEngine):
             )
         if self.zero.stage == 3 and isinstance(self.objective, Naming):
             raise UserError("train.objective=naming runs at zero.stage 0, 1 and 2, got 3")
+        if self.zero.stage == 3 and self.objective.model.lm.recompute_tokens:
+            raise UserError(
+                "train.recompute=segment calls layers as often as rows are long, which differs between processes, and "
+                "zero.stage=3 needs the same calls on all; use train.recompute=layer, or zero.stage=2"
+            )
         hpz = self.zero.hpz
         if self.world_size % hpz:
             raise UserError(f"zero.hpz={hpz} does not divide the {self.world_size} processes")

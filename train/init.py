@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import cobra
 import cobra.checkpoint
+from cobra.lm.sequence_parallel import check_shardable
 from cobra.model import Cobra, chance_loss, fixed_sentence_loss
 from cobra.tokenizer import Tokenizer
 from cobra.vision_encoder import load_tower_weights
 from train import processes
 from train.data.dataset import Dataset
-from train.objectives import OBJECTIVES, Objective
+from train.objectives import OBJECTIVES, Conversation, Objective
 from train.recipes import RunConfig
 from vision_scan.errors import UserError
 
@@ -83,6 +85,25 @@ def build_tokenizer(config: RunConfig, rows: Dataset) -> Tokenizer:
     if settings.kind == "file" and settings.path is not None:
         return Tokenizer.from_file(settings.path)
     return Tokenizer.train(rows.texts(), settings.vocab_size)
+
+
+def share_sequences(objective: Objective, group: dist.ProcessGroup, config: RunConfig) -> None:
+    """Has the processes of a group read each row together.
+
+    Raises:
+        UserError: if objective, layers or settings cannot be shared so.
+    """
+    count = config.train.sequence_parallel
+    if not isinstance(objective, Conversation):
+        raise UserError(
+            f"train.sequence_parallel={count} needs train.objective=conversation, got {config.train.objective}"
+        )
+    if config.train.recompute == "segment":
+        raise UserError(
+            f"train.sequence_parallel={count} cuts rows already; use train.recompute=layer or none, got segment"
+        )
+    check_shardable([block.mixer for block in objective.model.lm.layers])
+    objective.group = group
 
 
 def build_objective(config: RunConfig, model: Cobra, rows: Dataset, device: torch.device) -> Objective:

@@ -62,7 +62,9 @@ def train(loop: Loop, stop: StopRequest, metrics: Metrics | None = None) -> bool
         fetched = time.perf_counter() - began
         counts = _count(batches)
         counts |= {"errors": error is not None, "stops": stop.requested}
-        counts = dict(zip(counts, engine.sum([float(count) for count in counts.values()]), strict=True))
+        # Processes that read rows together have all of them the whole rows' counts.
+        share = 1 / config.train.sequence_parallel
+        counts = dict(zip(counts, engine.sum([share * count for count in counts.values()]), strict=True))
         if counts["errors"] or counts["stops"]:
             checkpoints.save(engine, step, last=True)
             if counts["errors"]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -86,6 +87,8 @@ class Conversation(Objective):
 
     def __init__(self, model: Cobra, rows: Dataset, autocast: torch.dtype | None = None) -> None:
         super().__init__(model, autocast)
+        self.group: dist.ProcessGroup | None = None
+        """Processes that read each row together."""
         self.max_tokens = rows.settings.max_tokens
         self.packing = rows.settings.packing
 
@@ -129,7 +132,7 @@ class Conversation(Objective):
         return collate_conversations(samples, self.model.tokenizer.pad_id, self.packing)
 
     def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
-        loss, _ = self.model.loss(inputs)
+        loss, _ = self.model.loss(inputs, self.group)
         return loss, {}
 
 
@@ -234,7 +237,7 @@ class Regions(PatchLabels):
         self.heads.to(model.device)
 
     def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
-        features = self.model.vision_encoder(inputs["pixel_values"])
+        features = self.model.vision_encoder(inputs["pixel_values"].to(self.model.device))
         targets, weights = inputs["targets"], self.weights(inputs["targets"])
         loss = features.new_zeros((), dtype=torch.float32)
         right = torch.zeros_like(weights)
@@ -281,7 +284,7 @@ class Naming(PatchLabels):
 
     def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
         lm, targets, weights = self.model.lm, inputs["targets"], self.weights(inputs["targets"])
-        tokens = lm.norm_f(self.model.encode_images(inputs["pixel_values"]))
+        tokens = lm.norm_f(self.model.encode_images(inputs["pixel_values"].to(self.model.device)))
         tokens = tokens.unflatten(1, (self.height, self.width))
         loss = tokens.new_zeros((), dtype=torch.float32)
         right = torch.zeros_like(weights)

@@ -123,6 +123,25 @@ def join_processes(engine: str, device: torch.device, timeout: float = 30.0) -> 
     return dist.get_rank(), dist.get_world_size()
 
 
+def share_rows(count: int) -> dist.ProcessGroup | None:
+    """The `count` processes, this one among them, that read each row together; None if each reads its own.
+
+    Raises:
+        UserError: if the processes cannot be divided so.
+    """
+    if count == 1:
+        return None
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size % count:
+        raise UserError(
+            f"train.sequence_parallel={count} does not divide the {world_size} processes; start a multiple of it"
+        )
+    groups = [dist.new_group(range(first, first + count)) for first in range(0, world_size, count)]
+    group = groups[dist.get_rank() // count]
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def leave_processes() -> None:
     """Undoes `join_processes`, for good: DeepSpeed cannot begin again in the same process."""
     if dist.is_initialized():

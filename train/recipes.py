@@ -150,7 +150,7 @@ class TrainSettings:
     batch_size: int = 32
     """Rows per optimizer step, over all processes."""
     micro_batch_size: int | None = None
-    """Rows per forward pass and process; None: no accumulation."""
+    """Rows per forward pass and process (or, with sequence_parallel, group of them); None: no accumulation."""
     seed: int = 0
     """Of the initial weights, the order of the rows and dropout."""
     engine: Literal["deepspeed", "plain"] = "deepspeed"
@@ -163,6 +163,9 @@ class TrainSettings:
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints that are kept, the newest ones."""
+    sequence_parallel: int = 1
+    """Processes that read each row together, a piece each, for rows too long for one; the number of processes must be
+    a multiple of it."""
     recompute: Literal["none", "layer", "segment"] = "none"
     """Save memory by computing activations of the language model again in the backward pass: layer by layer, or in
     pieces of `segment_tokens` of which only the state is kept."""
@@ -176,7 +179,7 @@ class TrainSettings:
     """Minutes that a process waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "keep", "segment_tokens"):
+        for name in ("steps", "batch_size", "save_every", "keep", "segment_tokens", "sequence_parallel"):
             _require(
                 getattr(self, name) >= 1,
                 f"train.{name}: got {getattr(self, name)}, allowed: 1 or more",

@@ -15,7 +15,7 @@ from train.data.batches import BatchSource, SampleOrder
 from train.data.dataset import Dataset, open_dataset
 from train.data.loader import load_steps
 from train.engine import build_engine
-from train.init import build_model, build_objective, check_language_model
+from train.init import build_model, build_objective, check_language_model, share_sequences
 from train.loop import Loop, train
 from train.metrics import Metrics
 from train.objectives import OBJECTIVES, Objective
@@ -83,14 +83,17 @@ def prepare(config: RunConfig, output: Path, resume: bool = False) -> tuple[Loop
     objective = build_objective(config, model, rows, device)
     if checkpoint is not None:
         objective.load_extra_state(resuming.read_objective(checkpoint))
+    group = processes.share_rows(settings.sequence_parallel)
+    if group is not None:
+        share_sequences(objective, group, config)
     order = SampleOrder(rows.lengths, settings.batch_size, settings.seed, data.length_group, rows.shares)
     source = BatchSource(
         objective,
         rows,
         order,
         micro_batch_size=settings.micro_batch_size,
-        rank=rank,
-        world_size=world_size,
+        rank=rank // settings.sequence_parallel,
+        world_size=world_size // settings.sequence_parallel,
         skip_bad=data.skip_bad,
     )
     optimizer = build_optimizer(objective, config.optim)

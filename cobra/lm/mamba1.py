@@ -19,6 +19,7 @@ from vision_scan.precision import Float32Parameters
 from .decode import stored
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
 from .precision import Projection, RMSNorm
+from .sequence_parallel import selective_scan_map
 from .short_conv import ShortConvolution
 
 
@@ -77,6 +78,7 @@ class Mamba1(Float32Parameters):
 
     Config = Mamba1Config
     residual_projection = "out_proj"
+    reads_shards = True
     float32_parameters = ("A_log", "D")
     step_states = ("conv", "ssm")
     most_step_tokens = UPDATE_TOKENS
@@ -123,8 +125,12 @@ class Mamba1(Float32Parameters):
     def _scan(self, u, z, state, segments) -> tuple[Tensor, LayerState]:
         state = state or {"conv": None, "ssm": None}
         u, conv = self.conv1d.scan(u, state["conv"], segments)
+        inputs, initial_state = self._scan_inputs(u), state["ssm"]
+        if segments.shard is not None:
+            own = selective_scan_map(u, *inputs, self.dt_proj.bias, segments.seq_idx)
+            initial_state = segments.shard.entering_state(*own)
         y, ssm = vision_scan.selective_scan(
-            u, *self._scan_inputs(u), z=z, initial_state=state["ssm"], return_final_state=True,
+            u, *inputs, z=z, initial_state=initial_state, return_final_state=True,
             seq_idx=segments.seq_idx, **self._scan_parameters(),
         )  # fmt: skip
         return y, {"conv": conv, "ssm": ssm}

@@ -19,6 +19,7 @@ from vision_scan.precision import Float32Parameters
 from .decode import stored
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
 from .precision import Projection, RMSNorm
+from .sequence_parallel import ssd_map
 from .short_conv import ShortConvolution
 
 
@@ -83,6 +84,7 @@ class Mamba2(Float32Parameters):
 
     Config = Mamba2Config
     residual_projection = "out_proj"
+    reads_shards = True
     float32_parameters = ("dt_bias", "A_log", "D")
     step_states = ("conv", "ssm")
     most_step_tokens = UPDATE_TOKENS
@@ -155,9 +157,13 @@ class Mamba2(Float32Parameters):
     def _scan(self, xBC, dt, state, segments) -> tuple[Tensor, LayerState]:
         state = state or {"conv": None, "ssm": None}
         xBC, conv = self.conv1d.scan(xBC, state["conv"], segments)
+        inputs, initial_state = self._ssd_inputs(xBC, dt), state["ssm"]
+        if segments.shard is not None:
+            own = ssd_map(*inputs[:4], self.dt_bias, self.config.dt_limit, segments.seq_idx)
+            initial_state = segments.shard.entering_state(*own)
         y, ssm = vision_scan.ssd(
-            *self._ssd_inputs(xBC, dt),
-            initial_state=state["ssm"],
+            *inputs,
+            initial_state=initial_state,
             return_final_state=True,
             seq_idx=segments.seq_idx,
             chunk_size=self.config.chunk_size,

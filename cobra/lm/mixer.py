@@ -6,6 +6,9 @@ A mixer is a module `Mixer(config, d_model)` with
     allocate(batch, capacity, device, dtype)      the state of a row that has read nothing
     Config                                        a frozen dataclass with a `kind`, and its costs
     residual_projection                           optional: the name of the projection at its end
+    reads_shards                                  optional: True if it reads a piece of a row whose rest is in
+                                                  other processes: a recurrence asks `segments.shard` for its
+                                                  entering state (sequence_parallel.py)
 
 `state` is a dict of tensors with batch first, or None for rows that have read nothing. It is never
 changed, unless `segments.overwrite` says that it may be. The stack knows nothing else of a layer, so a new
@@ -25,6 +28,8 @@ import torch
 from torch import Tensor
 
 from vision_scan import real_and_runs
+
+from .sequence_parallel import SequenceShard
 
 LayerState = dict[str, Tensor]
 UPDATE_TOKENS = 16  # the most that an update operator takes at a time
@@ -74,11 +79,13 @@ class Segments:
         starts: (batch,) int64 on the CPU, tokens that each row's first segment has read before.
         seq_idx: (batch, seqlen) int64 or None: segments, below 0 is padding.
         overwrite: the state may be updated in place.
+        shard: the rows go on in other processes: what enters comes from them, not from a state.
     """
 
     starts: Tensor
     seq_idx: Tensor | None = None
     overwrite: bool = False
+    shard: SequenceShard | None = None
 
     @property
     def uniform_start(self) -> int | None:

@@ -35,6 +35,7 @@ class MLP(nn.Module):
 
     Config = MLPConfig
     residual_projection = "down_proj"
+    reads_shards = True
     step_states = ()
     most_step_tokens = UPDATE_TOKENS
 

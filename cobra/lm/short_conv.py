@@ -5,6 +5,7 @@ from torch import Tensor, nn
 import vision_scan
 
 from .mixer import Segments
+from .sequence_parallel import shift, window_map
 
 
 class ShortConvolution(nn.Conv1d):
@@ -16,6 +17,10 @@ class ShortConvolution(nn.Conv1d):
 
     def scan(self, x: Tensor, state: Tensor | None, segments: Segments) -> tuple[Tensor, Tensor]:
         """x (batch, channels, seqlen) -> the same, and the new state."""
+        taps = self.weight.shape[2] - 1
+        if segments.shard is not None and taps > 0:
+            final, transition = window_map(x, taps, segments.seq_idx)
+            state = segments.shard.entering_state(final, transition, shift).to(x.dtype)
         return vision_scan.causal_conv1d(
             x, self.weight[:, 0], self.bias, "silu", state, return_final_state=True, seq_idx=segments.seq_idx
         )

@@ -18,6 +18,7 @@ from .mixer import Segments
 from .mlp import MLP
 from .precision import RMSNorm
 from .recompute import read_by_segments, recompute
+from .sequence_parallel import SequenceShard, check_shardable
 from .state import State
 
 LAYERS: dict[str, type[nn.Module]] = {
@@ -196,12 +197,26 @@ class LanguageModel(nn.Module):
         attention_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
         overwrite_state: bool = False,
+        shard: SequenceShard | None = None,
     ) -> tuple[Tensor, State]:
-        """As `forward`, but the normed hidden states (batch, seqlen, d_model) instead of logits."""
+        """As `forward`, but the normed hidden states (batch, seqlen, d_model) instead of logits.
+
+        Args:
+            shard: the tokens given are this process's piece of rows that begin without a state; `seq_idx` is
+                the shard's. All processes of its group must call, and each must go backward if one does. The
+                state is that behind the piece: of the whole rows in the last process.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("the language model takes either input_ids or inputs_embeds, exactly one of them")
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         batch, seqlen = x.shape[:2]
+        if shard is not None:
+            if not (state is None and attention_mask is None and seq_idx is None):
+                raise UserError(
+                    "a shard is read without a state, and its padding and segments are its own: give seq_idx "
+                    "of the whole rows to SequenceShard.cut"
+                )
+            return self._read_shard(x, shard)
         in_pieces = seq_idx is None and self._reads_in_pieces(x)
         seq_idx = self._segment_index(batch, seqlen, attention_mask, seq_idx)
         if state is not None:
@@ -230,10 +245,23 @@ class LanguageModel(nn.Module):
             and all(None not in shape for layer in self._state_shapes for shape in layer.values())
         )
 
+    def _read_shard(self, x: Tensor, shard: SequenceShard) -> tuple[Tensor, State]:
+        check_shardable([block.mixer for block in self.layers])
+        if x.shape[:2] != (len(shard.starts), shard.stop - shard.start):
+            raise UserError(
+                f"this process's shard has {len(shard.starts)} rows of {shard.stop - shard.start} tokens, "
+                f"got {tuple(x.shape[:2])}: cut the rows with SequenceShard.take"
+            )
+        if torch.is_grad_enabled() and not x.requires_grad:
+            # Gradients of later shards pass through here, whether or not something in this one learns.
+            x = x.detach().requires_grad_()
+        return self._read_segments(x, None, Segments(shard.starts, shard.seq_idx, shard=shard))
+
     def _read(self, x: Tensor, state: State | None, seq_idx: Tensor | None, overwrite: bool):
-        batch, seqlen = x.shape[:2]
-        starts = torch.zeros(batch, dtype=torch.int64, device="cpu") if state is None else state.lengths
-        segments = Segments(starts, seq_idx, overwrite)
+        starts = torch.zeros(len(x), dtype=torch.int64, device="cpu") if state is None else state.lengths
+        return self._read_segments(x, state, Segments(starts, seq_idx, overwrite))
+
+    def _read_segments(self, x: Tensor, state: State | None, segments: Segments) -> tuple[Tensor, State]:
         dtype = x.dtype
         x = x.to(torch.promote_types(dtype, torch.float32))
         layers = []
@@ -243,7 +271,7 @@ class LanguageModel(nn.Module):
             x, layer = recompute(block, *inputs) if again else block(*inputs)
             layers.append(layer)
         info = state.info if state else {}
-        return self.norm_f(x).to(dtype), State(layers, segments.ends(seqlen), dict(info))
+        return self.norm_f(x).to(dtype), State(layers, segments.ends(x.shape[1]), dict(info))
 
     @functools.cached_property
     def _state_shapes(self) -> list[dict[str, tuple[int | None, ...]]]:

@@ -4,6 +4,7 @@ from . import cpu, cuda
 from .causal_conv1d import causal_conv1d, causal_conv1d_2d, causal_conv1d_update
 from .gated_rmsnorm import gated_rmsnorm
 from .reference.segments import real_and_runs
+from .reference.ssd import discretize
 from .register import backend_report
 from .selective_scan import selective_scan, selective_scan_2d, selective_scan_update
 from .ssd import ssd, ssd_2d, ssd_update
@@ -16,6 +17,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_2d",
     "causal_conv1d_update",
+    "discretize",
     "gated_rmsnorm",
     "real_and_runs",
     "selective_scan",

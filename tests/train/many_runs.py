@@ -1,0 +1,87 @@
+"""Several small runs, one after the other, in processes that stay: starting DeepSpeed takes longer than a run.
+
+`python -m tests.train.many_runs PLAN.json` is what each process does; the plan lists runs as {"data", "output", "changes",
+"resume"}.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cobra.lm.mamba2 import Mamba2
+from tests.train.small_run import ROOT, environment, small_config
+from train.run import run
+from vision_scan.errors import UserError
+
+
+def launch(arguments: Sequence[str], count: int, **options: Any) -> list[subprocess.Popen[str]]:
+    """The same command in `count` processes that know of each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            arguments,
+            cwd=ROOT,
+            env=environment(**address, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **options,
+        )
+        for rank in range(count)
+    ]
+
+
+def run_many(plan: list[dict[str, Any]], count: int, folder: Path) -> None:
+    """Carries a plan out in `count` processes.
+
+    Raises:
+        AssertionError: with what the processes said, if one failed or hung.
+    """
+    path = folder / f"plan-{count}.json"
+    path.write_text(json.dumps(plan))
+    workers = launch([sys.executable, "-m", "tests.train.many_runs", str(path)], count)
+    try:
+        said = [worker.communicate(timeout=240)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0] * count, "\n".join(said)
+
+
+def watch_dtypes(output: Path) -> Any:
+    """Writes down, at the first forward pass of a Mamba-2 layer, in which dtypes its parameters are there."""
+
+    def note(module: torch.nn.Module, inputs: Any) -> None:
+        path = output.with_suffix(".dtypes.json")
+        if isinstance(module, Mamba2) and not path.exists():
+            names = {name: str(parameter.dtype) for name, parameter in module.named_parameters()}
+            path.write_text(json.dumps({**names, "input": str(inputs[0].dtype)}))
+
+    return torch.nn.modules.module.register_module_forward_pre_hook(note)
+
+
+def main() -> None:
+    for entry in json.loads(Path(sys.argv[1]).read_text()):
+        output = Path(entry["output"])
+        config = small_config(Path(entry["data"]), *entry["changes"])
+        hook = watch_dtypes(output) if os.environ["RANK"] == "0" else None
+        try:
+            run(config, output, resume=entry.get("resume", False))
+        except UserError as error:
+            output.with_suffix(f".error-{os.environ['RANK']}").write_text(str(error))
+        if hook is not None:
+            hook.remove()
+
+
+if __name__ == "__main__":
+    main()

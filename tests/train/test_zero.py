@@ -1,0 +1,124 @@
+"""ZeRO stages, rows shared by processes, checkpoints handed from one way of running to another: the same numbers."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cobra
+from tests.train.many_runs import run_many
+from tests.train.small_run import losses, small_config, write_data
+from train.resume import list_checkpoints
+from train.run import run
+
+ADAMW = ("optim.kind=adamw", "train.micro_batch_size=1", "train.save_every=3", "tokenizer.kind=bytes")
+RECURRENT = 'model.lm.layers=[{"kind": "mamba2", "d_state": 8, "headdim": 16}, {"kind": "mamba1", "d_state": 4}]'
+SCANS = 'model.connector={"kind": "msc", "mixer": {"kind": "mamba2", "d_state": 8, "headdim": 16}}'
+NOTHING_WHOLE = "zero.persistence_threshold=0"  # at stage 3 every parameter is taken apart
+PIECES = ("train.recompute=segment", "train.segment_tokens=9")
+# Two processes; float32 sums in another order, and nothing else, is what may differ.
+WAYS: dict[str, tuple[str, ...]] = {
+    "stage 0": ("zero.stage=0",),
+    "stage 1": ("zero.stage=1",),
+    "stage 2": ("zero.stage=2", "data.workers=1"),
+    "stage 2, offload": ("zero.stage=2", "zero.offload_optimizer=true"),
+    "stage 2, segments": ("zero.stage=2", *PIECES),
+    "stage 3": ("zero.stage=3", NOTHING_WHOLE),
+    "stage 3, offload": ("zero.stage=3", "zero.offload_optimizer=true"),
+    "stage 3, hpz": ("zero.stage=3", "zero.hpz=2", NOTHING_WHOLE),
+    "stage 3, layers": ("zero.stage=3", NOTHING_WHOLE, "train.recompute=layer"),
+}
+TOLERANCE = 5e-6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of every way in two processes, and what they are held against in one."""
+    folder = tmp_path_factory.mktemp("zero")
+    data = write_data(folder / "data")  # a fifth of the rows is without image: one process sees none at times
+
+    def entry(name: str, *changes: str, **more: Any) -> dict[str, Any]:
+        return {"data": str(data), "output": str(folder / name), "changes": [*ADAMW, *changes], **more}
+
+    plain = ("train.engine=plain",)
+    references = {
+        "plain": plain,
+        "plain, scans": (*plain, SCANS, "data.packing=true"),
+        "plain, recurrent": (*plain, RECURRENT),
+        "plain, frozen": (*plain, "train.freeze=vision_encoder"),
+    }
+    for name, changes in references.items():
+        assert run(small_config(data, *ADAMW, *changes), folder / name)
+    plan = [entry(name, *changes) for name, changes in WAYS.items()]
+    plan += [
+        entry("scans", "zero.stage=3", NOTHING_WHOLE, SCANS, "data.packing=true"),
+        entry("frozen", "zero.stage=3", NOTHING_WHOLE, "train.freeze=vision_encoder"),
+        entry("bfloat16", "zero.stage=3", NOTHING_WHOLE, "train.dtype=bfloat16"),
+        entry("shared", "zero.stage=1", RECURRENT, "train.sequence_parallel=2", "train.micro_batch_size=2"),
+        entry("muon", "zero.stage=2", "optim.kind=muon"),
+        entry("segments", "zero.stage=3", *PIECES),
+        entry("attention", "train.sequence_parallel=2"),
+    ]
+    run_many(plan, 2, folder)
+    for name in ("stage 3", "stage 1"):  # back to their checkpoints at step 3
+        parts = folder / f"{name}, part"
+        shutil.copytree(folder / name, parts)
+        shutil.rmtree(parts / "checkpoints" / "step-000006")
+    run_many([entry("stage 1, part", "zero.stage=3", NOTHING_WHOLE, resume=True)], 2, folder)
+    run_many([entry("stage 3, part", "zero.stage=1", resume=True)], 4, folder)
+    shutil.copytree(folder / "stage 2", folder / "stage 2, part")
+    shutil.rmtree(folder / "stage 2, part" / "checkpoints" / "step-000006")
+    config = small_config(data, *ADAMW, *plain)
+    assert run(config, folder / "stage 2, part", resume=True)
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_has_the_losses_of_one_process(folder: Path, way: str) -> None:
+    assert losses(folder / way) == pytest.approx(losses(folder / "plain"), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("scans", "plain, scans"), ("frozen", "plain, frozen"), ("shared", "plain, recurrent")],
+)
+def test_other_models_too(folder: Path, name: str, reference: str) -> None:
+    assert losses(folder / name) == pytest.approx(losses(folder / reference), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["stage 1, part", "stage 2, part", "stage 3, part"])
+def test_a_run_goes_on_at_another_stage_and_with_another_number_of_processes(folder: Path, name: str) -> None:
+    assert losses(folder / name) == pytest.approx(losses(folder / "plain"), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("way", ["stage 1", "stage 2", "stage 3"])
+def test_every_checkpoint_is_a_model_directory(folder: Path, way: str) -> None:
+    expected = cobra.load(folder / "plain").state_dict()
+    checkpoints = list_checkpoints(folder / way / "checkpoints")
+    assert len(checkpoints) == 2
+    for path in (folder / way, checkpoints[-1]):
+        found = cobra.load(path).state_dict()
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            assert (tensor - expected[name]).abs().max() < 2e-4, name  # AdamW's first steps are all of size lr
+
+
+def test_parameters_of_the_recurrence_are_float32_in_the_forward_pass(folder: Path) -> None:
+    found = json.loads((folder / "bfloat16.dtypes.json").read_text())
+    assert {found[name] for name in ("A_log", "D", "dt_bias", "norm.weight")} == {"torch.float32"}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("muon", "optim.kind=muon needs whole matrices"),
+        ("segments", "train.recompute=segment calls layers as often"),
+        ("attention", "attention"),
+    ],
+)
+def test_what_does_not_fit_is_refused_on_every_process(folder: Path, name: str, told: str) -> None:
+    for rank in range(2):
+        assert told in (folder / f"{name}.error-{rank}").read_text()
+    assert not (folder / name).exists()
