@@ -40,7 +40,8 @@ def load_model(config: RunConfig, rows: Dataset, checkpoint: Path) -> Cobra:
     if not config.lora.rank:
         return cobra.load(checkpoint, device="cpu", dtype="float32").train()
     model = _build_base(config, rows)
-    _inject(model, config, replace(config.lora, init="default"))
+    # Of the same scale; what the adapters are is read.
+    _inject(model, config, replace(config.lora, init="default", alpha=config.lora.scale * config.lora.rank))
     merged = cobra.checkpoint.read_tensors(checkpoint)
     lora.restore(model, read_state(checkpoint, "adapter:model."), merged, checkpoint)
     return model.train()
