@@ -67,7 +67,7 @@ def inject(
         seed: of what is random in them; the global random state is left as it was.
         base_path: where the model's weights come from, for those who load the adapters.
     Raises:
-        UserError: if peft is missing, or `targets` names no projection of these parts.
+        UserError: if peft is missing, the parts have no projections, or none of a name in `targets`.
     """
     targets = _choose_targets(model, settings, parts)
     peft = _import_peft(settings)
@@ -106,6 +106,8 @@ def _initialisation(settings: LoraSettings, targets: Mapping[str, nn.Linear]) ->
 def _choose_targets(model: Cobra, settings: LoraSettings, parts: Sequence[Part]) -> dict[str, nn.Linear]:
     """The projections that get an adapter, by their names in the model."""
     every = {name: linear for part in parts for name, linear in _projections(model, part).items() if _serves(linear)}
+    if not every:
+        raise UserError(f"lora.parts={','.join(parts)} have no projection for an adapter; choose another, or lora.rank=0")
     kinds = {_kind(name): None for name in every}
     for target in settings.targets:
         choose("projection in lora.targets", target, kinds)
