@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _train(arguments: Sequence[str]) -> int:
     from cobra.memory import keep_freed_memory
     from train.loop import NonFiniteError
-    from train.processes import LostProcessError, choose_device, leave_processes
+    from train.processes import LostProcessError, choose_device, leave_processes, name_lost
     from train.resume import CheckpointError
     from train.run import run
 
@@ -91,9 +91,10 @@ def _train(arguments: Sequence[str]) -> int:
         config = _config(options)
         if choose_device(config.train.device).type == "cpu":
             keep_freed_memory()
-        finished = run(
-            config, options.output, options.resume, report=lambda line: print(line, flush=True)
-        )
+        with name_lost(f"in the run {options.output}"):
+            finished = run(
+                config, options.output, options.resume, report=lambda line: print(line, flush=True)
+            )
     except (NonFiniteError, CheckpointError, LostProcessError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return FAILED

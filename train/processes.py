@@ -142,6 +142,14 @@ def share_rows(count: int) -> dist.ProcessGroup | None:
     return group
 
 
+def limit_waiting(timeout: float) -> None:
+    """Has every group of processes, those of libraries too, give up after so many minutes; a new group of torch's takes
+    torch's own limit."""
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout), group)
+
+
 def leave_processes() -> None:
     """Undoes `join_processes`, for good: DeepSpeed cannot begin again in the same process."""
     if dist.is_initialized():

@@ -59,8 +59,7 @@ def run(
         processes.gather(None)  # nobody goes on before the output directory is there
         metrics = Metrics(output, config, loop.num_steps, loop.start) if is_first else None
         try:
-            with processes.name_lost(f"in training, {output}"):
-                finished = train(loop, stop, metrics)
+            finished = train(loop, stop, metrics)
         finally:
             loop.checkpoints.close()
             if metrics is not None:
@@ -99,6 +98,7 @@ def prepare(config: RunConfig, output: Path, resume: bool = False) -> tuple[Loop
     if checkpoint is None and config.init.path is not None and "lm" in config.init.parts:
         plan.append(check_language_model(model, config))
     engine = build_engine(settings.engine, objective, optimizer, device, config.zero)
+    processes.limit_waiting(settings.timeout)
     checkpoints = resuming.Checkpoints(output, config, rows.fingerprint)
     start = 0 if checkpoint is None else checkpoints.restore(engine, checkpoint)
     num_steps = count_steps(config, rows)

@@ -1,7 +1,7 @@
 """Several small runs, one after the other, in processes that stay: starting DeepSpeed takes longer than a run.
 
-`python -m tests.train.many_runs PLAN.json` is what each process does; the plan lists runs as {"data", "output", "changes",
-"resume"}.
+`python -m tests.train.many_runs PLAN.json` is what each process does; the plan lists runs as {"data", "output",
+"changes", "resume"}.
 """
 
 import json

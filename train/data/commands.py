@@ -142,7 +142,8 @@ def _raw_rows(settings: DataSettings) -> Iterator[tuple[Any, str, ImageFinder]]:
 
 
 def _parse(raw: Any, name: str, finder: ImageFinder) -> Row:
-    needs = "regions" if isinstance(raw, dict) and not {"conversations", "messages"} & raw.keys() else "conversations"
+    keys = raw.keys() if isinstance(raw, dict) else set()
+    needs = "regions" if "regions" in keys and not {"conversations", "messages"} & keys else "conversations"
     return parse_row(raw, name, finder, needs)
 
 

@@ -8,7 +8,6 @@ mark. Rows for the vision tower carry `"regions": [{"box": [x0, y0, x1, y1], "la
 """
 
 import base64
-import binascii
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
@@ -295,7 +294,7 @@ def _locate(url: Any, finder: ImageFinder) -> ImageFile:
     if url.startswith("data:"):
         try:
             return EmbeddedImage(short(url), base64.b64decode(url.partition(",")[2], validate=True))
-        except binascii.Error as error:
+        except ValueError as error:
             raise UserError(f"{short(url)} is not base64: {error}") from error
     if url.startswith(("http://", "https://")):
         raise UserError(f"{short(url)} is not on this machine; download it and give its path")

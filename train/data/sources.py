@@ -75,61 +75,74 @@ class JsonSource:
 
     def _items(self) -> Iterator[tuple[Any, int, bytes]]:
         """The rows of a list, decoded a piece of the file at a time."""
-        decoder = json.JSONDecoder()
         with _open(self.path) as file:
-            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-            buffer = _read_text(text, self.path).lstrip()
-            start = _skipped_bytes(self.path)
-            if not buffer:
+            text = _Text(file, self.path)
+            text.skip(" \t\r\n")
+            if not text.next():
                 raise UserError(f"{self.path} is empty; data.path must hold rows")
-            if not buffer.startswith("["):
-                raise UserError(
-                    f"{self.path}: expected a list of rows, got {short(_loads(buffer, str(self.path)))}"
-                )
-            place, start = 1, start + 1
+            if text.next() != "[":
+                raise UserError(f"{self.path}: expected a list of rows, got {short(text.value()[0])}")
+            text.skip("[")
             while True:
-                found = _skip(buffer, place)
-                start += found - place
-                more = _read_text(text, self.path) if found + 1 >= len(buffer) else ""
-                buffer, place = (buffer[found:] + more, 0) if more else (buffer, found)
-                if buffer[place : place + 1] == "]":
+                text.skip(" \t\r\n,")
+                if text.next() == "]":
                     return
-                while True:
-                    try:
-                        raw, end = decoder.raw_decode(buffer, place)
-                        break
-                    except json.JSONDecodeError as error:
-                        more = _read_text(text, self.path)
-                        if not more:
-                            raise UserError(
-                                f"{self.path} is not JSON: {error.msg} at byte {start} "
-                                "(one row a line needs the suffix .jsonl)"
-                            ) from error
-                        buffer, place = buffer[place:] + more, 0
-                data = buffer[place:end].encode()
-                yield raw, start, data
-                start, place = start + len(data), end
+                yield text.value()
 
 
-def _skip(buffer: str, place: int) -> int:
-    """The first place that is neither blank nor a comma."""
-    while place < len(buffer) and buffer[place] in " \t\r\n,":
-        place += 1
-    return place
+class _Text:
+    """The text of a JSON file, of which a piece is in memory.
 
+    Args:
+        file: open.
+        path: its name, for messages.
+    """
 
-def _skipped_bytes(path: Path) -> int:
-    """Blank bytes at the start of a file."""
-    with path.open("rb") as file:
-        head = file.read(1 << 16)
-    return len(head) - len(head.lstrip())
+    def __init__(self, file: io.BufferedReader, path: Path) -> None:
+        self.path = path
+        self._text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        self._decoder = json.JSONDecoder()
+        self._buffer, self._place, self._byte = "", 0, 0
 
+    def next(self) -> str:
+        """The next character, none at the end."""
+        while self._place >= len(self._buffer) and self._read():
+            pass
+        return self._buffer[self._place : self._place + 1]
 
-def _read_text(text: io.TextIOWrapper, path: Path) -> str:
-    try:
-        return text.read(CHUNK)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text; data.path must hold rows of JSON") from error
+    def skip(self, characters: str) -> None:
+        """Goes on behind all of these (ASCII)."""
+        while (found := self.next()) and found in characters:
+            self._place += 1
+            self._byte += 1
+
+    def value(self) -> tuple[Any, int, bytes]:
+        """The next value, the byte where it starts, and its bytes."""
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, self._place)
+                if end < len(self._buffer) or not self._read():  # a number might go on
+                    break
+                continue
+            except json.JSONDecodeError as error:
+                if not self._read():
+                    raise UserError(
+                        f"{self.path} is not JSON: {error.msg} at byte {self._byte} (one row a line needs the suffix "
+                        ".jsonl)"
+                    ) from error
+        data = self._buffer[self._place : end].encode()
+        start = self._byte
+        self._place, self._byte = end, start + len(data)
+        return value, start, data
+
+    def _read(self) -> bool:
+        """Forgets what is done and reads a piece more; False at the end."""
+        try:
+            more = self._text.read(CHUNK)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path} is not text; data.path must hold rows of JSON") from error
+        self._buffer, self._place = self._buffer[self._place :] + more, 0
+        return bool(more)
 
 
 def _loads(text: str | bytes, where: str) -> Any:
