@@ -107,7 +107,9 @@ def _choose_targets(model: Cobra, settings: LoraSettings, parts: Sequence[Part])
     """The projections that get an adapter, by their names in the model."""
     every = {name: linear for part in parts for name, linear in _projections(model, part).items() if _serves(linear)}
     if not every:
-        raise UserError(f"lora.parts={','.join(parts)} have no projection for an adapter; choose another, or lora.rank=0")
+        raise UserError(
+            f"lora.parts={','.join(parts)} have no projection for an adapter; choose another, or lora.rank=0"
+        )
     kinds = {_kind(name): None for name in every}
     for target in settings.targets:
         choose("projection in lora.targets", target, kinds)
