@@ -278,7 +278,7 @@ def test_targets_choose_projections_by_name() -> None:
         with_adapters(small_model(), parts=("lm",), targets=("lm_head",))
     bare = small_model()
     bare.connector = torch.nn.Identity()
-    with pytest.raises(UserError, match="lora.parts=connector have no projection"):
+    with pytest.raises(UserError, match=r"lora.parts=connector have no projection"):
         with_adapters(bare, parts=("connector",))
 
 
