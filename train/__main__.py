@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of a training run; a test freezes their list, since all else is `--set`."""
     recipes = "\n".join(
-        f"  {name:<12}{' '.join((make.__doc__ or '').split())}" for name, make in RECIPES.items()
+        textwrap.fill(
+            f"{name} {' '.join((make.__doc__ or '').split())}", 100, initial_indent="  ", subsequent_indent=" " * 8
+        )
+        for name, make in RECIPES.items()
     )
     parser = CommandParser(
         prog="python -m train",

@@ -40,11 +40,15 @@ def build_model(config: RunConfig, rows: Dataset) -> Cobra:
     model_config = config.model.build_config(_given_sections(config))
     vocab_size = max(model_config.lm.vocab_size, tokenizer.vocab_size)
     model_config = replace(model_config, lm=replace(model_config.lm, vocab_size=vocab_size))
-    model = cobra.build(model_config, seed=config.train.seed, tokenizer=tokenizer)
+    taken = config.init.parts if source is not None else ()
+    model = cobra.build(
+        model_config, seed=config.train.seed, tokenizer=tokenizer, lm_device="meta" if "lm" in taken else None
+    )
     model.lm.scale_residual(config.init.residual)
     if source is not None:
         tensors = cobra.checkpoint.read_tensors(source, config.init.parts)
         cobra.checkpoint.assign_tensors(model, tensors, source, config.init.parts)
+        model.float()  # whatever they are stored in
     if config.init.towers:
         load_tower_weights(model.vision_encoder, config.init.towers)
     return model.train()
