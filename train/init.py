@@ -37,7 +37,7 @@ def build_model(config: RunConfig, rows: Dataset) -> Cobra:
         tokenizer = Tokenizer.from_file(Path(source) / cobra.checkpoint.TOKENIZER)
     else:
         tokenizer = build_tokenizer(config, rows)
-    model_config = config.model.build_config(_given_sections(config))
+    model_config = config.model.build_config(given_sections(config))
     vocab_size = max(model_config.lm.vocab_size, tokenizer.vocab_size)
     model_config = replace(model_config, lm=replace(model_config.lm, vocab_size=vocab_size))
     taken = config.init.parts if source is not None else ()
@@ -54,7 +54,7 @@ def build_model(config: RunConfig, rows: Dataset) -> Cobra:
     return model.train()
 
 
-def _given_sections(config: RunConfig) -> dict[str, Any]:
+def given_sections(config: RunConfig) -> dict[str, Any]:
     """The configuration of what comes from `init.path`: the weights mean something else under another."""
     if config.init.path is None:
         return {}
