@@ -42,12 +42,11 @@ def save(model: "Cobra", path: str | Path, tensors: Mapping[str, Tensor] | None 
     Args:
         model: what to save.
         path: the directory.
-        tensors: values by the names of `named_tensors`, where the model does not hold them itself; None: the model's.
+        tensors: what to write instead of the model's own tensors, by the names that `load` will look for.
     """
     from safetensors.torch import save_file
 
-    own = named_tensors(model)
-    given = own if tensors is None else {name: tensors[name] for name in own}
+    given = named_tensors(model) if tensors is None else tensors
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in given.items()}
     write_model(
         path,
@@ -70,7 +69,7 @@ def write_model(
         WEIGHTS: write_weights,
         CONFIG: lambda file: file.write_text(json.dumps(data, indent=2) + "\n"),
     }
-    _write_directory(Path(path), writers)
+    write_directory(Path(path), writers)
 
 
 def load(
@@ -268,8 +267,9 @@ def _file(path: Path, name: str) -> Path:
     return path / name
 
 
-def _write_directory(path: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Writes files into `path` through a staging directory on the same file system."""
+def write_directory(path: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Writes files into `path` through a staging directory on the same file system; `writers` has a function for
+    each name."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; give a directory to save the model in")
     is_new = not path.exists()

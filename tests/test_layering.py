@@ -17,7 +17,7 @@ PACKAGES = ("vision_scan", "cobra", "train", "eval")
 
 # Belong to extras or load slowly: imported by the function that needs them, never with the package.
 LAZY = {
-    "deepspeed", "fastapi", "matplotlib", "sklearn", "skimage", "timm", "tokenizers",
+    "deepspeed", "fastapi", "matplotlib", "peft", "sklearn", "skimage", "timm", "tokenizers",
     "transformers", "wandb",
 }  # fmt: skip
 
@@ -103,6 +103,7 @@ def test_references_import_torch_only():
     ("module", "home"),
     [
         ("deepspeed", "train/engine.py"),
+        ("peft", "train/lora.py"),
         ("wandb", "train/metrics.py"),
     ],
 )

@@ -13,10 +13,11 @@ from cobra.lm.sequence_parallel import check_shardable
 from cobra.model import Cobra, chance_loss, fixed_sentence_loss
 from cobra.tokenizer import Tokenizer
 from cobra.vision_encoder import load_tower_weights
-from train import processes
+from train import lora, processes
 from train.data.dataset import Dataset
 from train.objectives import OBJECTIVES, Conversation, Objective
-from train.recipes import RunConfig
+from train.recipes import LoraSettings, RunConfig
+from train.resume import read_state
 from vision_scan.errors import UserError
 
 MOST_LOSS = 0.8  # share of the loss by chance that a pretrained language model may have; one of 130 M has about 0.35
@@ -24,7 +25,30 @@ MOST_LOSS = 0.8  # share of the loss by chance that a pretrained language model 
 
 def build_model(config: RunConfig, rows: Dataset) -> Cobra:
     """The model that a run begins with, float32, on the CPU: at random, and from `init.path` what
-    is asked for."""
+    is asked for; with adapters, if `lora.rank` asks for them."""
+    model = _build_base(config, rows)
+    _inject(model, config, config.lora)
+    return model.train()
+
+
+def load_model(config: RunConfig, rows: Dataset, checkpoint: Path) -> Cobra:
+    """The model as it was at a checkpoint, float32, on the CPU.
+
+    Raises:
+        UserError: if it has adapters and the model that they were put into is no longer what it was.
+    """
+    if not config.lora.rank:
+        return cobra.load(checkpoint, device="cpu", dtype="float32").train()
+    model = _build_base(config, rows)
+    # Of the same scale; what the adapters are is read.
+    _inject(model, config, replace(config.lora, init="default", alpha=config.lora.scale * config.lora.rank))
+    merged = cobra.checkpoint.read_tensors(checkpoint)
+    lora.restore(model, read_state(checkpoint, "adapter:model."), merged, checkpoint)
+    return model.train()
+
+
+def _build_base(config: RunConfig, rows: Dataset) -> Cobra:
+    """What a run begins with, without adapters."""
     source = config.init.path
     if source is not None and "lm" in config.init.parts:
         stored = cobra.checkpoint.read_config(source).weights
@@ -51,7 +75,13 @@ def build_model(config: RunConfig, rows: Dataset) -> Cobra:
         model.float()  # whatever they are stored in
     if config.init.towers:
         load_tower_weights(model.vision_encoder, config.init.towers)
-    return model.train()
+    return model
+
+
+def _inject(model: Cobra, config: RunConfig, settings: LoraSettings) -> None:
+    parts = lora.adapted_parts(config)
+    if parts:
+        lora.inject(model, settings, parts, config.train.seed, config.init.path)
 
 
 def given_sections(config: RunConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from train.lora import is_adapter
 from train.muon import Muon
 from train.recipes import OptimSettings
 
@@ -33,7 +34,10 @@ def decays(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
     """Whether Muon can serve: matrices and kernels from features to features, not those from or to tokens or
-    pixels."""
+    pixels. Not the factors of an adapter either: what maps features is their product, whose update is not made
+    orthogonal by making theirs so."""
+    if is_adapter(name):
+        return False
     if isinstance(owner, nn.Conv2d):
         return owner.groups == 1 and owner.in_channels > PIXEL_CHANNELS and decays(name, parameter, owner)
     return parameter.ndim == 2 and decays(name, parameter, owner) and "lm_head" not in name.split(".")
@@ -46,8 +50,8 @@ def part_of(name: str) -> str:
 
 
 def parameter_groups(module: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
-    """Groups of the parameters that learn, one for each part, with and without decay, and of matrices
-    that Muon takes.
+    """Groups of the parameters that learn, one for each part, with and without decay, of matrices that Muon
+    takes, and of adapters.
 
     Returns:
         Optimizer groups with more keys: `name`, `lr_scale`, the factor on the learning rate, and
@@ -62,7 +66,8 @@ def parameter_groups(module: nn.Module, settings: OptimSettings) -> list[dict[st
         owner = owners[name.rpartition(".")[0]]
         decay = decays(name, parameter, owner)
         muon = settings.kind == "muon" and is_hidden_matrix(name, parameter, owner)
-        key = f"{part}, Muon" if muon else part if decay else f"{part}, no decay"
+        kind = "LoRA" if is_adapter(name) else "Muon" if muon else "" if decay else "no decay"
+        key = f"{part}, {kind}" if kind else part
         group = groups.setdefault(
             key,
             {

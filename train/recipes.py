@@ -234,6 +234,44 @@ class ZeroSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Adapters of low rank, which learn in place of the parts that have them (lora.py)."""
+
+    rank: int = 0
+    """Of an adapter, at most the shorter side of its projection; 0: no adapters."""
+    alpha: float | None = None
+    """What an adapter adds counts alpha / rank; None: twice the rank, and with pissa the rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that are left out in training."""
+    init: Literal["default", "pissa"] = "default"
+    """default: an adapter begins with adding nothing; pissa: with the strongest directions of its projection, which
+    keeps the rest."""
+    targets: tuple[str, ...] = ()
+    """Names of projections, "in_proj"; none: all of them."""
+    parts: tuple[Literal["connector", "lm"], ...] = ("connector", "lm")
+    """The parts that get adapters and are frozen but for them; those in `train.freeze` get none. The other parts learn
+    as they do without adapters."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, f"lora.rank: got {self.rank}, allowed: 0 or more")
+        _require(self.alpha is None or self.alpha > 0, f"lora.alpha: got {self.alpha}, allowed: more than 0, or none")
+        _require(0 <= self.dropout < 1, f"lora.dropout: got {self.dropout}, allowed: 0 to below 1")
+        _require(len(self.parts) > 0, "lora.parts: got none, allowed: connector, lm; for no adapters set lora.rank=0")
+        _require(
+            self.init == "default" or self.dropout == 0,
+            f"lora.dropout: got {self.dropout}, allowed with lora.init=pissa: 0, since its adapters hold what the "
+            "projections do most",
+        )
+
+    @property
+    def scale(self) -> float:
+        """How much what an adapter adds counts."""
+        if self.alpha is None:
+            return 1.0 if self.init == "pissa" else 2.0
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
 class LrScale:
     """Factors on `optim.lr` for each part."""
 
@@ -303,6 +341,7 @@ class RunConfig:
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     zero: ZeroSettings = field(default_factory=ZeroSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     log: LogSettings = field(default_factory=LogSettings)

@@ -4,7 +4,8 @@
 parameter, by name), `train_state.json` (position, random states), `run.json` (the run's settings) and `manifest.json`
 (size and checksum of every file); `OUTPUT/checkpoints/latest` names the newest. Its form does not depend on the engine,
 the ZeRO stage or the number of processes, so a run may be continued with others. A finished run's OUTPUT is a model
-directory too.
+directory too. Adapters (lora.py) are merged into the weights of a model directory; `train_state.safetensors` has them
+as they are, and a finished run writes them to `OUTPUT/adapter` for peft.
 """
 
 import json
@@ -25,6 +26,7 @@ from torch import Tensor
 import cobra.checkpoint
 from cobra.typed_config import from_dict, to_dict
 from train.engine import PlainEngine
+from train.lora import is_adapter, merged_tensors, save_adapters
 from train.processes import gather
 from train.recipes import RunConfig
 from vision_scan.errors import UserError
@@ -144,7 +146,7 @@ class Checkpoints:
     ) -> None:
         from safetensors.torch import save_file
 
-        model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        model = _starting_with("model.", tensors)
         others = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.")}
         cobra.checkpoint.save(engine.objective.model, staging, model)
         save_file(others, staging / STATE)
@@ -176,7 +178,7 @@ class Checkpoints:
     def restore(self, engine: PlainEngine, path: Path) -> int:
         """Puts optimizer, objective and random states back; returns the number of steps done.
 
-        The model itself comes from `cobra.checkpoint.load(path)` before the objective is built.
+        The model itself comes from `train.init.load_model` before the objective is built.
 
         Raises:
             UserError: if the state is damaged or the data is not what it was.
@@ -213,8 +215,8 @@ class Checkpoints:
 
 
 def snapshot(engine: PlainEngine, with_optimizer: bool = True) -> dict[str, Tensor]:
-    """Copies, on the CPU of the first process, of what a run is made of: `model.NAME`, `objective:NAME` and
-    `optimizer:PARAMETER:KEY`. To be called by all processes."""
+    """Copies, on the CPU of the first process, of what a run is made of: `model.NAME`, adapters merged in,
+    `adapter:model.NAME`, `objective:NAME` and `optimizer:PARAMETER:KEY`. To be called by all processes."""
     tensors: dict[str, Tensor] = {}
 
     def keep(name: str, tensor: Tensor) -> None:
@@ -222,10 +224,14 @@ def snapshot(engine: PlainEngine, with_optimizer: bool = True) -> dict[str, Tens
             tensors[name] = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor)
 
     for name, tensor in engine.weights():
-        keep(name if name.startswith("model.") else f"objective:{name}", tensor)
-    for name, value in engine.objective.state_dict().items():
-        if name not in engine.named:  # buffers
-            keep(name if name.startswith("model.") else f"objective:{name}", value)
+        keep(name, tensor)
+    for name, value in engine.objective.state_dict(keep_vars=True).items():
+        if not isinstance(value, torch.nn.Parameter):  # buffers
+            keep(name, value)
+    adapters = {f"adapter:{name}": tensor for name, tensor in tensors.items() if is_adapter(name)}
+    merged = merged_tensors(engine.objective, tensors)
+    tensors = {name if name.startswith("model.") else f"objective:{name}": value for name, value in merged.items()}
+    tensors |= adapters
     for name, state in engine.optimizer_state() if with_optimizer else ():
         for key, value in state.items():
             keep(f"optimizer:{name}:{key}", value)
@@ -233,23 +239,27 @@ def snapshot(engine: PlainEngine, with_optimizer: bool = True) -> dict[str, Tens
 
 
 def save_model(engine: PlainEngine, path: Path) -> None:
-    """Writes the model alone, on the first process; to be called by all."""
-    tensors = {
-        name.removeprefix("model."): tensor
-        for name, tensor in snapshot(engine, with_optimizer=False).items()
-        if name.startswith("model.")
-    }
+    """Writes the model alone, and its adapters if it has any, on the first process; to be called by all."""
+    tensors = snapshot(engine, with_optimizer=False)
     if engine.rank == 0:
-        cobra.checkpoint.save(engine.objective.model, path, tensors)
+        model, adapters = _starting_with("model.", tensors), _starting_with("adapter:model.", tensors)
+        if adapters:
+            save_adapters(engine.objective.model, path / "adapter", model | adapters)
+        cobra.checkpoint.save(engine.objective.model, path, model)
 
 
-def read_objective(path: Path) -> dict[str, Tensor]:
-    """The parameters of a checkpoint's objective that are not the model's."""
+def _starting_with(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def read_state(path: Path, prefix: str) -> dict[str, Tensor]:
+    """What a checkpoint has beside the model under names with a prefix: "objective:", parameters of the objective that
+    are not the model's; "adapter:model.", the model's adapters. Without the prefix."""
     from safetensors import safe_open
 
     with safe_open(path / STATE, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith("objective:")]  # noqa: SIM118
-        return {name.removeprefix("objective:"): file.get_tensor(name) for name in names}
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
 def read_position(path: Path) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from train.data.batches import BatchSource, SampleOrder
 from train.data.dataset import Dataset, open_dataset
 from train.data.loader import load_steps
 from train.engine import build_engine
-from train.init import build_model, build_objective, check_language_model, share_sequences
+from train.init import build_model, build_objective, check_language_model, load_model, share_sequences
 from train.loop import Loop, train
+from train.lora import adapted_parts, describe, is_adapter
 from train.metrics import Metrics
 from train.objectives import OBJECTIVES, Objective
 from train.optim import build_optimizer, describe_groups
@@ -75,13 +76,10 @@ def prepare(config: RunConfig, output: Path, resume: bool = False) -> tuple[Loop
     rank, world_size = processes.join_processes(settings.engine, device, settings.timeout)
     rows = open_dataset(data, OBJECTIVES[settings.objective].needs, rank, world_size, processes.gather)
     checkpoint = _agree_on_checkpoint(output, rank) if resume else None
-    if checkpoint is None:
-        model = build_model(config, rows)
-    else:
-        model = cobra.load(checkpoint, device="cpu", dtype="float32").train()
+    model = build_model(config, rows) if checkpoint is None else load_model(config, rows, checkpoint)
     objective = build_objective(config, model, rows, device)
     if checkpoint is not None:
-        objective.load_extra_state(resuming.read_objective(checkpoint))
+        objective.load_extra_state(resuming.read_state(checkpoint, "objective:"))
     group = processes.share_rows(settings.sequence_parallel)
     if group is not None:
         share_sequences(objective, group, config)
@@ -144,14 +142,17 @@ def count_steps(config: RunConfig, rows: Dataset) -> int:
 
 def describe_model(config: RunConfig, objective: Objective, optimizer: torch.optim.Optimizer) -> Iterator[str]:
     """What learns, and how, line by line."""
-    settings, optim, model = config.train, config.optim, objective.model
+    settings, optim, model, adapted = config.train, config.optim, objective.model, adapted_parts(config)
     yield f"recipe {config.recipe}: preset {config.model.preset}, objective {settings.objective}"
     for part in PARTS:
-        count = sum(parameter.numel() for parameter in getattr(model, part).parameters())
-        fate = "frozen" if part in settings.freeze else "trained"
+        named = getattr(model, part).named_parameters()
+        count = sum(parameter.numel() for name, parameter in named if not is_adapter(name))
+        fate = "frozen" if part in settings.freeze else "frozen but for adapters" if part in adapted else "trained"
         taken = config.init.path is not None and part in config.init.parts
         origin = f", from {config.init.path}" if taken else ""
         yield f"  {part:<16}{count:>14,} parameters, {fate}{origin}"
+    if adapted:
+        yield from describe(model, config.lora, adapted)
     yield f"optimizer: {optim.kind}, learning rate {optim.lr:g} falling to {optim.min_lr_ratio:.0%} of it"
     yield from describe_groups(optimizer)
 

@@ -63,9 +63,13 @@ class Mamba1Config:
 
 
 class StepProjection(Float32Parameters, nn.Linear):
-    """dt's projection; its bias, which is dt_bias, stays float32."""
+    """dt's projection, without its bias: that is dt_bias, stays float32 and is added by the scan."""
 
     float32_parameters = ("bias",)
+
+    def forward(self, low: Tensor) -> Tensor:
+        """(..., dt_rank) -> (..., d_inner)."""
+        return nn.functional.linear(low, self.weight)
 
 
 class Mamba1(Float32Parameters):
@@ -143,8 +147,7 @@ class Mamba1(Float32Parameters):
         low, B, C = self.x_proj(u.transpose(1, 2)).split(
             [self.dt_rank, self.config.d_state, self.config.d_state], dim=-1
         )
-        dt = nn.functional.linear(low, self.dt_proj.weight)
-        dt, B, C = (t.transpose(1, 2) for t in (dt, B, C))
+        dt, B, C = (t.transpose(1, 2) for t in (self.dt_proj(low), B, C))
         return dt, -torch.exp(self.A_log), B, C
 
     def _scan_parameters(self) -> dict:
