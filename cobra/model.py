@@ -1,5 +1,6 @@
 """Cobra: pixels -> vision encoder -> connector -> language model -> text."""
 
+import contextlib
 import math
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,10 @@ class Cobra(nn.Module):
 
     encodes_always = False
 
-    def __init__(self, config: CobraConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: CobraConfig, tokenizer: Tokenizer, lm_device: str | torch.device | None = None
+    ) -> None:
+        """A model with random weights; `lm_device` "meta" saves those of a language model that is read anyway."""
         super().__init__()
         if tokenizer.vocab_size > config.lm.vocab_size:
             raise UserError(
@@ -55,7 +59,8 @@ class Cobra(nn.Module):
         self.tokenizer = tokenizer
         self.processor = Processor(config, tokenizer)
         self.vision_encoder, self.connector = make_vision_parts(config)
-        self.lm = LanguageModel(config.lm)
+        with torch.device(lm_device) if lm_device is not None else contextlib.nullcontext():
+            self.lm = LanguageModel(config.lm)
         if config.weights != "plain":
             replace_projections(self, config.weights, QuantizedLinear.like)
 
@@ -195,6 +200,7 @@ def build(
     dtype: str | torch.dtype = "float32",
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
+    lm_device: str | torch.device | None = None,
 ) -> Cobra:
     """A model with random weights.
 
@@ -202,6 +208,8 @@ def build(
         preset: a name of `PRESETS`, or a configuration.
         seed: of the weights; the global random state is left as it was.
         tokenizer: None: bytes and special tokens.
+        lm_device: "meta": leave the language model without values, for weights that are assigned later; the other
+            parts have the values that they have anyway.
     Returns:
         the model, in evaluation mode.
     Raises:
@@ -210,5 +218,7 @@ def build(
     config = choose("preset", preset, PRESETS) if isinstance(preset, str) else preset
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Cobra(config, tokenizer or Tokenizer.bytes())
-    return model.to(device=device, dtype=resolve_dtype(dtype, device)).eval()
+        model = Cobra(config, tokenizer or Tokenizer.bytes(), lm_device)
+    for part, own in ((model.vision_encoder, device), (model.connector, device), (model.lm, lm_device or device)):
+        part.to(own)
+    return model.to(dtype=resolve_dtype(dtype, device)).eval()

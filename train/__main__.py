@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,8 @@ EPILOG = """recipes:
 example:
   python -m train --recipe tiny --set data.path=my.json --output runs/mine
 
-also: python -m train data check | inspect | shard PATH     looks at data, and packs it
+also: python -m train plan --recipe NAME --ranks 1,8,64    says what a run takes
+      python -m train data check | inspect | shard PATH     looks at data, and packs it
       python -m train plot RUN...                          draws loss curves
 
 exit status: 0 done; 75 stopped by a signal, all is saved, run again with --resume;
@@ -28,7 +30,7 @@ exit status: 0 done; 75 stopped by a signal, all is saved, run again with --resu
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    commands = {"data": _data, "plot": _plot}
+    commands = {"data": _data, "plan": _plan, "plot": _plot}
     try:
         adopt_slurm()
         logging.basicConfig(level=logging.INFO if is_first() else logging.ERROR, format="%(message)s")
@@ -47,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of a training run; a test freezes their list, since all else is `--set`."""
     recipes = "\n".join(
-        f"  {name:<12}{' '.join((make.__doc__ or '').split())}" for name, make in RECIPES.items()
+        textwrap.fill(
+            f"{name} {' '.join((make.__doc__ or '').split())}", 100, initial_indent="  ", subsequent_indent=" " * 8
+        )
+        for name, make in RECIPES.items()
     )
     parser = CommandParser(
         prog="python -m train",
@@ -55,12 +60,16 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG.format(recipes=recipes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--recipe", metavar="NAME", help="one of the recipes below; not needed with --resume"
-    )
-    parser.add_argument(
-        "--output", metavar="DIR", required=True, help="where everything is written"
-    )
+    add_run_arguments(parser)
+    # The deepspeed launcher passes it; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, needs_output: bool = True) -> None:
+    """The arguments that say which run is meant."""
+    parser.add_argument("--recipe", metavar="NAME", help="one of the recipes; not needed with --resume")
+    parser.add_argument("--output", metavar="DIR", required=needs_output, help="where everything is written")
     parser.add_argument(
         "--set",
         metavar="SECTION.FIELD=VALUE",
@@ -74,9 +83,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in the output directory"
     )
-    # The deepspeed launcher passes it; the environment says the same.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser
 
 
 def _train(arguments: Sequence[str]) -> int:
@@ -124,6 +130,21 @@ def _data(arguments: Sequence[str]) -> int:
     from train.data.commands import main
 
     return DONE if main(arguments) else MISUSED
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    from train.plan import add_arguments, plan
+
+    parser = CommandParser(
+        prog="python -m train plan",
+        description="Prints what a run takes: parameters, steps, memory of each process, hours. Loads no weights.",
+    )
+    add_run_arguments(parser, needs_output=False)
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    for line in plan(_config(options), options):
+        print(line)
+    return DONE
 
 
 def _plot(arguments: Sequence[str]) -> int:

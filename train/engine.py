@@ -24,6 +24,7 @@ from train.recipes import ZeroSettings
 from vision_scan.errors import UserError
 
 PIXELS = "pixel_values"
+BUCKET_ELEMENTS = 50_000_000  # that DeepSpeed sends at once
 
 OptimizerState = dict[str, Tensor]
 """What an optimizer keeps of one parameter: arrays of its shape, and `step`."""
@@ -324,7 +325,9 @@ def deepspeed_config(zero: ZeroSettings, world_size: int) -> dict[str, Any]:
         # Torch's AdamW runs on a CPU too; DeepSpeed's own would be compiled first.
         stage["offload_optimizer"] = {"device": "cpu" if zero.offload_optimizer else "none"}
         stage["overlap_comm"] = torch.cuda.is_available()
+        stage["reduce_bucket_size"] = stage["allgather_bucket_size"] = BUCKET_ELEMENTS
     if zero.stage == 3:
+        stage["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
         stage["zero_hpz_partition_size"] = zero.hpz
         stage["stage3_param_persistence_threshold"] = zero.persistence_threshold
     return {

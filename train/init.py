@@ -61,14 +61,18 @@ def _build_base(config: RunConfig, rows: Dataset) -> Cobra:
         tokenizer = Tokenizer.from_file(Path(source) / cobra.checkpoint.TOKENIZER)
     else:
         tokenizer = build_tokenizer(config, rows)
-    model_config = config.model.build_config(_given_sections(config))
+    model_config = config.model.build_config(given_sections(config))
     vocab_size = max(model_config.lm.vocab_size, tokenizer.vocab_size)
     model_config = replace(model_config, lm=replace(model_config.lm, vocab_size=vocab_size))
-    model = cobra.build(model_config, seed=config.train.seed, tokenizer=tokenizer)
+    taken = config.init.parts if source is not None else ()
+    model = cobra.build(
+        model_config, seed=config.train.seed, tokenizer=tokenizer, lm_device="meta" if "lm" in taken else None
+    )
     model.lm.scale_residual(config.init.residual)
     if source is not None:
         tensors = cobra.checkpoint.read_tensors(source, config.init.parts)
         cobra.checkpoint.assign_tensors(model, tensors, source, config.init.parts)
+        model.float()  # whatever they are stored in
     if config.init.towers:
         load_tower_weights(model.vision_encoder, config.init.towers)
     return model
@@ -80,7 +84,7 @@ def _inject(model: Cobra, config: RunConfig, settings: LoraSettings) -> None:
         lora.inject(model, settings, parts, config.train.seed, config.init.path)
 
 
-def _given_sections(config: RunConfig) -> dict[str, Any]:
+def given_sections(config: RunConfig) -> dict[str, Any]:
     """The configuration of what comes from `init.path`: the weights mean something else under another."""
     if config.init.path is None:
         return {}

@@ -409,7 +409,7 @@ def tiny_align() -> RunConfig:
     pretrained it."""
     return RunConfig(
         recipe="tiny-align",
-        init=InitSettings(residual=0.0),
+        init=InitSettings(residual=0.0, check_lm=False),
         train=TrainSettings(freeze=("vision_encoder",), steps=320, batch_size=16, dtype="float32"),
         optim=OptimSettings(kind="muon", lr=4e-3, momentum=SHORT_MOMENTUM),
     )
@@ -420,7 +420,7 @@ def tiny() -> RunConfig:
     return RunConfig(
         recipe="tiny",
         data=DataSettings(length_group=4),
-        init=InitSettings(residual=0.0),
+        init=InitSettings(residual=0.0, check_lm=False),
         train=TrainSettings(steps=560, batch_size=16, dtype="float32"),
         optim=OptimSettings(
             kind="muon",
@@ -433,9 +433,87 @@ def tiny() -> RunConfig:
     )
 
 
+def _published(recipe: str, preset: str, freeze: tuple[Part, ...], optim: OptimSettings, **train: Any) -> RunConfig:
+    """A stage of a published model: rows of at most 2,048 tokens of text, ZeRO and recomputed layers as far as the
+    memory of devices of 80 GB asks for."""
+    model = ModelSettings(preset=preset)
+    return RunConfig(
+        recipe=recipe,
+        model=model,
+        # What is stored with a language model is the language model; later stages take all of the stage before.
+        init=InitSettings(parts=("lm",)),
+        data=DataSettings(max_tokens=2048 + model.build_config().tokens_per_tile),
+        train=TrainSettings(freeze=freeze, recompute="layer", **train),
+        zero=ZeroSettings(stage=2 if "lm" in freeze else 3),
+        optim=optim,
+    )
+
+
+def _cosine(lr: float, weight_decay: float) -> OptimSettings:
+    """AdamW with torch's betas, 3 percent of warm-up, half a cosine down to nothing."""
+    return OptimSettings(lr=lr, weight_decay=weight_decay, beta2=0.999, min_lr_ratio=0.0)
+
+
+def cobra_3b() -> RunConfig:
+    """Cobra's one stage: connector and Mamba-2.8b-zephyr on LLaVA-1.5's, LVIS-Instruct's and LRV's instructions. Needs
+    init.path (the converted language model), init.towers (DINOv2, SigLIP) and data.path."""
+    train = {"epochs": 2, "batch_size": 128, "micro_batch_size": 4, "seed": 7}
+    return _published("cobra-3b", "cobra-3b", ("vision_encoder",), _cosine(2e-5, 0.1), **train)
+
+
+def ml_mamba_3b() -> RunConfig:
+    """ML-Mamba's one stage with the connector of its code: the numbers of Cobra on Mamba-2 2.7b. Its model table says 2
+    epochs (this recipe), its bundled configuration 1."""
+    train = {"epochs": 2, "batch_size": 128, "micro_batch_size": 4, "seed": 7}
+    return _published("ml-mamba-3b", "ml-mamba-3b", ("vision_encoder",), _cosine(2e-5, 0.1), **train)
+
+
+def ml_mamba_3b_drawn() -> RunConfig:
+    """The same with the connector of ML-Mamba's figures: four directions, summed, a norm in front."""
+    return dataclasses.replace(
+        ml_mamba_3b(), recipe="ml-mamba-3b-drawn", model=ModelSettings(preset="ml-mamba-3b-drawn")
+    )
+
+
+def vl_mamba_align() -> RunConfig:
+    """VL-Mamba's first stage: the connector alone, on 558k captions."""
+    train = {"epochs": 1, "batch_size": 256, "micro_batch_size": 16}
+    frozen: tuple[Part, ...] = ("vision_encoder", "lm")
+    return _published("vl-mamba-align", "vl-mamba", frozen, _cosine(1e-3, 0.0), **train)
+
+
+def vl_mamba() -> RunConfig:
+    """VL-Mamba's second stage: connector and Mamba-2.8b-slimpj on LLaVA-1.5's 665k instructions, from the first."""
+    train = {"epochs": 1, "batch_size": 128, "micro_batch_size": 4}
+    config = _published("vl-mamba", "vl-mamba", ("vision_encoder",), _cosine(2e-5, 0.0), **train)
+    return dataclasses.replace(config, init=InitSettings())
+
+
+def llava_align() -> RunConfig:
+    """LLaVA-1.5's first stage, the transformer to compare with: the connector alone, on 558k captions (in the chat
+    template; LLaVA's has the caption alone)."""
+    train = {"epochs": 1, "batch_size": 256, "micro_batch_size": 16}
+    frozen: tuple[Part, ...] = ("vision_encoder", "lm")
+    return _published("llava-1.5-align", "llava-1.5", frozen, _cosine(1e-3, 0.0), **train)
+
+
+def llava() -> RunConfig:
+    """LLaVA-1.5's second stage: connector and Vicuna 7B on 665k instructions, from the first."""
+    train = {"epochs": 1, "batch_size": 128, "micro_batch_size": 4}
+    config = _published("llava-1.5", "llava-1.5", ("vision_encoder",), _cosine(2e-5, 0.0), **train)
+    return dataclasses.replace(config, init=InitSettings())
+
+
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "tiny-tower": tiny_tower,
     "tiny-naming": tiny_naming,
     "tiny-align": tiny_align,
     "tiny": tiny,
+    "cobra-3b": cobra_3b,
+    "ml-mamba-3b": ml_mamba_3b,
+    "ml-mamba-3b-drawn": ml_mamba_3b_drawn,
+    "vl-mamba-align": vl_mamba_align,
+    "vl-mamba": vl_mamba,
+    "llava-1.5-align": llava_align,
+    "llava-1.5": llava,
 }

@@ -40,7 +40,8 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:
         AssertionError: if a checkpoint was lost or damaged, or a number differs.
     """
     data = write_data(folder / "data")
-    changes = ("train.engine=plain", f"train.steps={STEPS_PER_KILL * (kills + 1)}", "train.save_every=1", "train.keep=2")
+    steps = STEPS_PER_KILL * (kills + 1)
+    changes = ("train.engine=plain", f"train.steps={steps}", "train.save_every=1", "train.keep=2")
     whole, output = folder / "whole", folder / "killed"
     assert run(small_config(data, *changes), whole)
     draw, moments, newest = random.Random(seed), [], 0

@@ -157,7 +157,7 @@ def test_workers_do_not_hear_signals(data: Path) -> None:
 def test_mixture_is_seen_by_its_weights(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     rows = [row for row in json.loads(data.read_text()) if "image" in row]
-    for name, weight in (("half", 0.5), ("twice", 2.0)):
+    for name in ("half", "twice"):
         (data.parent / f"{name}.json").write_text(json.dumps([{**row, "id": name} for row in rows[:4]]))
     mixture = data.parent / "mix.yaml"
     mixture.write_text("datasets: [{path: half.json, weight: 0.5}, {path: twice.json, weight: 2}]")
