@@ -4,15 +4,57 @@ The same formulas serve state-space and transformer stacks; `LayerCost` of each 
 multiply and an add are two operations. Norms, activations and the embedding look-up are not counted.
 """
 
+import functools
 import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
+
+import vision_scan
+from vision_scan.modules import SS2D
 
 from .config import CobraConfig
+from .connector.ldp import PEG
+from .connector.msc import ScanMixer
+from .lm.mixer import LayerCost
 from .lm.stack import LMConfig
 from .model import Cobra
 from .tokenizer import Tokenizer
+from .vision_encoder import FusedEncoder, SmallEncoder, TimmEncoder
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating point operations of a forward pass.
+
+    Attributes:
+        weights: products of activations with weights.
+        mixing: what is between activations: attention, scans.
+    """
+
+    weights: float = 0.0
+    mixing: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.weights + other.weights, self.mixing + other.mixing)
+
+    def training_flops(self, learning: float = 1.0, is_behind: bool = True) -> float:
+        """A forward and a backward pass.
+
+        A product with weights is done a second time for the gradient of the activations, if anything in the part or
+        in front of it learns, and a third time for the gradient of the weights that learn themselves. Of a product
+        between activations both factors need a gradient. A pass that is computed again does not count.
+
+        Args:
+            learning: the share of the weights that learn, 0 to 1.
+            is_behind: whether anything in front of the part learns.
+        """
+        flows = learning > 0 or is_behind
+        return self.weights * (1 + flows + learning) + self.mixing * (1 + 2 * flows)
 
 
 @dataclass(frozen=True)
@@ -21,9 +63,14 @@ class LMCost:
 
     config: LMConfig
 
-    @property
-    def _layers(self):
+    @functools.cached_property
+    def _layers(self) -> list[LayerCost]:
         return [layer.cost(self.config.d_model) for layer in self.config.layers]
+
+    @functools.cached_property
+    def _kinds(self) -> Counter[LayerCost]:
+        """How many layers cost the same: a stack of many is asked about many rows."""
+        return Counter(self._layers)
 
     @property
     def parameters(self) -> int:
@@ -40,11 +87,20 @@ class LMCost:
     def prefill_flops(self, seqlen: int) -> int:
         """Reading seqlen tokens from nothing, logits of the last one only."""
         total = self._head_flops
-        for layer in self._layers:
+        for layer, count in self._kinds.items():
             window = min(layer.window or seqlen, seqlen)
             seen = window * (window + 1) // 2 + (seqlen - window) * window
-            total += seqlen * layer.flops_per_token + seen * layer.flops_per_context_token
+            total += count * (seqlen * layer.flops_per_token + seen * layer.flops_per_context_token)
         return total
+
+    def work(self, seqlen: int, num_logits: int) -> Work:
+        """Reading seqlen tokens from nothing, with the logits of `num_logits` of them."""
+        head = num_logits * self._head_flops
+        total = self.prefill_flops(seqlen) - self._head_flops
+        weights = seqlen * sum(
+            count * min(2 * layer.parameters, layer.flops_per_token) for layer, count in self._kinds.items()
+        )
+        return Work(weights + head, total - weights)
 
     def training_flops(self, seqlen: int) -> int:
         """A training step's forward with the logits of all tokens but the last, and twice that for the
@@ -79,3 +135,71 @@ def count_parts(config: CobraConfig) -> dict[str, int]:
     with torch.device("meta"):
         model = Cobra(config, Tokenizer.bytes())
     return {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+
+
+def tile_work(model: Cobra) -> dict[str, Work]:
+    """What vision encoder and connector compute for one tile, by part; the model may be without memory behind it.
+
+    A matrix or kernel acts once at each of its positions: pixels of a convolution's output, tokens of a tower, cells of
+    a connector's grid. An encoder of an unknown kind is counted as if all of it acted on the grid, without attention.
+    """
+    height, width = model.config.grid
+    formula = TOWERS.get(model.config.vision_encoder.kind)
+    encoder, connector = model.vision_encoder, model.connector
+    cells = height * width
+    tower = Work(cells * _products(encoder)) if formula is None else formula(encoder, height, width)
+    pooled = sum(_products(module) for module in connector.modules() if isinstance(module, PEG))
+    weights = cells * (_products(connector) - pooled) + model.config.tokens_per_tile * pooled
+    scans = sum(_scan_operations(module, height, width) for module in connector.modules())
+    return {"vision_encoder": tower, "connector": Work(weights, scans)}
+
+
+def _products(module: nn.Module) -> int:
+    """Operations at one position: 2 for each weight of a matrix or kernel. Norms and biases are left out, and so are
+    A, D and dt_bias, which belong to a scan."""
+    scan = getattr(module, "float32_parameters", ())
+    own = [
+        parameter.numel()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1 and name not in scan and not name.endswith("bias")  # biases of several lists are a table
+    ]
+    return 2 * sum(own) + sum(_products(child) for child in module.children())
+
+
+def _scan_operations(module: nn.Module, height: int, width: int) -> int:
+    """Of the scan in a module, over all its visiting lists; per element of the state 5 in Mamba-2, 7 in Mamba."""
+    if isinstance(module, ScanMixer):
+        elements = 5 * module.d_inner * module.config.d_state
+    elif isinstance(module, SS2D):
+        elements = 7 * module.conv2d.out_channels * module.d_state
+    else:
+        return 0
+    visits = sum(int((cells >= 0).sum()) for cells in vision_scan.order(module.order, height, width))
+    return visits * elements
+
+
+def _small_tower(encoder: SmallEncoder, height: int, width: int) -> Work:
+    positions = height * width * encoder.patch_size**2
+    weights = 0
+    for conv in encoder.stem.modules():
+        if isinstance(conv, nn.Conv2d):
+            positions //= conv.stride[0] * conv.stride[1]
+            weights += positions * _products(conv)
+    tokens = height * width
+    attention = 4 * tokens**2 * encoder.d_model * len(encoder.blocks)
+    return Work(weights + tokens * _products(encoder.blocks), attention)
+
+
+def _timm_tower(encoder: TimmEncoder, height: int, width: int) -> Work:
+    tower: Any = encoder.tower
+    tokens = height * width + tower.num_prefix_tokens
+    weights = height * width * _products(tower.patch_embed) + tokens * _products(tower.blocks)
+    return Work(weights, 4 * tokens**2 * encoder.d_model * len(tower.blocks))
+
+
+def _fused_tower(encoder: FusedEncoder, height: int, width: int) -> Work:
+    towers: Any = encoder.towers
+    return sum((_timm_tower(tower, height, width) for tower in towers), Work())
+
+
+TOWERS: dict[str, Callable[..., Work]] = {"fused": _fused_tower, "small": _small_tower, "timm": _timm_tower}

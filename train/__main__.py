@@ -21,7 +21,7 @@ example:
 
 also: python -m train plan --recipe NAME --ranks 1,8,64    says what a run takes
       python -m train data check | inspect | shard PATH     looks at data, and packs it
-      python -m train plot RUN...                          draws loss curves
+      python -m train plot RUN...                          draws loss, learning rate, speed, ...
 
 exit status: 0 done; 75 stopped by a signal, all is saved, run again with --resume;
 2 a mistake in the command, the settings or the data; 1 anything else"""
@@ -151,9 +151,10 @@ def _plot(arguments: Sequence[str]) -> int:
     from train.plot import plot_runs
 
     parser = CommandParser(
-        prog="python -m train plot", description="Draws the loss curves of runs."
+        prog="python -m train plot",
+        description="Draws loss, validation loss, learning rate, gradient norm and speed of runs into one picture.",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="an output directory")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="an output directory; up to six")
     parser.add_argument(
         "--output", metavar="FILE", default="loss.png", help="the picture; default: loss.png"
     )

@@ -65,6 +65,11 @@ class PlainEngine:
         (loss * scale).backward()
         return loss.detach(), stats
 
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Stats]:
+        """What `backward` returns, without any gradient; to be called by all processes equally often."""
+        with torch.no_grad():
+            return self._call(self._move(batch))
+
     def step(self, max_norm: float) -> float:
         """Scales the step's gradients down to a norm of `max_norm` (0: never), updates the parameters and forgets the
         gradients. If the norm is not finite, nothing is updated.
@@ -123,13 +128,15 @@ class PlainEngine:
     def _update(self) -> None:
         self.optimizer.step()
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Stats]:
+    def _move(self, batch: Batch) -> dict[str, Any]:
         # Pixels go where they are encoded: of rows that are shared, not all are.
-        inputs = {
+        return {
             name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) and name != PIXELS else value
             for name, value in batch.inputs.items()
         }
-        loss, stats = self._call(inputs)
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Stats]:
+        loss, stats = self._call(self._move(batch))
         if not loss.requires_grad:  # a text-only batch while only the tower learns
             loss = loss + 0.0 * self.parameters[0].sum()
         return loss, stats

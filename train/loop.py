@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from train.cost import TrainingCost
 from train.data.batches import BatchSource
 from train.data.collate import Batch
 from train.data.loader import Loaded
@@ -18,7 +19,11 @@ from train.optim import set_lr
 from train.recipes import RunConfig
 from train.resume import Checkpoints
 from train.stop import StopRequest
+from train.validation import Validation
 from vision_scan.errors import UserError
+
+# Of batches.
+COUNTS = ("weight", "num_tokens", "num_supervised", "num_images", "num_rows", "num_padding", "num_truncated")
 
 
 class NonFiniteError(RuntimeError):
@@ -38,6 +43,8 @@ class Loop:
     batches: Iterator[Loaded]
     """Of the steps from `start` on."""
     checkpoints: Checkpoints
+    cost: TrainingCost
+    validation: Validation | None
 
 
 def train(loop: Loop, stop: StopRequest, metrics: Metrics | None = None) -> bool:
@@ -46,7 +53,7 @@ def train(loop: Loop, stop: StopRequest, metrics: Metrics | None = None) -> bool
     Args:
         loop: see there.
         stop: looked at between steps.
-        metrics: takes what was measured; None on all processes but the first.
+        metrics: sees what happens; None on all processes but the first.
     Returns:
         whether it got there; if not, it was asked to stop, and everything is saved.
     Raises:
@@ -57,10 +64,12 @@ def train(loop: Loop, stop: StopRequest, metrics: Metrics | None = None) -> bool
     engine, config, checkpoints = loop.engine, loop.config, loop.checkpoints
     num_skipped = 0
     for step in range(loop.start, loop.num_steps):
+        if metrics is not None:
+            metrics.begin(step + 1)
         began = time.perf_counter()
         batches, error = _fetch(loop)
         fetched = time.perf_counter() - began
-        counts = _count(batches)
+        counts = _count(batches) | {"flops": sum(map(loop.cost.of_batch, batches))}
         counts |= {"errors": error is not None, "stops": stop.requested}
         # Processes that read rows together have all of them the whole rows' counts.
         share = 1 / config.train.sequence_parallel
@@ -72,12 +81,7 @@ def train(loop: Loop, stop: StopRequest, metrics: Metrics | None = None) -> bool
             return False
 
         lr = set_lr(engine.optimizer, step, loop.num_steps, config.optim)
-        measured: Stats = {}
-        for index, batch in enumerate(batches):
-            loss, stats = engine.backward(batch, 1 / counts["weight"], last=index == len(batches) - 1)
-            for name, value in {"loss": torch.stack([loss, loss.new_zeros(())]), **stats}.items():
-                measured[name] = measured.get(name, 0) + value.detach()
-        means = _means(engine, measured, counts["weight"])
+        means = _means(engine, _accumulate(engine, batches, 1 / counts["weight"]), counts["weight"])
         grad_norm = engine.step(config.optim.clip) if math.isfinite(means["loss"]) else math.nan
         num_skipped = 0 if math.isfinite(grad_norm) else num_skipped + 1
         if num_skipped:
@@ -87,12 +91,13 @@ def train(loop: Loop, stop: StopRequest, metrics: Metrics | None = None) -> bool
                 raise NonFiniteError(told)
             engine.discard()
 
+        validated = loop.validation.after(step + 1, engine) if loop.validation is not None else None
         stall = 0.0
         if (step + 1) % config.train.save_every == 0 or step + 1 == loop.num_steps:
             stall = checkpoints.save(engine, step + 1, last=step + 1 == loop.num_steps)
         if metrics is not None:
             record = {"step": step + 1, **means, "lr": lr, "grad_norm": grad_norm}
-            metrics.add(record, counts, data_seconds=fetched, stall_seconds=stall)
+            metrics.add(record, counts, fetched, stall, validated)
     return True
 
 
@@ -105,8 +110,18 @@ def _count(batches: list[Batch]) -> dict[str, float]:
     """What is summed over the processes."""
     return {
         name: sum(getattr(batch, name) for batch in batches)
-        for name in ("weight", "num_tokens", "num_supervised", "num_images", "num_padding", "num_truncated")
+        for name in COUNTS
     }
+
+
+def _accumulate(engine: PlainEngine, batches: list[Batch], scale: float) -> Stats:
+    """Adds up the gradients of a step's micro-batches, and what was measured on the way."""
+    measured: Stats = {}
+    for index, batch in enumerate(batches):
+        loss, stats = engine.backward(batch, scale, last=index == len(batches) - 1)
+        for name, value in {"loss": torch.stack([loss, loss.new_zeros(())]), **stats}.items():
+            measured[name] = measured.get(name, 0) + value.detach()
+    return measured
 
 
 def _means(engine: PlainEngine, measured: Stats, weight: float) -> dict[str, float]:

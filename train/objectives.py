@@ -14,6 +14,7 @@ from cobra.prompt import Rendered, count_marks
 from train.data.collate import Batch, Sample, collate_conversations
 from train.data.dataset import Dataset
 from train.data.rows import BadRowError, Row
+from train.recipes import PARTS, Part
 from vision_scan.errors import UserError
 
 Stats = dict[str, Tensor]
@@ -27,6 +28,8 @@ class Objective(nn.Module):
 
     needs: str
     """The key that a row cannot do without."""
+    parts: tuple[Part, ...] = PARTS
+    """The parts of the model that run."""
 
     def __init__(self, model: Cobra, autocast: torch.dtype | None = None) -> None:
         super().__init__()
@@ -176,13 +179,16 @@ class PatchLabels(Objective):
             x0, y0, x1, y1 = region.box
             rows = slice(first(y0, self.height), first(y1, self.height))
             columns = slice(first(x0, self.width), first(x1, self.width))
-            targets[rows, columns] = torch.tensor(
-                [
-                    names.index(region.labels[kind]) if kind in region.labels else 0
-                    for kind, names in self.classes.items()
-                ]
-            )
+            targets[rows, columns] = torch.tensor([self._class(kind, region.labels.get(kind)) for kind in self.classes])
         return targets
+
+    def _class(self, kind: str, label: str | None) -> int:
+        """The number of a label, 0 for none."""
+        if label is None:
+            return 0
+        if label not in self.classes[kind]:  # of held-out rows
+            raise UserError(f"label {label!r} of kind {kind!r} stands in no row of data.path")
+        return self.classes[kind].index(label)
 
     def _balance(self, rows: Dataset, num_rows: int = 512) -> float:
         stride = max(1, len(rows) // num_rows)
@@ -228,6 +234,8 @@ class PatchLabels(Objective):
 class Regions(PatchLabels):
     """What stands in each patch: one linear head for each kind of label on the tower's features."""
 
+    parts = ("vision_encoder",)
+
     def __init__(self, model: Cobra, rows: Dataset, autocast: torch.dtype | None = None) -> None:
         super().__init__(model, rows, autocast)
         d_vision = model.vision_encoder.d_model
@@ -258,6 +266,8 @@ class Naming(PatchLabels):
     up: an image token of a red 7 comes to resemble the words "red" and "7", one of the background
     no word at all (its score, against those of the words, is zero).
     """
+
+    parts = ("vision_encoder", "connector")
 
     def __init__(self, model: Cobra, rows: Dataset, autocast: torch.dtype | None = None) -> None:
         super().__init__(model, rows, autocast)

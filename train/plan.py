@@ -52,7 +52,9 @@ class StaticMemory:
         return self.weights + self.masters + self.gradients + self.optimizer + self.buckets
 
 
-def static_memory(num_parameters: int, num_learning: int, stage: int, ranks: int, offload: bool = False) -> StaticMemory:
+def static_memory(
+    num_parameters: int, num_learning: int, stage: int, ranks: int, offload: bool = False
+) -> StaticMemory:
     """What a process holds at a ZeRO stage; offloaded states lie in the CPU's memory and are not counted."""
     share = -(-num_learning // ranks)
     updated = share if stage else num_learning
@@ -104,9 +106,10 @@ def activation_memory(model: Cobra, config: RunConfig, rows: int, length: int) -
     residual = FLOAT32 * rows * length * model.config.lm.d_model
     settings = config.train
     piece = min(length, settings.segment_tokens) if settings.recompute == "segment" else length
-    distinct = {block.mixer.config: block for block in model.lm.layers}
-    layers = {key: _layer_bytes(block, rows, piece) for key, block in distinct.items()}
-    each = [layers[block.mixer.config] for block in model.lm.layers]
+    kinds = model.config.lm.layers
+    distinct = dict(zip(kinds, model.lm.layers, strict=True))
+    layers = {kind: _layer_bytes(block, rows, piece) for kind, block in distinct.items()}
+    each = [layers[kind] for kind in kinds]
     if settings.recompute == "layer":
         total += residual * len(each) + max(each)
     else:
@@ -163,9 +166,8 @@ def describe(config: RunConfig, course: Course, ranks: Sequence[int], mfu: float
         f"memory of a process in GB, by ZeRO stage (this run: {config.zero.stage}), and hours at {mfu:.0%} of "
         f"{peak:g} TFLOP/s:"
     )
-    yield (
-        "  ranks  rows x accumulated  " + "".join(f"{f'ZeRO {stage}':>9}" for stage in STAGES) + "   activations     hours"
-    )
+    stages = "".join(f"{f'ZeRO {stage}':>9}" for stage in STAGES)
+    yield f"  ranks  rows x accumulated  {stages}   activations     hours"
     total, learns = _count(model), _count(model, learning_only=True)
     for count in ranks:
         yield _describe_ranks(config, model, count, total, learns, course, num_steps * flops / (mfu * peak * 1e12))
@@ -176,7 +178,9 @@ def _describe_ranks(
 ) -> str:
     micro, accumulation = split_batch(config, ranks)
     if accumulation is None:
-        return f"  {ranks:>5}  train.batch_size={config.train.batch_size} cannot be shared out"
+        share = config.train.batch_size * config.train.sequence_parallel // ranks
+        advice = f"; set train.micro_batch_size={share}" if share else ""
+        return f"  {ranks:>5}  {config.train.batch_size} rows cannot be shared out{advice}"
     cells = []
     for stage in STAGES:
         memory = static_memory(total, learns, stage, ranks, stage > 0 and config.zero.offload_optimizer)
@@ -228,7 +232,8 @@ def measure_course(config: RunConfig, options: argparse.Namespace) -> Course:
         rows = open_dataset(DataSettings(**{**vars(config.data), "check": "none", "skip_bad": True}))
         characters = int(rows.num_characters.mean())
         length = characters // 4 + round(tokens_per_tile * float(rows.num_images.mean()))
-        return Course(rows.epoch_size, length, round(SHARE_LEARNED * characters / 4), f"by {Path(config.data.path).name}")
+        learned = round(SHARE_LEARNED * characters / 4)
+        return Course(rows.epoch_size, length, learned, f"by {Path(config.data.path).name}")
     if options.rows is None and config.train.epochs is not None:
         raise UserError("plan: how many rows has an epoch? give --rows N, or the data (--set data.path=FILE)")
     text = options.text_tokens

@@ -146,8 +146,10 @@ def limit_waiting(timeout: float) -> None:
     """Has every group of processes, those of libraries too, give up after so many minutes; a new group of torch's takes
     torch's own limit."""
     if dist.is_initialized():
-        for group in list(dist.distributed_c10d._world.pg_map):
-            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout), group)
+        torch_c10d = dist.distributed_c10d
+        limit = getattr(torch_c10d, "set_timeout", None) or torch_c10d._set_pg_timeout  # its name before torch 2.15
+        for group in list(torch_c10d._world.pg_map):
+            limit(timedelta(minutes=timeout), group)
 
 
 def leave_processes() -> None:

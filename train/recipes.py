@@ -6,6 +6,7 @@ own configuration follow `model.`: `--set model.connector.order=hilbert`.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -326,9 +327,52 @@ class LogSettings:
     wandb: bool = False
     """Send the records to Weights & Biases too; WANDB_MODE=offline is honoured."""
     project: str = "cobra"
+    ssm: bool = True
+    """Record step sizes and states of recurrent layers."""
+    peak_tflops: float | None = None
+    """What a device could do at most, in 10^12 operations a second, for the share that is reached; None: what is known
+    of the GPU by its name."""
+    profile: str | None = None
+    """START:COUNT, both in steps: have torch.profiler watch so many steps from START on."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, f"log.every: got {self.every}, allowed: 1 or more")
+        _require(
+            self.peak_tflops is None or self.peak_tflops > 0,
+            f"log.peak_tflops: got {self.peak_tflops}, allowed: more than 0, or none",
+        )
+        self.profiled_steps  # noqa: B018 (a text of another form fails here)
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps to be profiled, counted from 1 as the records do."""
+        if self.profile is None:
+            return range(0)
+        found = re.fullmatch(r"0*([1-9]\d*):0*([1-9]\d*)", self.profile)
+        if found is None:
+            raise UserError(f"log.profile: got {self.profile!r}, allowed: START:COUNT, both 1 or more, such as 10:3")
+        return range(int(found[1]), int(found[1]) + int(found[2]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValSettings:
+    """Held-out rows, on which nothing is learned."""
+
+    path: str | None = None
+    """A file of rows as `data.path`; None: no validation."""
+    image_root: str | None = None
+    """The folder that their image paths start from; None: the folder of `path`."""
+    every: int = 500
+    """Steps between validations; the last step is always followed by one."""
+    rows: int | None = 1000
+    """Rows at most, chosen once and for all; None: all of them."""
+    samples: int = 0
+    """Rows whose first question is answered each time."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"val.every: got {self.every}, allowed: 1 or more")
+        _require(self.rows is None or self.rows >= 1, f"val.rows: got {self.rows}, allowed: 1 or more, or none")
+        _require(self.samples >= 0, f"val.samples: got {self.samples}, allowed: 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,6 +388,7 @@ class RunConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)
     zero: ZeroSettings = field(default_factory=ZeroSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    val: ValSettings = field(default_factory=ValSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
 

@@ -37,6 +37,7 @@ RUN, STATE, POSITION, MANIFEST = "run.json", "train_state.safetensors", "train_s
 # What may change between the parts of a run: nothing that moves a number by more than rounding.
 FREE_SETTINGS = (
     "log",
+    "val.",
     "zero",
     "train.save_every",
     "train.keep",

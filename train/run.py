@@ -11,6 +11,7 @@ import cobra.checkpoint
 import vision_scan
 from train import processes
 from train import resume as resuming
+from train.cost import RowCost, TrainingCost
 from train.data.batches import BatchSource, SampleOrder
 from train.data.dataset import Dataset, open_dataset
 from train.data.loader import load_steps
@@ -22,7 +23,9 @@ from train.metrics import Metrics
 from train.objectives import OBJECTIVES, Objective
 from train.optim import build_optimizer, describe_groups
 from train.recipes import PARTS, RunConfig
+from train.ssm_statistics import SSMStatistics
 from train.stop import StopRequest
+from train.validation import open_validation
 from vision_scan.errors import UserError
 
 
@@ -57,7 +60,7 @@ def run(
                 report(line)
             resuming.write_run(output, config)
         processes.gather(None)  # nobody goes on before the output directory is there
-        metrics = Metrics(output, config, loop.num_steps, loop.start) if is_first else None
+        metrics = _watch(loop, output) if is_first else None
         try:
             finished = train(loop, stop, metrics)
         finally:
@@ -67,6 +70,13 @@ def run(
         if finished:
             resuming.save_model(loop.engine, output)
         return finished
+
+
+def _watch(loop: Loop, output: Path) -> Metrics:
+    """What looks on while the loop runs."""
+    engine = loop.engine
+    statistics = SSMStatistics(engine.objective) if loop.config.log.ssm else None
+    return Metrics(output, loop.config, loop.num_steps, loop.start, engine.device, engine.world_size, statistics)
 
 
 def prepare(config: RunConfig, output: Path, resume: bool = False) -> tuple[Loop, list[str]]:
@@ -83,26 +93,20 @@ def prepare(config: RunConfig, output: Path, resume: bool = False) -> tuple[Loop
     group = processes.share_rows(settings.sequence_parallel)
     if group is not None:
         share_sequences(objective, group, config)
-    order = SampleOrder(rows.lengths, settings.batch_size, settings.seed, data.length_group, rows.shares)
-    source = BatchSource(
-        objective,
-        rows,
-        order,
-        micro_batch_size=settings.micro_batch_size,
-        rank=rank // settings.sequence_parallel,
-        world_size=world_size // settings.sequence_parallel,
-        skip_bad=data.skip_bad,
-    )
+    cost = TrainingCost(objective)  # before DeepSpeed takes the parameters apart, as the plan
+    readers = settings.sequence_parallel
+    source = build_source(config, objective, rows, cost, rank // readers, world_size // readers)
+    num_steps = count_steps(config, rows)
+    workers = (4 if device.type == "cuda" else 0) if data.workers is None else data.workers
+    validation = open_validation(config, objective, source, num_steps, workers)
     optimizer = build_optimizer(objective, config.optim)
-    plan = list(describe_model(config, objective, optimizer))  # before DeepSpeed takes the parameters apart
+    plan = list(describe_model(config, objective, optimizer))
     if checkpoint is None and config.init.path is not None and "lm" in config.init.parts:
         plan.append(check_language_model(model, config))
     engine = build_engine(settings.engine, objective, optimizer, device, config.zero)
     processes.limit_waiting(settings.timeout)
     checkpoints = resuming.Checkpoints(output, config, rows.fingerprint)
     start = 0 if checkpoint is None else checkpoints.restore(engine, checkpoint)
-    num_steps = count_steps(config, rows)
-    workers = (4 if device.type == "cuda" else 0) if data.workers is None else data.workers
     loop = Loop(
         config=config,
         num_steps=num_steps,
@@ -111,6 +115,8 @@ def prepare(config: RunConfig, output: Path, resume: bool = False) -> tuple[Loop
         source=source,
         batches=load_steps(source, start, num_steps, workers, pin_memory=device.type == "cuda"),
         checkpoints=checkpoints,
+        cost=cost,
+        validation=validation,
     )
     return loop, [*plan, *describe_course(loop, rows)]
 
@@ -131,6 +137,25 @@ def _agree_on_checkpoint(output: Path, rank: int) -> Path | None:
     if isinstance(chosen, UserError):
         raise chosen
     return chosen
+
+
+def build_source(
+    config: RunConfig, objective: Objective, rows: Dataset, cost: TrainingCost, rank: int, world_size: int
+) -> BatchSource:
+    """The batches of this process, of conversations shared out by what they cost."""
+    settings, data = config.train, config.data
+    order = SampleOrder(rows.lengths, settings.batch_size, settings.seed, data.length_group, rows.shares)
+    is_uneven = settings.objective == "conversation" and world_size > 1
+    return BatchSource(
+        objective,
+        rows,
+        order,
+        RowCost(cost, objective, rows) if is_uneven else None,
+        micro_batch_size=settings.micro_batch_size,
+        rank=rank,
+        world_size=world_size,
+        skip_bad=data.skip_bad,
+    )
 
 
 def count_steps(config: RunConfig, rows: Dataset) -> int:
@@ -164,6 +189,8 @@ def describe_course(loop: Loop, rows: Dataset) -> Iterator[str]:
     yield f"data: {rows.path}, {len(rows):,} rows, images checked: {config.data.check}"
     if rows.bad:
         yield f"  {len(rows.bad):,} rows left out: {'; '.join(rows.bad[:3])}, ..."
+    if loop.validation is not None:
+        yield loop.validation.describe()
     numbers = source.order.batch(loop.start)
     num_tokens = sum(engine.objective.num_tokens(rows[number]) for number in numbers)
     epochs = loop.num_steps * settings.batch_size / rows.epoch_size

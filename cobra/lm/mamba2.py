@@ -85,6 +85,7 @@ class Mamba2(Float32Parameters):
     Config = Mamba2Config
     residual_projection = "out_proj"
     reads_shards = True
+    step_projection = "in_proj"
     float32_parameters = ("dt_bias", "A_log", "D")
     step_states = ("conv", "ssm")
     most_step_tokens = UPDATE_TOKENS
@@ -144,6 +145,11 @@ class Mamba2(Float32Parameters):
             self.d_inner // config.ngroups, config.norm_before_gate,
         )  # fmt: skip
         return self.out_proj(y), state
+
+    def step_sizes(self, projected: Tensor) -> Tensor:
+        """dt as the scan takes it, (batch, seqlen, nheads) float32, from what `in_proj` gives."""
+        dt = projected[..., -self.nheads :].float() + self.dt_bias
+        return nn.functional.softplus(dt).clamp(*self.config.dt_limit)
 
     def add_to(self, decoder, norm: RMSNorm) -> None:
         config = self.config

@@ -9,6 +9,8 @@ A mixer is a module `Mixer(config, d_model)` with
     reads_shards                                  optional: True if it reads a piece of a row whose rest is in
                                                   other processes: a recurrence asks `segments.shard` for its
                                                   entering state (sequence_parallel.py)
+    step_projection, step_sizes(projected)        optional, of a recurrence whose state is `ssm`: the name of the
+                                                  projection that dt comes from, and dt, given its output
 
 `state` is a dict of tensors with batch first, or None for rows that have read nothing. It is never
 changed, unless `segments.overwrite` says that it may be. The stack knows nothing else of a layer, so a new

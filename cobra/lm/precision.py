@@ -57,6 +57,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def _asked_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
+    if kind == "meta":  # has no autocast
+        return x.dtype
     autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if autocast else x.dtype
 

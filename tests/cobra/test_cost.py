@@ -1,14 +1,21 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cobra.config import PRESETS
-from cobra.cost import LMCost, count_parts
+from cobra.connector import CONNECTORS
+from cobra.cost import TOWERS, LMCost, Work, count_parts, tile_work
+from cobra.image import ImageConfig
 from cobra.lm import LAYERS, LanguageModel, LMConfig
 from cobra.lm.attention import AttentionConfig
 from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
+from cobra.model import Cobra
+from cobra.tokenizer import Tokenizer
+from cobra.vision_encoder import VISION_ENCODERS
 
 # research/systems.md 4.2, after the released state-spaces checkpoints.
 PUBLISHED = {
@@ -181,3 +188,66 @@ def test_parts_are_counted_one_by_one():
     parts = count_parts(PRESETS["tiny"])
     assert parts["lm"] == LMCost(PRESETS["tiny"].lm).parameters
     assert parts["lm"] < sum(parts.values())
+
+
+def test_work_is_prefill_with_more_logits_or_none():
+    for stack in STACKS:
+        cost = LMCost(config(stack))
+        for seqlen, logits in ((1, 0), (9, 0), (9, 1), (9, 9)):
+            work = cost.work(seqlen, logits)
+            assert work.weights + work.mixing == cost.prefill_flops(seqlen) + (logits - 1) * HEAD
+    assert LMCost(config("attention")).work(9, 2).mixing == 45 * 2 * GQA_SEEN
+
+
+def test_what_a_pass_back_costs_depends_on_what_learns():
+    work = Work(weights=10.0, mixing=1.0)
+    assert work.training_flops() == 3 * 11
+    assert work.training_flops(learning=1.0, is_behind=False) == 3 * 11
+    assert work.training_flops(learning=0.0, is_behind=True) == 2 * 10 + 3
+    assert work.training_flops(learning=0.25, is_behind=False) == 2.25 * 10 + 3
+    assert work.training_flops(learning=0.0, is_behind=False) == 11
+
+
+def meta_model(**changes) -> Cobra:
+    with torch.device("meta"):
+        return Cobra(replace(PRESETS["tiny"], **changes), Tokenizer.bytes())
+
+
+def count(module: torch.nn.Module, *size: int) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(torch.zeros(size, device="meta"))
+    return counter.get_total_flops()
+
+
+def test_every_kind_of_tower_has_a_formula():
+    assert TOWERS.keys() == VISION_ENCODERS.keys()
+
+
+@pytest.mark.parametrize("preset", ["tiny", "cobra-3b", "llava-1.5"])
+def test_operations_of_a_tower_are_those_that_torch_counts(preset):
+    """Small, fused and single; with class and register tokens or without."""
+    parts = PRESETS[preset]
+    model = meta_model(image=parts.image, vision_encoder=parts.vision_encoder)
+    work = tile_work(model)["vision_encoder"]
+    counted = count(model.vision_encoder, 1, 3, parts.image.height, parts.image.width)
+    assert work.weights + work.mixing == counted
+    assert 0 < work.mixing < work.weights
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "fused_mlp", "ldpv2", "fused_ldp"])
+def test_operations_of_a_connector_are_those_that_torch_counts(kind):
+    model = meta_model(connector=CONNECTORS[kind].Config(), image=ImageConfig(height=72, width=56))
+    work = tile_work(model)["connector"]
+    assert work == Work(count(model.connector, 1, 9, 7, 128), 0)
+
+
+def test_operations_of_scanning_connectors_by_hand():
+    cells, d = 64, 128
+    msc = tile_work(meta_model())["connector"]  # cross4, d_state 16, expand 1, one block with SwiGLU
+    channels, heads = d + 2 * 16, 2
+    mixer = d * (d + channels + heads) + d * d + 4 * channels * 4
+    assert msc == Work(2 * cells * (d * d + mixer + 3 * d * d + d * d), 5 * 4 * cells * d * 16)
+    vss = tile_work(meta_model(connector=CONNECTORS["vss_l2"].Config(order="bi2")))["connector"]
+    inner, rank = 2 * d, 8
+    scan = d * 2 * inner + 9 * inner + inner * 2 * (rank + 32) + 2 * rank * inner + inner * d
+    assert vss == Work(2 * cells * (2 * d * d + scan), 7 * 2 * cells * inner * 16)

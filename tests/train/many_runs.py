@@ -1,15 +1,17 @@
 """Several small runs, one after the other, in processes that stay: starting DeepSpeed takes longer than a run.
 
 `python -m tests.train.many_runs PLAN.json` is what each process does; the plan lists runs as {"data", "output",
-"changes", "resume"}.
+"changes", "resume", "measure"}.
 """
 
+import contextlib
+import gc
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 
 from cobra.lm.mamba2 import Mamba2
 from tests.train.small_run import ROOT, environment, small_config
+from train.engine import BUCKET_ELEMENTS, PlainEngine, ZeroEngine
 from train.run import run
 from vision_scan.errors import UserError
 
@@ -70,13 +73,55 @@ def watch_dtypes(output: Path) -> Any:
     return torch.nn.modules.module.register_module_forward_pre_hook(note)
 
 
+def held_bytes() -> int:
+    """Bytes of all tensors that Python knows of, and of gradients."""
+    storages: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None and tensor.device.type == "cpu":
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(size for size in storages.values() if size != 4 * BUCKET_ELEMENTS)
+
+
+@contextlib.contextmanager
+def measuring(output: Path) -> Iterator[None]:
+    """Writes down what the process holds around a run's last step, beside what it held before the run."""
+    gc.collect()
+    before, found = held_bytes(), {}
+
+    def watch(kind: type) -> Any:
+        step = kind.step
+
+        def watched(self: Any, max_norm: float) -> float:
+            found["before the step"] = held_bytes() - before
+            norm = step(self, max_norm)
+            found["after the step"] = held_bytes() - before
+            return norm
+
+        return step, watched
+
+    kept = {kind: watch(kind) for kind in (PlainEngine, ZeroEngine)}
+    for kind, (_, watched) in kept.items():
+        kind.step = watched
+    try:
+        yield
+    finally:
+        for kind, (step, _) in kept.items():
+            kind.step = step
+        output.with_suffix(".memory.json").write_text(json.dumps(found))
+
+
 def main() -> None:
     for entry in json.loads(Path(sys.argv[1]).read_text()):
         output = Path(entry["output"])
         config = small_config(Path(entry["data"]), *entry["changes"])
         hook = watch_dtypes(output) if os.environ["RANK"] == "0" else None
+        measure = measuring(output) if entry.get("measure") else contextlib.nullcontext()
         try:
-            run(config, output, resume=entry.get("resume", False))
+            with measure:
+                run(config, output, resume=entry.get("resume", False))
         except UserError as error:
             output.with_suffix(f".error-{os.environ['RANK']}").write_text(str(error))
         if hook is not None:

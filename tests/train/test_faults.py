@@ -22,6 +22,12 @@ from train.run import run
 PLAIN = ("train.engine=plain", "train.save_every=2")
 
 
+@pytest.fixture(autouse=True)
+def stay_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command leaves the processes at its end for good, and other tests run in this one."""
+    monkeypatch.setattr("train.processes.leave_processes", lambda: None)
+
+
 def fill_disk(monkeypatch: pytest.MonkeyPatch, writes: range) -> None:
     """Has the disk full at some of the model's writes."""
     save, count = cobra.checkpoint.save, iter(range(1000))

@@ -116,11 +116,12 @@ def test_processes_find_each_other_by_what_slurm_says(data: Path, tmp_path: Path
 
 
 def test_hostfile_counts_its_slots(data: Path, tmp_path: Path) -> None:
-    done = launch("deepspeed.sh", arguments(data, tmp_path / "run"), DRY_RUN="1", HOSTFILE=str(LAUNCH / "hostfile.example"))
+    words = arguments(data, tmp_path / "run")
+    done = launch("deepspeed.sh", words, DRY_RUN="1", HOSTFILE=str(LAUNCH / "hostfile.example"))
     assert done.returncode == 2  # 16 processes, and a batch of 4 rows
     assert "x 16 processes" in done.stderr
     (tmp_path / "hosts").write_text("# two hosts\nleft slots=1\nright   slots=1\n")
-    done = launch("deepspeed.sh", arguments(data, tmp_path / "run"), DRY_RUN="1", HOSTFILE=str(tmp_path / "hosts"))
+    done = launch("deepspeed.sh", words, DRY_RUN="1", HOSTFILE=str(tmp_path / "hosts"))
     assert done.returncode == 0, done.stderr
     assert f"--hostfile {tmp_path / 'hosts'} --module train --resume" in done.stdout
 

@@ -30,6 +30,12 @@ class Batch:
     """Rows that lost turns."""
     ids: tuple[str, ...]
     """The rows, for messages."""
+    lengths: tuple[int, ...] = ()
+    """Tokens that the language model reads of each row."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.ids)
 
     def pin_memory(self) -> "Batch":
         """The same in page-locked memory, from where a GPU copies beside its work."""
@@ -94,4 +100,5 @@ def collate_conversations(samples: Sequence[Sample], pad_id: int, packing: bool 
         num_padding=inputs["input_ids"].numel() - sum(lengths),
         num_truncated=sum(sample.is_truncated for sample in samples),
         ids=tuple(sample.id for sample in samples),
+        lengths=tuple(lengths),
     )

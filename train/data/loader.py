@@ -1,12 +1,11 @@
 """Batches made ahead of the step that needs them, in processes of their own."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from train.data.batches import BatchSource
 from train.data.collate import Batch
 from train.data.rows import BadRowError
 
@@ -19,7 +18,7 @@ Loaded = list[Batch] | BadRowError
 class Steps(Dataset):
     """A source of batches as a map from steps."""
 
-    def __init__(self, source: BatchSource) -> None:
+    def __init__(self, source: Callable[[int], list[Batch]]) -> None:
         self.source = source
 
     def __getitem__(self, step: int) -> Loaded:
@@ -29,7 +28,9 @@ class Steps(Dataset):
             return error
 
 
-def load_steps(source: BatchSource, start: int, end: int, workers: int, pin_memory: bool = False) -> Iterator[Loaded]:
+def load_steps(
+    source: Callable[[int], list[Batch]], start: int, end: int, workers: int, pin_memory: bool = False
+) -> Iterator[Loaded]:
     """The batches of the steps from `start` to `end`, in order. With workers or without, they are the same.
 
     Args:

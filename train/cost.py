@@ -1,0 +1,100 @@
+"""What steps and rows take, in floating point operations by the formulas of cobra/cost.py."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from cobra.cost import LMCost, tile_work
+from cobra.prompt import IGNORE
+from cobra.tokenizer import IMAGE
+from train.data.collate import Batch
+from train.data.dataset import Dataset
+from train.objectives import Objective
+from train.recipes import PARTS
+
+NUM_SAMPLED = 256  # rows whose text is rendered to learn how many tokens a character makes
+
+
+class TrainingCost:
+    """Operations of forward and backward passes under an objective.
+
+    A frozen part counts its forward pass and, if something in front of it learns, the gradients of its activations; of
+    a part that learns in places, as under LoRA, the share of its parameters. Padding and what is computed again do not
+    count. To be made before an engine takes the parameters apart.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        model = objective.model
+        self._lm = LMCost(model.config.lm) if "lm" in objective.parts else None
+        self._learning = {part: _share(getattr(model, part).parameters()) for part in PARTS}
+        self._tile = 0.0
+        is_behind = False
+        for part, work in tile_work(model).items():
+            if part in objective.parts:
+                self._tile += work.training_flops(self._learning[part], is_behind)
+            is_behind |= self._learning[part] > 0
+        self._is_behind = is_behind
+
+    def of_batch(self, batch: Batch) -> float:
+        """Operations of a step's pass over a micro-batch, logits of supervised tokens only."""
+        pixels = batch.inputs.get("pixel_values")
+        return self.of(0 if pixels is None else len(pixels), batch.lengths, batch.num_supervised)
+
+    def of(self, num_tiles: int, lengths: Sequence[int], num_supervised: int) -> float:
+        """Of so many tiles, and rows of so many tokens."""
+        total = num_tiles * self._tile
+        if self._lm is not None:
+            read = sum((self._lm.work(length, 0) for length in lengths), self._lm.work(0, num_supervised))
+            total += read.training_flops(self._learning["lm"], self._is_behind and num_tiles > 0)
+        return total
+
+
+class RowCost:
+    """Operations of a row by its number, for sharing rows out evenly: of its tiles, and of as many tokens as its
+    characters make on average.
+
+    The average is taken over `NUM_SAMPLED` rows at even distances, so it is the same on every process.
+
+    Args:
+        cost: of the objective.
+        objective: renders rows.
+        rows: all of them.
+    """
+
+    def __init__(self, cost: TrainingCost, objective: Objective, rows: Dataset) -> None:
+        self._cost = cost
+        self._rows = rows
+        self._tokens_per_tile = objective.model.config.tokens_per_tile
+        self._most_tokens = rows.settings.max_tokens
+        num_characters = num_tokens = num_supervised = 0
+        for number in np.linspace(0, len(rows) - 1, min(len(rows), NUM_SAMPLED)).astype(int):
+            row = rows[number]
+            rendered = objective.model.processor.render(row.turns, len(row.images))
+            num_characters += _text_size(row.num_characters, len(row.images))
+            num_tokens += len(rendered.input_ids) - len(row.images) * self._tokens_per_tile
+            num_supervised += sum(label != IGNORE for label in rendered.labels)
+        self.tokens_per_character = num_tokens / max(1, num_characters)
+        self._supervised_per_character = num_supervised / max(1, num_characters)
+
+    def __call__(self, number: int) -> float:
+        return self.row_cost(int(self._rows.num_characters[number]), int(self._rows.num_images[number]))
+
+    def row_cost(self, num_characters: int, num_images: int) -> float:
+        """Operations of a row with so much text and so many images of one tile each."""
+        size = _text_size(num_characters, num_images)
+        length = round(size * self.tokens_per_character) + num_images * self._tokens_per_tile
+        length = min(length, self._most_tokens or length)
+        num_supervised = min(length, round(size * self._supervised_per_character))
+        return self._cost.of(num_images, [length], num_supervised)
+
+
+def _text_size(num_characters: int, num_images: int) -> int:
+    """Characters without the marks of images."""
+    return max(0, num_characters - len(IMAGE) * num_images)
+
+
+def _share(parameters: Iterable[Tensor]) -> float:
+    """The share of parameters that learn, 0 to 1."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
+    return sum(count for count, learns in counts if learns) / max(1, sum(count for count, _ in counts))
