@@ -28,7 +28,7 @@ class Panel:
         title: with the unit.
         is_noisy: every record faintly, a running mean on top.
         has_marks: a mark at each record, of which there are few.
-        log: "never", "always", or "wide": where values differ more than tenfold.
+        may_be_log: a logarithmic axis where values differ more than tenfold; otherwise the axis begins at 0.
         form: how the axis writes a value.
     """
 
@@ -36,21 +36,17 @@ class Panel:
     title: str
     is_noisy: bool = False
     has_marks: bool = False
-    log: str = "never"
+    may_be_log: bool = False
     form: Callable[[float], str] = "{:g}".format
-
-    @property
-    def from_zero(self) -> bool:
-        return self.log == "never"
 
 
 PANELS = (
-    Panel("loss", "training loss", is_noisy=True, log="wide"),
-    Panel("val_loss", "validation loss", has_marks=True, log="wide"),
+    Panel("loss", "training loss", is_noisy=True, may_be_log=True),
+    Panel("val_loss", "validation loss", has_marks=True, may_be_log=True),
     Panel("lr", "learning rate"),
-    Panel("grad_norm", "gradient norm", is_noisy=True, log="always"),
+    Panel("grad_norm", "gradient norm", is_noisy=True, may_be_log=True),
     Panel("tokens_per_s", "tokens per second", is_noisy=True, form=short_count),
-    Panel("mfu", "model FLOPs utilisation", is_noisy=True, form="{:.0%}".format),
+    Panel("mfu", "model FLOPs utilisation", is_noisy=True, form=lambda share: f"{100 * share:.3g}%"),
 )
 
 
@@ -114,14 +110,14 @@ def _dress(axes: Any, panel: Panel, is_last: bool) -> None:
     axes.set_title(panel.title, loc="left", fontsize=10, color="#202124")
     axes.set_xlabel("step" if is_last else "", fontsize=9, color=GREY)
     low, high = _limits(axes)
-    if low > 0 and (panel.log == "always" or (panel.log == "wide" and high > 10 * low)):
+    if panel.may_be_log and 0 < 10 * low < high:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.1, 1.1 * high)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
-        axes.set_ylim(min(0.0, low) if panel.from_zero else low - margin, high + margin)
+        axes.set_ylim(low - margin if panel.may_be_log else min(0.0, low), high + margin)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: panel.form(value)))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
