@@ -79,7 +79,7 @@ class Mamba1(Float32Parameters):
     Config = Mamba1Config
     residual_projection = "out_proj"
     reads_shards = True
-    step_projection = "x_proj"
+    step_projection = "dt_proj"
     float32_parameters = ("A_log", "D")
     step_states = ("conv", "ssm")
     most_step_tokens = UPDATE_TOKENS
@@ -110,9 +110,8 @@ class Mamba1(Float32Parameters):
         }
 
     def step_sizes(self, projected: Tensor) -> Tensor:
-        """dt as the scan takes it, (batch, seqlen, d_inner) float32, from what `x_proj` gives."""
-        dt = nn.functional.linear(projected[..., : self.dt_rank], self.dt_proj.weight)
-        return nn.functional.softplus(dt.float() + self.dt_proj.bias)
+        """dt as the scan takes it, (batch, seqlen, d_inner) float32, from what `dt_proj` gives."""
+        return nn.functional.softplus(projected.float() + self.dt_proj.bias)
 
     def add_to(self, decoder, norm: RMSNorm) -> None:
         in_proj, x_proj, out_proj = map(stored, (self.in_proj, self.x_proj, self.out_proj))

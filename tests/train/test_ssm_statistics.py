@@ -84,6 +84,18 @@ def test_numbers_are_those_that_the_scans_see(data: Path, name: str, monkeypatch
     assert together["state_norm"] == pytest.approx(watch(ours, ours.collate([one]))["state_norm"], rel=1e-4)
 
 
+def test_adapters_count(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    ours, samples = objective(data, stack(STACKS["both"]), "lora.rank=2", "lora.parts=lm")
+    for name, parameter in ours.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    steps, _ = watch_scans(monkeypatch)
+    found = watch(ours, ours.collate(samples[:1]))
+    assert found["dt_mean"] == pytest.approx(torch.cat(steps).mean().item(), rel=1e-5)
+    assert found["dt_max"] == pytest.approx(torch.cat(steps).max().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("change", ["train.recompute=layer", "train.recompute=segment"])
 def test_numbers_do_not_depend_on_what_is_computed_again(data: Path, change: str) -> None:
     found = []
