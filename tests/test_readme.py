@@ -27,7 +27,7 @@ from cobra.typed_config import to_dict
 from eval import readme
 from eval.peers.tables import to_markdown
 from tests.eval.fake_report import make_report
-from train.recipes import RunConfig
+from train.settings import RunConfig
 from vision_scan.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

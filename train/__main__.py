@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.processes import adopt_slurm, is_first
-from train.recipes import RECIPES, RunConfig, change
+from train.recipes import RECIPES
+from train.settings import RunConfig, change
 from vision_scan.errors import CommandParser, UserError, choose
 
 DONE, FAILED, MISUSED, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -114,7 +115,7 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
-    from train.resume import read_run
+    from train.run_directory import read_run
 
     if options.recipe is not None:
         config = choose("recipe", options.recipe, RECIPES)()

@@ -11,7 +11,7 @@ from cobra.tokenizer import IMAGE
 from train.data.collate import Batch
 from train.data.dataset import Dataset
 from train.objectives import Objective
-from train.recipes import PARTS
+from train.settings import PARTS
 
 NUM_SAMPLED = 256  # rows whose text is rendered to learn how many tokens a character makes
 

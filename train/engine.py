@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from train.data.collate import Batch
 from train.objectives import Naming, Objective, Stats
-from train.recipes import ZeroSettings
+from train.settings import ZeroSettings
 from vision_scan.errors import UserError
 
 PIXELS = "pixel_values"

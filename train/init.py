@@ -16,8 +16,8 @@ from cobra.vision_encoder import load_tower_weights
 from train import lora, processes
 from train.data.dataset import Dataset
 from train.objectives import OBJECTIVES, Conversation, Objective
-from train.recipes import LoraSettings, RunConfig
 from train.resume import read_state
+from train.settings import LoraSettings, RunConfig
 from vision_scan.errors import UserError
 
 MOST_LOSS = 0.8  # share of the loss by chance that a pretrained language model may have; one of 130 M has about 0.35

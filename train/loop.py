@@ -16,8 +16,8 @@ from train.engine import PlainEngine
 from train.metrics import Metrics
 from train.objectives import Stats
 from train.optim import set_lr
-from train.recipes import RunConfig
 from train.resume import Checkpoints
+from train.settings import RunConfig
 from train.stop import StopRequest
 from train.validation import Validation
 from vision_scan.errors import UserError

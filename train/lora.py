@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cobra.checkpoint import check_match, named_tensors, write_directory
 from cobra.lm.head import LMHead
 from cobra.model import Cobra
-from train.recipes import PARTS, LoraSettings, Part, RunConfig
+from train.settings import PARTS, LoraSettings, Part, RunConfig
 from vision_scan.errors import UserError, choose
 from vision_scan.modules import ListProjection
 

@@ -14,8 +14,8 @@ from cobra.typed_config import to_dict
 from train.hardware import peak_flops, peak_memory
 from train.profiling import StepProfiler
 from train.progress import ProgressBar, ProgressLines, on_terminal
-from train.recipes import RunConfig
-from train.resume import write_atomic
+from train.run_directory import write_atomic
+from train.settings import RunConfig
 from train.ssm_statistics import SSMStatistics
 from train.validation import Validated
 

@@ -14,7 +14,7 @@ from cobra.prompt import Rendered, count_marks
 from train.data.collate import Batch, Sample, collate_conversations
 from train.data.dataset import Dataset
 from train.data.rows import BadRowError, Row
-from train.recipes import PARTS, Part
+from train.settings import PARTS, Part
 from vision_scan.errors import UserError
 
 Stats = dict[str, Tensor]

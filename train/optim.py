@@ -8,12 +8,12 @@ from torch import nn
 
 from train.lora import is_adapter
 from train.muon import Muon
-from train.recipes import OptimSettings
+from train.settings import OptimSettings
 
 # The recurrence's own parameters (decay rate, skip, step-size bias) and what only shifts or
 # locates. Weight decay would drag each towards a value that means something else: A_log = 0 is a
 # decay rate of one.
-NO_DECAY_NAMES = frozenset({"A_log", "D", "pos_embed", "cls_token", "reg_token"})
+NO_DECAY_NAMES = frozenset({"A_log", "A_logs", "D", "Ds", "pos_embed", "cls_token", "reg_token"})
 PIXEL_CHANNELS = 3
 
 

@@ -5,7 +5,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from cobra.lm.stack import Block
 from cobra.model import Cobra
 from cobra.tokenizer import Tokenizer
+from train import lora
 from train.cost import TrainingCost
 from train.data.dataset import Dataset, open_dataset
 from train.engine import BUCKET_ELEMENTS
 from train.init import given_sections
 from train.objectives import OBJECTIVES, Objective
-from train.recipes import PARTS, DataSettings, RunConfig
+from train.settings import PARTS, DataSettings, RunConfig
 from vision_scan.errors import CommandParser, UserError
 
 FLOAT32 = 4  # bytes; weights, gradients and optimizer states are float32 in every stage
@@ -209,6 +210,9 @@ def build_meta(config: RunConfig) -> Cobra:
     """The model of a run without memory behind it, its frozen parts frozen."""
     with torch.device("meta"):
         model = Cobra(config.model.build_config(given_sections(config)), Tokenizer.bytes()).train()
+    parts = lora.adapted_parts(config)
+    if parts:  # where adapters begin does not matter here
+        lora.inject(model, replace(config.lora, init="default", alpha=1.0), parts, seed=0)
     for part in config.train.freeze:
         getattr(model, part).requires_grad_(False)
     return model

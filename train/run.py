@@ -11,6 +11,7 @@ import cobra.checkpoint
 import vision_scan
 from train import processes
 from train import resume as resuming
+from train import run_directory as directory
 from train.cost import RowCost, TrainingCost
 from train.data.batches import BatchSource, SampleOrder
 from train.data.dataset import Dataset, open_dataset
@@ -22,7 +23,7 @@ from train.lora import adapted_parts, describe, is_adapter
 from train.metrics import Metrics
 from train.objectives import OBJECTIVES, Objective
 from train.optim import build_optimizer, describe_groups
-from train.recipes import PARTS, RunConfig
+from train.settings import PARTS, RunConfig
 from train.ssm_statistics import SSMStatistics
 from train.stop import StopRequest
 from train.validation import open_validation
@@ -58,7 +59,7 @@ def run(
         if is_first:
             for line in [*plan, f"output: {output}"]:
                 report(line)
-            resuming.write_run(output, config)
+            directory.write_run(output, config)
         processes.gather(None)  # nobody goes on before the output directory is there
         metrics = _watch(loop, output) if is_first else None
         try:
@@ -130,7 +131,7 @@ def _agree_on_checkpoint(output: Path, rank: int) -> Path | None:
     chosen: Path | UserError | None = None
     if rank == 0:
         try:
-            chosen = resuming.choose_checkpoint(output)
+            chosen = directory.choose_checkpoint(output)
         except UserError as error:
             chosen = error
     chosen = processes.gather(chosen)[0]
@@ -223,11 +224,11 @@ def _check_paths(config: RunConfig, output: Path, resume: bool) -> None:
             raise UserError(
                 f"--init-from {config.init.path}: no such directory; give a model directory"
             )
-        if resuming.holds_run(output):
+        if directory.holds_run(output):
             raise UserError(
                 f"{output} already holds a run or a model; use --resume, or another --output"
             )
-    elif (output / resuming.RUN).exists():
-        resuming.check_same(resuming.read_run(output), config, output)
+    elif (output / directory.RUN).exists():
+        directory.check_same(directory.read_run(output), config, output)
     elif (output / cobra.checkpoint.CONFIG).exists():
         raise UserError(f"{output} holds a model but no run to resume; use another --output")

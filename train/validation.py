@@ -18,8 +18,8 @@ from train.data.loader import load_steps
 from train.data.rows import BadRowError
 from train.engine import PlainEngine
 from train.objectives import Conversation, Objective
-from train.recipes import RunConfig, ValSettings
 from train.resume import get_random_state, set_random_state
+from train.settings import RunConfig, ValSettings
 from vision_scan.errors import UserError
 
 MAX_NEW_TOKENS = 64  # of a sample's answer

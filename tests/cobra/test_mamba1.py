@@ -13,7 +13,7 @@ from cobra.lm.mamba1 import Mamba1, Mamba1Config
 from tests.cobra.test_oracles import VOCAB, convert, randomise, tokens
 from tests.tolerance import assert_as_good_as, assert_close
 from train.optim import parameter_groups
-from train.recipes import OptimSettings
+from train.settings import OptimSettings
 from vision_scan.errors import UserError
 
 PUBLISHED = {

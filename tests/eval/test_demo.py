@@ -48,7 +48,8 @@ def commands(monkeypatch):
 
 def test_every_command_is_one_that_the_programs_accept(tmp_path):
     from train.__main__ import build_parser as build_train_parser
-    from train.recipes import RECIPES, change
+    from train.recipes import RECIPES
+    from train.settings import change
 
     for settings in (Settings.full(), Settings.quick()):
         for step in steps(tmp_path, settings):

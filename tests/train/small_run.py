@@ -13,7 +13,8 @@ from PIL import Image
 from train.data.dataset import Dataset, open_dataset
 from train.metrics import read_metrics
 from train.objectives import OBJECTIVES
-from train.recipes import RECIPES, RunConfig, change
+from train.recipes import RECIPES
+from train.settings import RunConfig, change
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}

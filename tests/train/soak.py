@@ -19,8 +19,8 @@ import torch
 import cobra
 from tests.train.small_run import command, environment, losses, small_config, write_data
 from train.progress import track
-from train.resume import choose_checkpoint, find_damage, list_checkpoints
 from train.run import run
+from train.run_directory import choose_checkpoint, find_damage, list_checkpoints
 
 STEPS_PER_KILL = 20
 QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

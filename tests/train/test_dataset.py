@@ -9,7 +9,7 @@ from PIL import Image
 
 from cobra.prompt import Turn
 from train.data.dataset import open_dataset
-from train.recipes import DataSettings
+from train.settings import DataSettings
 from vision_scan.errors import UserError
 
 ASK = {"from": "human", "value": "<image>\nwhat?"}

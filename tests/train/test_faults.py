@@ -16,8 +16,9 @@ from tests.train.many_runs import launch
 from tests.train.small_run import call, command, losses, small_config
 from train.__main__ import main
 from train.objectives import Conversation
-from train.resume import CheckpointError, latest_checkpoint
+from train.resume import CheckpointError
 from train.run import run
+from train.run_directory import latest_checkpoint
 
 PLAIN = ("train.engine=plain", "train.save_every=2")
 

@@ -14,8 +14,8 @@ from train.init import build_model
 from train.loop import NonFiniteError
 from train.metrics import read_metrics
 from train.objectives import Conversation
-from train.resume import latest_checkpoint
 from train.run import run
+from train.run_directory import latest_checkpoint
 
 
 def test_conversation_loss_drops(tmp_path: Path) -> None:

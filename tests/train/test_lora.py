@@ -31,9 +31,10 @@ from tests.train.test_resume import same_tensors, stop_after
 from tests.train.test_zero import NOTHING_WHOLE, TOLERANCE
 from train import lora
 from train.optim import build_optimizer, parameter_groups
-from train.recipes import LoraSettings, LrScale, OptimSettings, RunConfig
-from train.resume import latest_checkpoint, read_state
+from train.resume import read_state
 from train.run import prepare, run
+from train.run_directory import latest_checkpoint
+from train.settings import LoraSettings, LrScale, OptimSettings, RunConfig
 from vision_scan.errors import UserError
 
 PARTS = ("connector", "lm")

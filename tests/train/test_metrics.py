@@ -13,8 +13,8 @@ from tests.train.small_run import small_config
 from train.metrics import METRICS, SAMPLES, WANDB_NAMES, Metrics, read_metrics, wandb_name
 from train.plot import PANELS, plot_runs, running_means, short_names
 from train.progress import ProgressBar, ProgressLines, clock, describe, fit, short_count
-from train.recipes import change
 from train.run import run
+from train.settings import change
 from vision_scan.errors import UserError
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "train.md"

@@ -10,8 +10,8 @@ from cobra.config import CobraConfig
 from tests.train.small_run import COLOURS, load, small_config
 from train.data.rows import BadRowError, Region, Row
 from train.objectives import Conversation, Naming, Regions
-from train.recipes import RunConfig
 from train.run import build_model, build_objective
+from train.settings import RunConfig
 from vision_scan.errors import UserError
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import cobra
 from train.muon import Muon
 from train.optim import Together, build_optimizer, decays, lr_factor, parameter_groups, set_lr
-from train.recipes import LrScale, OptimSettings
+from train.settings import LrScale, OptimSettings
 
 
 class Holder(nn.Module):

@@ -11,7 +11,8 @@ from tests.train.small_run import small_config, write_data
 from train.__main__ import main
 from train.cost import TrainingCost
 from train.plan import activation_memory, build_meta, build_meta_objective, static_memory
-from train.recipes import RECIPES, change
+from train.recipes import RECIPES
+from train.settings import change
 
 # Large enough for the model's memory to stand out.
 SIZES = ("model.lm.d_model=256", "model.vision_encoder.d_model=128", "optim.kind=adamw", "train.micro_batch_size=1")
@@ -120,3 +121,11 @@ def test_data_tells_rows_and_tokens(data: Path, capsys: pytest.CaptureFixture[st
     words = ["--set", f"data.path={data}", "--set", "train.epochs=8", "--set", "train.batch_size=4"]
     assert main(["plan", "--recipe", "tiny", *words, "--ranks", "2"]) == 0
     assert "steps: 20 of 4 rows" in capsys.readouterr().out
+
+
+def test_adapters_alone_learn(data: Path) -> None:
+    config = small_config(data, "lora.rank=2", "lora.init=pissa", "lora.parts=lm", "train.freeze=vision_encoder")
+    model = build_meta(config)
+    learns = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {name.split(".")[0] for name in learns} == {"lm", "connector"}
+    assert all("lora" in name for name in learns if name.startswith("lm"))

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from cobra.typed_config import from_dict, to_dict
-from train.recipes import RECIPES, RunConfig, change
+from train.recipes import RECIPES
+from train.settings import RunConfig, change
 from vision_scan.errors import UserError
 
 

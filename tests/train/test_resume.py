@@ -9,9 +9,10 @@ import cobra
 from tests.train.small_run import losses, small_config, write_data
 from tests.train.soak import kill_and_resume
 from train.metrics import METRICS
-from train.recipes import change
-from train.resume import STATE, latest_checkpoint, list_checkpoints, read_position
+from train.resume import STATE, read_position
 from train.run import run
+from train.run_directory import latest_checkpoint, list_checkpoints
+from train.settings import change
 from train.stop import StopRequest
 from vision_scan.errors import UserError
 

@@ -15,7 +15,7 @@ from train.data import sources
 from train.data.dataset import Dataset, choose_rows, open_dataset
 from train.data.rows import ImageFinder, spread
 from train.data.sources import JsonSource
-from train.recipes import DataSettings
+from train.settings import DataSettings
 from vision_scan.errors import UserError
 
 PAIR = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "this ü 语"}]

@@ -11,9 +11,9 @@ import torch
 import cobra
 from tests.train.small_run import LAYERS, command, environment, losses, small_config, write_data, write_region_data
 from train.metrics import SAMPLES, read_metrics
-from train.recipes import change
-from train.resume import latest_checkpoint
 from train.run import prepare, run
+from train.run_directory import latest_checkpoint
+from train.settings import change
 from train.validation import MAX_NEW_TOKENS, HeldOutBatches, evaluating
 from vision_scan.errors import UserError
 

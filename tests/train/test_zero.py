@@ -10,8 +10,8 @@ import pytest
 import cobra
 from tests.train.many_runs import run_many
 from tests.train.small_run import losses, small_config, write_data
-from train.resume import list_checkpoints
 from train.run import run
+from train.run_directory import list_checkpoints
 
 ADAMW = ("optim.kind=adamw", "train.micro_batch_size=1", "train.save_every=3", "tokenizer.kind=bytes")
 RECURRENT = 'model.lm.layers=[{"kind": "mamba2", "d_state": 8, "headdim": 16}, {"kind": "mamba1", "d_state": 4}]'

@@ -20,7 +20,7 @@ from cobra.tokenizer import Tokenizer
 from train.data.dataset import image_check, name_row, open_parts
 from train.data.rows import ImageFile, ImageFinder, Row, parse_row
 from train.progress import track
-from train.recipes import DataSettings
+from train.settings import DataSettings
 from vision_scan.errors import CommandParser, UserError, choose
 
 NUM_BARS, BAR_WIDTH = 12, 40

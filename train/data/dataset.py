@@ -14,7 +14,7 @@ from cobra.tokenizer import IMAGE
 from train.data.rows import ImageFile, Row, parse_row, short
 from train.data.sources import Source, open_source
 from train.progress import track
-from train.recipes import DataSettings
+from train.settings import DataSettings
 from vision_scan.errors import UserError
 
 # An image's share of a row's length; the same for every model, so that twins see one order.
