@@ -103,6 +103,8 @@ def test_every_checkpoint_is_a_model_directory(folder: Path, way: str) -> None:
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             assert (tensor - expected[name]).abs().max() < 2e-4, name  # AdamW's first steps are all of size lr
+    lm = cobra.load(folder / way).lm
+    assert lm.lm_head.weight is lm.embedding.weight
 
 
 def test_parameters_of_the_recurrence_are_float32_in_the_forward_pass(folder: Path) -> None:
