@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return commands[arguments[0]](arguments[1:])
         return _train(arguments)
     except UserError as error:
-        if is_first() or type(error) is not UserError:  # a bad row is known to one process only
+        # The same on all processes as a rule; but a bad row is known to one only, a missing file perhaps to one node.
+        if is_first() or os.environ.get("LOCAL_RANK") == "0" or type(error) is not UserError:
             print(f"error: {error}", file=sys.stderr)
         return MISUSED
     except KeyboardInterrupt:

@@ -121,9 +121,14 @@ class PlainEngine:
             state = read(name) if parameter.requires_grad else {}
             if state:
                 self.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device)
+                    key: self._place_step(value, parameter) if key == "step" else value.to(parameter.device)
                     for key, value in state.items()
                 }
+
+    def _place_step(self, count: Tensor, parameter: Tensor) -> Tensor:
+        """The number of steps, where the optimizer reads it: its fused form beside the parameter, others on the CPU."""
+        is_fused = any(group.get("fused") for group in self.optimizer.param_groups)
+        return count.to(parameter.device if is_fused else "cpu", copy=True)
 
     def _update(self) -> None:
         self.optimizer.step()
@@ -161,6 +166,8 @@ class DeepSpeedEngine(PlainEngine):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         objective.model.encodes_always = self.world_size > 1
         self._check()
+        if device.type == "cuda":  # a launcher may show each process its own device only; DeepSpeed counts them anew
+            os.environ["LOCAL_RANK"] = str(device.index)
         self._engine, *_ = self.deepspeed.initialize(
             model=objective,
             optimizer=optimizer,
@@ -293,7 +300,7 @@ class ZeroEngine(DeepSpeedEngine):
             return
         for partition in self._partitions:  # as the first step of the optimizer would make it
             arrays = {key: torch.zeros_like(partition) for key in first if key != "step"}
-            self.optimizer.state[partition] = {"step": first["step"].clone(), **arrays}
+            self.optimizer.state[partition] = {"step": self._place_step(first["step"], partition), **arrays}
         self._link_states()
         for name, parameter in wanted.items():
             for key, value in read(name).items():

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ class Loop:
     """Steps done already."""
     engine: PlainEngine
     source: BatchSource
-    batches: Iterator[Loaded]
+    batches: Generator[Loaded, None, None]
     """Of the steps from `start` on."""
     checkpoints: Checkpoints
     cost: TrainingCost
@@ -82,7 +82,7 @@ def train(loop: Loop, stop: StopRequest, metrics: Metrics | None = None) -> bool
 
         lr = set_lr(engine.optimizer, step, loop.num_steps, config.optim)
         means = _means(engine, _accumulate(engine, batches, 1 / counts["weight"]), counts["weight"])
-        grad_norm = engine.step(config.optim.clip) if math.isfinite(means["loss"]) else math.nan
+        grad_norm = engine.step(config.optim.clip)  # of a loss that is not finite, no gradient is
         num_skipped = 0 if math.isfinite(grad_norm) else num_skipped + 1
         if num_skipped:
             told = _diagnose(engine, step, means["loss"], grad_norm, batches)

@@ -44,7 +44,7 @@ class Objective(nn.Module):
         """
         try:
             return self._sample(row)
-        except UserError as error:
+        except (UserError, OSError) as error:
             raise BadRowError(f"row {row.id}: {error}") from error
 
     def _sample(self, row: Row) -> Any:
@@ -62,7 +62,8 @@ class Objective(nn.Module):
 
     def forward(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
         device = self.model.device.type
-        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+        # Without a cache: at ZeRO stage 3 it would keep a copy of every weight that is brought together.
+        with torch.autocast(device, self.autocast, self.autocast is not None, cache_enabled=False):
             return self.compute(inputs)
 
     def extra_state(self) -> dict[str, Tensor]:

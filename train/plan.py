@@ -219,9 +219,7 @@ def build_meta(config: RunConfig) -> Cobra:
 
 
 def build_meta_objective(config: RunConfig, model: Cobra) -> Objective:
-    """The objective of a run, for what it costs; only conversations are planned."""
-    if config.train.objective != "conversation":
-        raise UserError(f"plan: train.objective={config.train.objective}, allowed: conversation")
+    """The objective of a run, for what it costs."""
     return OBJECTIVES["conversation"](model, Dataset(config.data, "conversations", []), None)
 
 
@@ -283,4 +281,6 @@ def plan(config: RunConfig, options: argparse.Namespace) -> Iterator[str]:
             f"train.batch_size={config.train.batch_size} is not a multiple of train.micro_batch_size={micro or 1} x "
             f"{ranks[0]} processes / train.sequence_parallel={config.train.sequence_parallel}; change one of them"
         )
+    if config.train.objective != "conversation":
+        return iter([f"recipe {config.recipe}: objective {config.train.objective}, of which there is no plan"])
     return describe(config, measure_course(config, options), ranks, options.mfu, options.peak_tflops)

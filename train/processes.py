@@ -8,9 +8,9 @@ import contextlib
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,9 @@ from cobra.lm.precision import has_native_bf16
 from vision_scan.errors import UserError
 
 MASTER_PORTS = 20000, 10000  # of Slurm jobs: the first, and how many; a fixed one would clash on a shared node
+
+
+T = TypeVar("T")
 
 
 class LostProcessError(RuntimeError):
@@ -165,6 +168,24 @@ def gather(item: Any) -> list[Any]:
     items = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """What `function` gives on the first process, on all of them; its error too, so that nobody waits for it in vain.
+
+    Raises:
+        Exception: what it raised.
+    """
+    result: T | Exception | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = function()
+        except Exception as error:
+            result = error
+    result = gather(result)[0]
+    if isinstance(result, Exception):
+        raise result
+    return result  # pyright: ignore[reportReturnType]
 
 
 @contextlib.contextmanager

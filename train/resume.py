@@ -86,6 +86,8 @@ class Checkpoints:
             self._writer.start()
         if last or not self.config.train.async_save:
             failed = self._join()
+            if last:  # known to all: a process that ended would have its launcher end the one that writes
+                failed = gather(failed)[0]
             if last and failed:
                 raise CheckpointError(failed)
         return time.perf_counter() - began
@@ -118,6 +120,7 @@ class Checkpoints:
                 old.rename(old.with_name(f".{old.name}"))  # a kill must not leave half of it
             self._clear()
         except Exception as error:  # in a thread of its own, where nobody would see it
+            self._error = f"checkpoint {path} could not be written: {error}"
             shutil.rmtree(staging, ignore_errors=True)
             self._error = self._explain(path, tensors, error)
 
@@ -128,6 +131,8 @@ class Checkpoints:
 
         model = _starting_with("model.", tensors)
         others = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.")}
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)  # so that nothing of it ever lies elsewhere
         cobra.checkpoint.save(engine.objective.model, staging, model)
         save_file(others, staging / STATE)
         (staging / POSITION).write_text(json.dumps(position) + "\n")
@@ -152,8 +157,9 @@ class Checkpoints:
 
     def _clear(self) -> None:
         """Removes what a kill may have left, and what is no longer wanted."""
-        for leftover in self.folder.glob(".step-*"):
-            shutil.rmtree(leftover)
+        for leftover in self.folder.glob(".*step-*"):
+            # What another process still has open goes the next time.
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def restore(self, engine: PlainEngine, path: Path) -> int:
         """Puts optimizer, objective and random states back; returns the number of steps done.

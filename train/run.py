@@ -1,5 +1,6 @@
 """A whole training run: settings in, model directory out."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,12 +60,12 @@ def run(
         if is_first:
             for line in [*plan, f"output: {output}"]:
                 report(line)
-            directory.write_run(output, config)
-        processes.gather(None)  # nobody goes on before the output directory is there
+        processes.on_first(lambda: directory.write_run(output, config))  # nobody goes on before it is there
         metrics = _watch(loop, output) if is_first else None
         try:
             finished = train(loop, stop, metrics)
         finally:
+            loop.batches.close()
             loop.checkpoints.close()
             if metrics is not None:
                 metrics.close()
@@ -86,9 +87,11 @@ def prepare(config: RunConfig, output: Path, resume: bool = False) -> tuple[Loop
     device = processes.choose_device(settings.device)
     rank, world_size = processes.join_processes(settings.engine, device, settings.timeout)
     rows = open_dataset(data, OBJECTIVES[settings.objective].needs, rank, world_size, processes.gather)
-    checkpoint = _agree_on_checkpoint(output, rank) if resume else None
+    # The first one looks through the files.
+    checkpoint = processes.on_first(lambda: directory.choose_checkpoint(output)) if resume else None
     model = build_model(config, rows) if checkpoint is None else load_model(config, rows, checkpoint)
     objective = build_objective(config, model, rows, device)
+    torch.manual_seed(settings.seed + rank // settings.sequence_parallel)  # of dropout, which differs with the rows
     if checkpoint is not None:
         objective.load_extra_state(resuming.read_state(checkpoint, "objective:"))
     group = processes.share_rows(settings.sequence_parallel)
@@ -120,24 +123,6 @@ def prepare(config: RunConfig, output: Path, resume: bool = False) -> tuple[Loop
         validation=validation,
     )
     return loop, [*plan, *describe_course(loop, rows)]
-
-
-def _agree_on_checkpoint(output: Path, rank: int) -> Path | None:
-    """The checkpoint that all processes continue from; the first one looks through its files.
-
-    Raises:
-        UserError: on every process, if all checkpoints are damaged.
-    """
-    chosen: Path | UserError | None = None
-    if rank == 0:
-        try:
-            chosen = directory.choose_checkpoint(output)
-        except UserError as error:
-            chosen = error
-    chosen = processes.gather(chosen)[0]
-    if isinstance(chosen, UserError):
-        raise chosen
-    return chosen
 
 
 def build_source(
@@ -193,7 +178,10 @@ def describe_course(loop: Loop, rows: Dataset) -> Iterator[str]:
     if loop.validation is not None:
         yield loop.validation.describe()
     numbers = source.order.batch(loop.start)
-    num_tokens = sum(engine.objective.num_tokens(rows[number]) for number in numbers)
+    num_tokens = 0
+    for number in numbers:
+        with contextlib.suppress(UserError):  # a bad row: the step says so, or takes another
+            num_tokens += engine.objective.num_tokens(rows[number])
     epochs = loop.num_steps * settings.batch_size / rows.epoch_size
     yield (
         f"steps: {loop.num_steps:,} of {settings.batch_size} rows ({epochs:.1f} epochs), "

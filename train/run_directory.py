@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -33,6 +34,7 @@ FREE_SETTINGS = (
     "data.path",
     "data.image_root",
     "data.check",
+    "data.skip_bad",
     "data.workers",
 )
 
@@ -69,6 +71,8 @@ def choose_checkpoint(output: Path) -> Path | None:
     if latest is None:
         return None
     candidates = [path for path in list_checkpoints(latest.parent) if step_of(path) <= step_of(latest)]
+    for later in list_checkpoints(latest.parent)[len(candidates) :]:  # the run was taken back behind them
+        _put_aside(later, "later")
     damaged: dict[Path, str] = {}
     for path in reversed(candidates):
         damage = find_damage(path)
@@ -76,15 +80,19 @@ def choose_checkpoint(output: Path) -> Path | None:
             if damaged:
                 log.warning("damaged: %s; going on from %s", "; ".join(damaged.values()), path)
             for bad in damaged:
-                aside = bad.with_name(f"damaged-{bad.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                bad.rename(aside)
+                _put_aside(bad, "damaged")
             return path
         damaged[path] = damage
     raise UserError(
         f"no checkpoint can be used: {'; '.join(damaged.values())}; put a copy back, or start anew in another "
         "--output"
     )
+
+
+def _put_aside(path: Path, why: str) -> None:
+    aside = path.with_name(f"{why}-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
 
 
 def step_name(step: int) -> str:
@@ -94,7 +102,8 @@ def step_name(step: int) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
-    return sorted(folder.glob("step-*"), key=step_of)
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -103,13 +112,17 @@ def step_of(checkpoint: Path) -> int:
 
 
 def latest_checkpoint(output: Path) -> Path | None:
-    """The checkpoint that a run continues from, None if it has none."""
+    """The checkpoint that a run continues from, None if it has none: the one that `latest` names, or a newer one that
+    was complete before it could be named."""
     folder = output / "checkpoints"
     found = {path.name: path for path in list_checkpoints(folder)}
     try:
-        return found[(folder / "latest").read_text().strip()]
+        named = found[(folder / "latest").read_text().strip()]
+        written = (folder / "latest").stat().st_mtime_ns
     except (OSError, KeyError):  # killed before the very first one was named
         return list(found.values())[-1] if found else None
+    newer = [path for path in found.values() if path.stat().st_mtime_ns > written and step_of(path) > step_of(named)]
+    return newer[-1] if newer else named
 
 
 def holds_run(output: Path) -> bool:

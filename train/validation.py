@@ -142,16 +142,19 @@ class Validation:
         sums: dict[str, torch.Tensor] = {}
         pin = engine.device.type == "cuda"
         share = self.batches.world_size / engine.world_size  # of processes that read rows together each counts a part
-        for loaded in load_steps(self.batches, 0, len(self.batches), self._workers, pin_memory=pin):
-            if isinstance(loaded, BadRowError):
-                raise loaded
-            (batch,) = loaded
-            loss, stats = engine.evaluate(batch)
-            for name, pair in {"loss": torch.stack([loss, loss.new_tensor(share * batch.weight)]), **stats}.items():
-                sums[name] = sums.get(name, 0) + pair.double() * (batch.weight > 0)
+        steps = load_steps(self.batches, 0, len(self.batches), self._workers, pin_memory=pin)
+        with contextlib.closing(steps):
+            for loaded in steps:
+                if isinstance(loaded, BadRowError):
+                    raise loaded
+                (batch,) = loaded
+                loss, stats = engine.evaluate(batch)
+                pairs = {"loss": torch.stack([loss, loss.new_tensor(share * batch.weight)]), **stats}
+                for name, pair in pairs.items():
+                    sums[name] = sums.get(name, 0) + pair.double() * (batch.weight > 0)
         flat = engine.sum([number for pair in sums.values() for number in pair.tolist()])
-        pairs = zip(sums, flat[::2], flat[1::2], strict=True)
-        return {f"val_{name}": value / max(count, 1e-9) for name, value, count in pairs}
+        means = zip(sums, flat[::2], flat[1::2], strict=True)
+        return {f"val_{name}": value / max(count, 1e-9) for name, value, count in means}
 
     def _answer(self, step: int, engine: PlainEngine) -> list[dict[str, Any]]:
         """The first question of each row that is asked, answered greedily, and what the row says."""

@@ -35,7 +35,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, writes: range) -> None:
 
     def write(model: Any, path: Path, tensors: Any = None) -> None:
         if next(count) in writes:
-            Path(path).mkdir(parents=True)
+            Path(path).mkdir(parents=True, exist_ok=True)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         save(model, path, tensors)
 
@@ -79,6 +79,18 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
         return (loss * torch.inf if next(seen) in steps else loss), stats
 
     monkeypatch.setattr(Conversation, "compute", spoiled)
+
+
+def test_failing_process_ends_although_its_workers_hear_no_signal(data: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from train import __main__, engine\n"
+        "def fail(self, max_norm): raise RuntimeError('out of memory')\n"
+        "engine.PlainEngine.step = fail\n"
+        "sys.exit(__main__.main(sys.argv[1:]))"
+    )
+    words = command(data, tmp_path / "run", *PLAIN, "data.workers=1")
+    done = call([words[0], "-c", script, *words[3:]])
+    assert done.returncode == 1 and "out of memory" in done.stderr
 
 
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])

@@ -83,7 +83,7 @@ def test_job_is_queued_again_when_it_was_stopped(
     )
     assert done.returncode == (0 if requeued else status), done.stderr
     told = record.read_text().splitlines()
-    assert told[0].startswith("--nodes 2 --ntasks 4 ") and "-m train --resume --recipe tiny" in told[0]
+    assert told[0].startswith("--nodes 2 --ntasks 4 --cpus-per-task ") and "-m train --resume --recipe tiny" in told[0]
     assert told[1:] == (["requeue 123"] if requeued else [])
 
 

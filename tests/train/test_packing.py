@@ -1,6 +1,7 @@
 """Packed, truncated, shared out, made ahead: the same rows, the same numbers."""
 
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_workers_do_not_hear_signals(data: Path) -> None:
     loop = prepared(data, "train.steps=200")
     batches = load_steps(loop.source, 0, 200, 1)
     next(batches)
-    (worker,) = batches._workers
+    (worker,) = multiprocessing.active_children()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(worker.pid, number)
     assert len(list(batches)) == 199

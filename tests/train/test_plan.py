@@ -106,7 +106,6 @@ def test_cost_of_a_step_is_that_of_its_tokens(data: Path) -> None:
         (["--recipe", "cobra-3b", "--rows", "9", "--ranks", "x"], "--ranks x: allowed"),
         (["--recipe", "cobra-3b", "--rows", "9", "--ranks", "64"], "train.batch_size=128 is not a multiple"),
         (["--recipe", "cobra-3b", "--rows", "9", "--mfu", "2"], "--mfu 2: allowed"),
-        (["--recipe", "tiny-tower", "--rows", "9"], "allowed: conversation"),
     ],
 )
 def test_mistake_is_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cobra.tokenizer import IMAGE
-from train.data.rows import ImageFile, Row, parse_row, short
+from train.data.rows import BadRowError, ImageFile, Row, parse_row, short
 from train.data.sources import Source, open_source
 from train.progress import track
 from train.settings import DataSettings
@@ -77,9 +77,17 @@ class Dataset:
         return len(self.index)
 
     def __getitem__(self, number: int) -> Row:
+        """A row.
+
+        Raises:
+            BadRowError: if it can no longer be read.
+        """
         index = int(self.index[number])
-        raw, finder = self.parts[self.part[number]].source.read(index)
-        return parse_row(raw, name_row(raw, index), finder, self.needs)
+        try:
+            raw, finder = self.parts[self.part[number]].source.read(index)
+            return parse_row(raw, name_row(raw, index), finder, self.needs)
+        except (UserError, OSError, ValueError) as error:
+            raise BadRowError(f"row number {index} of {self.path}: {error}") from error
 
     def __iter__(self) -> Iterator[Row]:
         return (self[number] for number in range(len(self)))

@@ -1,7 +1,8 @@
 """Batches made ahead of the step that needs them, in processes of their own."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -30,8 +31,9 @@ class Steps(Dataset):
 
 def load_steps(
     source: Callable[[int], list[Batch]], start: int, end: int, workers: int, pin_memory: bool = False
-) -> Iterator[Loaded]:
-    """The batches of the steps from `start` to `end`, in order. With workers or without, they are the same.
+) -> Generator[Loaded, None, None]:
+    """The batches of the steps from `start` to `end`, in order; with workers or without, they are the same. To be
+    closed where they are not gone through to the end.
 
     Args:
         source: makes them.
@@ -41,7 +43,8 @@ def load_steps(
     """
     steps = Steps(source)
     if workers == 0:
-        return (steps[step] for step in range(start, end))
+        yield from (steps[step] for step in range(start, end))
+        return
     loader = DataLoader(
         steps,
         batch_size=None,
@@ -54,7 +57,12 @@ def load_steps(
         # Of its own: the random state of the run must not depend on how batches are made.
         generator=torch.Generator().manual_seed(0),
     )
-    return iter(loader)
+    batches: Any = iter(loader)
+    try:
+        yield from batches
+    finally:
+        # Workers do not hear the signal by which a process that fails would end them, and it would wait for them.
+        batches._shutdown_workers()
 
 
 def _ignore_signals(worker: int) -> None:

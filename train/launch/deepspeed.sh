@@ -16,7 +16,7 @@ else
   ranks=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
   where=(--num_gpus "$ranks")
 fi
-"$PYTHON" -m train plan --ranks "$ranks" "$@"
+"$PYTHON" -m train plan --resume --ranks "$ranks" "$@"
 
 command=("$(dirname "$PYTHON")/deepspeed" "${where[@]}" --module train --resume "$@")
 echo "${command[@]}"

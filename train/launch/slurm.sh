@@ -10,7 +10,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
 #SBATCH --time=24:00:00
-#SBATCH --signal=USR1@300
+#SBATCH --signal=USR1@900
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
@@ -21,13 +21,13 @@ PYTHON=${PYTHON:-.venv/bin/python}
 nodes=${SLURM_JOB_NUM_NODES:-1}
 ranks=${SLURM_NTASKS:-8}
 # A mistake in the settings is found here, by one process, before the nodes begin.
-"$PYTHON" -m train plan --ranks "$ranks" "$@"
+"$PYTHON" -m train plan --resume --ranks "$ranks" "$@"
 
 # Compiled kernels are cached on the node itself: a shared folder would have all ranks wait for each other.
 export TRITON_CACHE_DIR=${TMPDIR:-/tmp}/cobra-triton-$USER TORCHINDUCTOR_CACHE_DIR=${TMPDIR:-/tmp}/cobra-inductor-$USER
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # The processes read rank, host and port from Slurm. --resume begins anew where there is nothing to resume.
-command=(srun --nodes "$nodes" --ntasks "$ranks" --kill-on-bad-exit=0 "$PYTHON" -m train --resume "$@")
+command=(srun --nodes "$nodes" --ntasks "$ranks" --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 "$PYTHON" -m train --resume "$@")
 echo "${command[@]}"
 if [ -n "${DRY_RUN:-}" ]; then exit 0; fi
 

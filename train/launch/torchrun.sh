@@ -13,7 +13,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 
 nodes=${NODES:-1}
 processes=${PROCESSES:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-"$PYTHON" -m train plan --ranks "$((nodes * processes))" "$@"
+"$PYTHON" -m train plan --resume --ranks "$((nodes * processes))" "$@"
 
 command=("$PYTHON" -m torch.distributed.run --nnodes "$nodes" --node-rank "${NODE:-0}" --nproc-per-node "$processes"
   --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" -m train --resume "$@")
