@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.processes import adopt_slurm, is_first
+from train.processes import adopt_slurm, is_first, leave
 from train.recipes import RECIPES
 from train.settings import RunConfig, change
 from vision_scan.errors import CommandParser, UserError, choose
@@ -168,4 +168,4 @@ def _plot(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

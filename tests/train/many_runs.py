@@ -20,6 +20,7 @@ import torch
 from cobra.lm.mamba2 import Mamba2
 from tests.train.small_run import ROOT, environment, small_config
 from train.engine import BUCKET_ELEMENTS, PlainEngine, ZeroEngine
+from train.processes import leave
 from train.run import run
 from vision_scan.errors import UserError
 
@@ -130,3 +131,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -155,7 +155,7 @@ def test_silent_process_is_given_up_after_the_timeout(data: Path, tmp_path: Path
         ((status, told),) = end([first])
     finally:
         second.kill()
-    assert status == 1
+    assert status == 1, told
     assert "raise train.timeout" in told.splitlines()[-1]
 
 
