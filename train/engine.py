@@ -36,13 +36,7 @@ class PlainEngine:
     rank = 0
     world_size = 1
 
-    def __init__(
-        self,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        zero: ZeroSettings | None = None,
-    ) -> None:
+    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.objective = objective
         self.optimizer = optimizer
         self.device = device
@@ -154,14 +148,10 @@ class DeepSpeedEngine(PlainEngine):
     """DeepSpeed at ZeRO stage 0, data-parallel over the processes of a launcher, or one process alone."""
 
     def __init__(
-        self,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        zero: ZeroSettings | None = None,
+        self, objective: Objective, optimizer: torch.optim.Optimizer, device: torch.device, zero: ZeroSettings
     ) -> None:
         super().__init__(objective, optimizer, device)
-        self.zero = zero or ZeroSettings()
+        self.zero = zero
         self.deepspeed = _import_deepspeed(device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         objective.model.encodes_always = self.world_size > 1
@@ -174,6 +164,10 @@ class DeepSpeedEngine(PlainEngine):
             config=deepspeed_config(self.zero, self.world_size),
             dist_init_required=False,
         )
+        self._attach()
+
+    def _attach(self) -> None:
+        """What is to be done to the model once DeepSpeed has it."""
 
     def _check(self) -> None:
         """Whether DeepSpeed can take model and optimizer.
@@ -206,17 +200,6 @@ class DeepSpeedEngine(PlainEngine):
 class ZeroEngine(DeepSpeedEngine):
     """DeepSpeed at ZeRO stage 1, 2 or 3: optimizer states, gradients and parameters shared out over the processes."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        zero: ZeroSettings | None = None,
-    ) -> None:
-        super().__init__(objective, optimizer, device, zero)
-        if self.zero.stage == 3:
-            self._gather_as_a_whole()
-
     def _check(self) -> None:
         if not isinstance(self.optimizer, torch.optim.AdamW):
             raise UserError(
@@ -234,9 +217,11 @@ class ZeroEngine(DeepSpeedEngine):
         if self.world_size % hpz:
             raise UserError(f"zero.hpz={hpz} does not divide the {self.world_size} processes")
 
-    def _gather_as_a_whole(self) -> None:
+    def _attach(self) -> None:
         """Has layers, connector and towers bring together all their parameters before they run, and not child by child:
         they read parameters of their children themselves."""
+        if self.zero.stage < 3:
+            return
         model = self.objective.model
         towers = getattr(model.vision_encoder, "towers", [model.vision_encoder])
         for module in [*model.lm.layers, model.connector, *towers]:

@@ -1,7 +1,7 @@
 """Several small runs, one after the other, in processes that stay: starting DeepSpeed takes longer than a run.
 
 `python -m tests.train.many_runs PLAN.json` is what each process does; the plan lists runs as {"data", "output",
-"changes", "resume", "measure"}.
+"changes", "resume", "measure", "spoil"}.
 """
 
 import contextlib
@@ -14,12 +14,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from cobra.lm.mamba2 import Mamba2
 from tests.train.small_run import ROOT, environment, small_config
 from train.engine import BUCKET_ELEMENTS, PlainEngine, ZeroEngine
+from train.objectives import Conversation
 from train.processes import leave
 from train.run import run
 from vision_scan.errors import UserError
@@ -87,6 +89,19 @@ def held_bytes() -> int:
 
 
 @contextlib.contextmanager
+def spoiling(calls: set[int]) -> Iterator[None]:
+    """Makes the loss of some micro-batches infinite, counted from 0."""
+    compute, seen = Conversation.compute, iter(range(1_000_000))
+
+    def spoiled(self: Conversation, inputs: dict[str, Any]) -> Any:
+        loss, stats = compute(self, inputs)
+        return (loss * torch.inf if next(seen) in calls else loss), stats
+
+    with mock.patch.object(Conversation, "compute", spoiled):
+        yield
+
+
+@contextlib.contextmanager
 def measuring(output: Path) -> Iterator[None]:
     """Writes down what the process holds around a run's last step, beside what it held before the run."""
     gc.collect()
@@ -121,7 +136,7 @@ def main() -> None:
         hook = watch_dtypes(output) if os.environ["RANK"] == "0" else None
         measure = measuring(output) if entry.get("measure") else contextlib.nullcontext()
         try:
-            with measure:
+            with measure, spoiling(set(entry.get("spoil", ()))):
                 run(config, output, resume=entry.get("resume", False))
         except UserError as error:
             output.with_suffix(f".error-{os.environ['RANK']}").write_text(str(error))

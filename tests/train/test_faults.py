@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import cobra.checkpoint
-from tests.train.many_runs import launch
+from tests.train.many_runs import launch, spoiling
 from tests.train.small_run import call, command, losses, small_config
 from train.__main__ import main
-from train.objectives import Conversation
 from train.resume import CheckpointError
 from train.run import run
 from train.run_directory import latest_checkpoint
@@ -70,17 +68,6 @@ def test_full_disk_at_the_end_keeps_what_was_there_and_exits_1(
     assert losses(output) == losses(expected)
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """Makes the loss of some steps infinite."""
-    compute, seen = Conversation.compute, iter(range(1000))
-
-    def spoiled(self: Conversation, inputs: dict[str, Any]) -> Any:
-        loss, stats = compute(self, inputs)
-        return (loss * torch.inf if next(seen) in steps else loss), stats
-
-    monkeypatch.setattr(Conversation, "compute", spoiled)
-
-
 def test_failing_process_ends_although_its_workers_hear_no_signal(data: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from train import __main__, engine\n"
@@ -94,29 +81,26 @@ def test_failing_process_ends_although_its_workers_hear_no_signal(data: Path, tm
 
 
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])
-def test_steps_that_are_not_finite_may_be_left_out(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
-) -> None:
-    spoil(monkeypatch, {2, 3})
+def test_steps_that_are_not_finite_may_be_left_out(data: Path, tmp_path: Path, engine: str) -> None:
     config = small_config(data, f"train.engine={engine}", "train.skip_nonfinite=2", "log.every=1")
-    assert run(config, tmp_path / "run")
+    with spoiling({2, 3}):
+        assert run(config, tmp_path / "run")
     found = losses(tmp_path / "run")
     assert [step for step, loss in enumerate(found) if not loss < float("inf")] == [2, 3]
     assert found[5] < found[0]
 
 
 def test_a_run_that_ended_at_such_a_step_can_leave_it_out(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
     arguments = command(data, output, *PLAIN)[3:]
-    with monkeypatch.context() as patch:
-        spoil(patch, {3})
+    with spoiling({3}):
         assert main(arguments) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("failed: step 4: loss inf") and "--resume --set train.skip_nonfinite=3" in told
-    spoil(monkeypatch, {0})  # the same step, in the second life
-    assert main(["--resume", "--output", str(output), "--set", "train.skip_nonfinite=3"]) == 0
+    with spoiling({0}):  # the same step, in the second life
+        assert main(["--resume", "--output", str(output), "--set", "train.skip_nonfinite=3"]) == 0
 
 
 def start_two(data: Path, output: Path, *changes: str) -> Any:

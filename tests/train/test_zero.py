@@ -1,6 +1,7 @@
 """ZeRO stages, rows shared by processes, checkpoints handed from one way of running to another: the same numbers."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 import cobra
-from tests.train.many_runs import run_many
+from tests.train.many_runs import run_many, spoiling
 from tests.train.small_run import losses, small_config, write_data
 from train.run import run
 from train.run_directory import list_checkpoints
@@ -30,6 +31,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "stage 3, hpz": ("zero.stage=3", "zero.hpz=2", NOTHING_WHOLE),
     "stage 3, layers": ("zero.stage=3", NOTHING_WHOLE, "train.recompute=layer"),
 }
+SPOILED = (NOTHING_WHOLE, "train.skip_nonfinite=1")
 TOLERANCE = 5e-6
 
 
@@ -51,11 +53,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, changes in references.items():
         assert run(small_config(data, *ADAMW, *changes), folder / name)
+    with spoiling({6, 7}):
+        assert run(small_config(data, *ADAMW, *plain, *SPOILED), folder / "plain, spoiled")
     plan = [entry(name, *changes) for name, changes in WAYS.items()]
     plan += [
         entry("scans", "zero.stage=3", NOTHING_WHOLE, SCANS, "data.packing=true"),
         entry("frozen", "zero.stage=3", NOTHING_WHOLE, "train.freeze=vision_encoder"),
-        entry("bfloat16", "zero.stage=3", NOTHING_WHOLE, "train.dtype=bfloat16"),
+        *(entry(f"bfloat16 {n}", f"zero.stage={n}", NOTHING_WHOLE, "train.dtype=bfloat16") for n in range(4)),
+        # Of the second step, the second micro-batch of both processes.
+        *(entry(f"spoiled {n}", f"zero.stage={n}", *SPOILED, spoil=[3]) for n in range(4)),
+        entry("spoiled offload", "zero.stage=2", "zero.offload_optimizer=true", *SPOILED, spoil=[3]),
         entry("shared", "zero.stage=1", RECURRENT, "train.sequence_parallel=2", "train.micro_batch_size=2"),
         entry("muon", "zero.stage=2", "optim.kind=muon"),
         entry("segments", "zero.stage=3", *PIECES),
@@ -107,9 +114,17 @@ def test_every_checkpoint_is_a_model_directory(folder: Path, way: str) -> None:
     assert lm.lm_head.weight is lm.embedding.weight
 
 
-def test_parameters_of_the_recurrence_are_float32_in_the_forward_pass(folder: Path) -> None:
-    found = json.loads((folder / "bfloat16.dtypes.json").read_text())
+@pytest.mark.parametrize("stage", range(4))
+def test_parameters_of_the_recurrence_are_float32_in_the_forward_pass(folder: Path, stage: int) -> None:
+    found = json.loads((folder / f"bfloat16 {stage}.dtypes.json").read_text())
     assert {found[name] for name in ("A_log", "D", "dt_bias", "norm.weight")} == {"torch.float32"}
+
+
+@pytest.mark.parametrize("name", ["spoiled 0", "spoiled 1", "spoiled 2", "spoiled 3", "spoiled offload"])
+def test_step_that_is_not_finite_spoils_no_other(folder: Path, name: str) -> None:
+    found, expected = losses(folder / name), losses(folder / "plain, spoiled")
+    assert not math.isfinite(found[1]) and not math.isfinite(expected[1])
+    assert found[:1] + found[2:] == pytest.approx(expected[:1] + expected[2:], abs=TOLERANCE)
 
 
 @pytest.mark.parametrize(
