@@ -10,6 +10,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -103,15 +104,15 @@ def check_image(source: str | Path | bytes | BinaryIO) -> tuple[int, int]:
 
 def to_pixels(image: Image.Image, config: ImageConfig) -> Tensor:
     """Fits an RGB image to one tile: (1, 3, height, width), float32 in [0, 1]."""
-    target = (config.width, config.height)
-    if config.resize == "crop":
-        image = ImageOps.fit(image, target, Image.Resampling.BICUBIC)
-    elif config.resize == "letterbox":
-        image = _letterbox(image, *target, config.fill)
-    elif image.size != target:
-        image = image.resize(target, Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
-    return (pixels / 255).permute(2, 0, 1).unsqueeze(0).contiguous()
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    height, width = config.height, config.width
+    if config.resize == "letterbox":
+        pixels = _letterbox(pixels, config)
+    else:
+        if config.resize == "crop":
+            pixels = _crop(pixels, height / width)
+        pixels = _resize(pixels, height, width)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def _name(source: ImageSource | BinaryIO) -> str:
@@ -174,11 +175,27 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _letterbox(image: Image.Image, width: int, height: int, fill: tuple[int, ...]) -> Image.Image:
-    scale = min(width / image.width, height / image.height)
+def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic with anti-aliasing, on levels of 8 bits: Pillow's to within a level, and several times as fast."""
+    if pixels.shape[2:] == (height, width):
+        return pixels
+    return F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+
+
+def _crop(pixels: Tensor, ratio: float) -> Tensor:
+    """The largest middle part of a height that is `ratio` times its width."""
+    height, width = pixels.shape[2:]
+    inner = (max(1, min(height, round(width * ratio))), max(1, min(width, round(height / ratio))))
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    return pixels[:, :, top : top + inner[0], left : left + inner[1]]
+
+
+def _letterbox(pixels: Tensor, config: ImageConfig) -> Tensor:
+    height, width = pixels.shape[2:]
+    scale = min(config.height / height, config.width / width)
     # A very long image must keep at least one pixel across.
-    inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    canvas = Image.new("RGB", (width, height), fill)
-    corner = ((width - inner[0]) // 2, (height - inner[1]) // 2)
-    canvas.paste(image.resize(inner, Image.Resampling.BICUBIC), corner)
+    inner = (max(1, round(height * scale)), max(1, round(width * scale)))
+    top, left = (config.height - inner[0]) // 2, (config.width - inner[1]) // 2
+    canvas = torch.tensor(config.fill, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, config.height, config.width)
+    canvas[:, :, top : top + inner[0], left : left + inner[1]] = _resize(pixels, *inner)
     return canvas

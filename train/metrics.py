@@ -19,7 +19,7 @@ from train.settings import RunConfig
 from train.ssm_statistics import SSMStatistics
 from train.validation import Validated
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples.jsonl", "wandb_id.txt"
 
 # What the keys of a record are called at Weights & Biases; see docs/train.md. Accuracies that an objective adds go
 # under `train/`, those of held-out rows (`val_...`) under `val/`.
@@ -234,15 +234,19 @@ class Wandb:
 
             # Without a key the client would ask for one, on a cluster for ever.
             is_offline = not os.environ.get("WANDB_MODE") and not wandb.api.api_key
+            known = output / WANDB_ID
             self._run = wandb.init(
                 project=config.log.project,
                 name=output.name,
+                id=known.read_text().strip() if known.exists() else None,
+                resume="allow",
                 dir=str(output),
                 mode="offline" if is_offline else None,  # None: as WANDB_MODE says
                 config=to_dict(config),
                 settings=wandb.Settings(init_timeout=60, silent=True),
             )
             self._table = wandb.Table
+            write_atomic(known, self._run.id + "\n")
         except ImportError:
             log.warning("wandb is not used: it is not installed; pip install 'cobra-vlm[train]'")
         except Exception as error:

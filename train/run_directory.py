@@ -131,8 +131,15 @@ def holds_run(output: Path) -> bool:
 
 
 def write_run(output: Path, config: RunConfig) -> None:
-    """Creates the output directory and writes down the settings."""
-    (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    """Creates the output directory and writes down the settings.
+
+    Raises:
+        UserError: if it cannot be created.
+    """
+    try:
+        (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be created ({error}); give another directory") from error
     write_atomic(output / RUN, to_json(config))
 
 

@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cobra.image import ImageConfig, check_image, open_image, to_pixels
 from vision_scan.errors import UserError
@@ -172,6 +172,28 @@ def test_to_pixels_fits_every_shape(resize, size):
     assert pixels.min() >= 0 and pixels.max() <= 1
     red = torch.tensor(RED) / 255
     assert torch.isclose(pixels[0], red.view(3, 1, 1)).all(0).any()
+
+
+@pytest.mark.parametrize("size", [(224, 224), (640, 480), (60, 900), (2000, 30), (10, 7)])
+@pytest.mark.parametrize("resize", ["squash", "letterbox", "crop"])
+def test_to_pixels_is_pillows_to_a_level(resize, size):
+    # Not black and white: between its two passes Pillow cuts off what overshoots.
+    noise = np.random.default_rng(0).integers(80, 176, (*size[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    found = to_pixels(image, ImageConfig(height=48, width=64, resize=resize, fill=(1, 2, 3)))[0]
+    if resize == "squash":
+        expected = image.resize((64, 48), Image.Resampling.BICUBIC)
+    elif resize == "crop":
+        inner = (min(size[0], round(size[1] * 64 / 48)), min(size[1], round(size[0] * 48 / 64)))
+        left, top = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+        box = (left, top, left + inner[0], top + inner[1])
+        expected = image.crop(box).resize((64, 48), Image.Resampling.BICUBIC)
+    else:
+        inner = ImageOps.contain(image, (64, 48), Image.Resampling.BICUBIC)
+        expected = Image.new("RGB", (64, 48), (1, 2, 3))
+        expected.paste(inner, ((64 - inner.width) // 2, (48 - inner.height) // 2))
+    difference = found * 255 - torch.from_numpy(np.array(expected)).permute(2, 0, 1)
+    assert difference.abs().max() < 1.01
 
 
 @pytest.mark.parametrize("resize", ["squash", "letterbox", "crop"])

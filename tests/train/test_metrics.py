@@ -178,7 +178,7 @@ def test_wandb_gets_the_records_and_never_has_to_ask_for_a_key(
     def init(**options):
         began.append(options)
         log = lambda record, step: logged.append((step, record))  # noqa: E731
-        return SimpleNamespace(log=log, finish=lambda: logged.append("end"))
+        return SimpleNamespace(id="abc", log=log, finish=lambda: logged.append("end"))
 
     fake_wandb(monkeypatch, init, api_key)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -194,6 +194,9 @@ def test_wandb_gets_the_records_and_never_has_to_ask_for_a_key(
     assert logged[5][1].keys() == set(WANDB_NAMES.values()) - {"perf/mfu"}
     columns, rows = logged[6][1]["val/samples"]
     assert columns == list(SAMPLE) and len(rows) == 2
+    # A second life goes on with the first one's curves.
+    assert run(change(config, ["val.samples=1"]), tmp_path / "run", resume=True)
+    assert [(options["id"], options["resume"]) for options in began] == [(None, "allow"), ("abc", "allow")]
 
 
 def test_wandb_that_fails_does_not_end_the_run(
@@ -210,7 +213,7 @@ def test_wandb_that_fails_does_not_end_the_run(
     def log(record, step):
         raise ConnectionError("gone")
 
-    fake_wandb(monkeypatch, lambda **options: SimpleNamespace(log=log, finish=log))
+    fake_wandb(monkeypatch, lambda **options: SimpleNamespace(id="abc", log=log, finish=log))
     assert run(config, tmp_path / "two")
     assert "wandb is no longer used: gone" in caplog.text
     assert len(read_metrics(tmp_path / "two")) == 6

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.tolerance import rms_ratio
-from train.muon import Muon, orthogonalize
+from train.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalize
 
 SHAPES = [(24, 40), (40, 24), (24, 40), (1, 7), (33, 33)]
 
@@ -45,6 +45,19 @@ def test_singular_values_come_near_one_and_vectors_stay(shape):
     u, _, v = torch.linalg.svd(given.double(), full_matrices=False)
     rotated = u.mT @ found.double() @ v.mT
     torch.testing.assert_close(rotated, torch.diag_embed(rotated.diagonal(dim1=1, dim2=2)), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (20, 90), (90, 20)])
+def test_small_singular_values_are_those_of_the_iteration(shape):
+    """Down to a millionth of the largest, whichever way the products are taken."""
+    noise = torch.Generator().manual_seed(4)
+    u, _, v = torch.linalg.svd(torch.randn(1, *shape, generator=noise, dtype=torch.float64), full_matrices=False)
+    values = torch.logspace(0, -6, min(shape), dtype=torch.float64)
+    found = u.mT @ orthogonalize((u * values @ v).float()).double() @ v.mT
+    expected = values / values.norm()
+    for _ in range(ITERATIONS):
+        expected = sum(k * expected**power for k, power in zip(COEFFICIENTS, (1, 3, 5), strict=True))
+    torch.testing.assert_close(found[0], torch.diag(expected), atol=3e-3, rtol=0)
 
 
 def test_a_matrix_alone_is_what_it_is_beside_others():

@@ -97,6 +97,14 @@ def test_a_quantised_start_is_refused(
     assert told.startswith("error: ") and "int4, which cannot learn" in told and told.count("\n") == 1
 
 
+@pytest.mark.parametrize("output", ["data.json", "data.json/run"])
+def test_an_output_that_cannot_be_is_refused(data: Path, capsys: pytest.CaptureFixture[str], output: str) -> None:
+    arguments = ["--recipe", "tiny", "--set", f"data.path={data}", "--set", "train.engine=plain"]
+    assert main([*arguments, "--output", str(data.parent / output)]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: --output") and "give a" in told
+
+
 def test_missing_argument_exits_2_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--recipe", "tiny"]) == 2
     assert capsys.readouterr().err.splitlines() == [
