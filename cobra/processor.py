@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cobra.image import ImageSource, open_image, to_pixels
-from cobra.prompt import TEMPLATES, Rendered, Turn, body, count_marks, render
+from cobra.prompt import TEMPLATES, Rendered, Turn, body, count_marks, render, render_caption
 from cobra.tokenizer import IMAGE, Tokenizer
 from vision_scan.errors import UserError, choose
 
@@ -86,9 +86,10 @@ class Processor:
         """How many tokens each of `num_images` images takes."""
         return [self.config.tokens_per_tile] * num_images
 
-    def render(self, turns: Sequence[Turn], num_images: int) -> Rendered:
-        """Ids and labels of a conversation to learn from; see `cobra.prompt.render`."""
-        return render(turns, self.tokenizer, self.template, self.image_tokens(num_images))
+    def render(self, turns: Sequence[Turn], num_images: int, captions: bool = False) -> Rendered:
+        """Ids and labels of a conversation to learn from; see `cobra.prompt.render` and `render_caption`."""
+        written = render_caption if captions else render
+        return written(turns, self.tokenizer, self.template, self.image_tokens(num_images))
 
     def _row(self, prompt: str | Sequence[Turn], num_images: int) -> list[int]:
         lengths = self.image_tokens(num_images)

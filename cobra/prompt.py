@@ -37,6 +37,7 @@ class Template:
         tokens: which substrings of the above are special tokens; the rest is plain text.
         empty_answer: stands for an assistant turn without text.
         system: before the first user turn.
+        begin: a token in front of everything.
     """
 
     user_open: str
@@ -46,6 +47,7 @@ class Template:
     tokens: tuple[str, ...]
     empty_answer: str = ""
     system: str = ""
+    begin: str = ""
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (templates are few, and never go)
     def encode(self, text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -80,7 +82,8 @@ TEMPLATES = {
     # Source: `conv_vicuna_v1` of LLaVA (haotian-liu/LLaVA, conversation.py), whose tokenizer puts <s> in
     # front. The space before an answer is part of what is given, not of what is learned.
     "vicuna_v1": Template(
-        system="<s>A chat between a curious user and an artificial intelligence assistant. "
+        begin="<s>",
+        system="A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
         user_open="USER: ",
         user_close=" ASSISTANT: ",
@@ -150,6 +153,40 @@ def render(
     return Rendered(ids, labels, marks, len(turns))
 
 
+def render_caption(
+    turns: Sequence[Turn], tokenizer: Tokenizer, template: Template, image_tokens: Sequence[int]
+) -> Rendered:
+    """Renders images and the text that goes with them, without question or chat: what a connector is aligned on.
+
+    Source: `preprocess_plain` of LLaVA (haotian-liu/LLaVA, train/train.py): the token that everything begins with, the
+    images, the text and a new line, of which the last two are learned.
+
+    Args:
+        turns: a user's with the images' marks, whose words are left out, and an assistant's.
+        image_tokens: the number of tokens of each image, at least one.
+    Raises:
+        UserError: if it is another conversation.
+    """
+    check_caption(turns, len(image_tokens))
+    marks = count_marks(turns[0].text)
+    if marks != len(image_tokens):
+        raise UserError(f"{marks} {IMAGE} marks for {len(image_tokens)} images: the two must be equal")
+    given = [*template.encode(template.begin, tokenizer), *[tokenizer.image_id] * sum(image_tokens)]
+    caption = tokenizer.encode(turns[1].text + "\n")
+    return Rendered([*given, *caption], [IGNORE] * len(given) + caption, marks, 2)
+
+
+def check_caption(turns: Sequence[Turn], num_images: int) -> None:
+    """Whether a conversation is what `render_caption` takes.
+
+    Raises:
+        UserError: if not.
+    """
+    if [turn.role for turn in turns] != ["user", "assistant"] or not num_images:
+        told = f"{len(turns)} turns with {num_images} images are no caption"
+        raise UserError(f"{told}: data.captions=true takes one question with images, and its answer")
+
+
 def open_turn(
     template: Template,
     tokenizer: Tokenizer,
@@ -212,5 +249,5 @@ def mark_images(text: str, num_images: int) -> str:
 
 
 def _open(template: Template, tokenizer: Tokenizer, first: bool) -> tuple[int, ...]:
-    before = template.system if first else template.between
+    before = template.begin + template.system if first else template.between
     return template.encode(before + template.user_open, tokenizer)

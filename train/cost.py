@@ -12,6 +12,7 @@ from train.data.collate import Batch
 from train.data.dataset import Dataset
 from train.objectives import Objective
 from train.settings import PARTS
+from vision_scan.errors import UserError
 
 NUM_SAMPLED = 256  # rows whose text is rendered to learn how many tokens a character makes
 
@@ -69,8 +70,11 @@ class RowCost:
         self._most_tokens = rows.settings.max_tokens
         num_characters = num_tokens = num_supervised = 0
         for number in np.linspace(0, len(rows) - 1, min(len(rows), NUM_SAMPLED)).astype(int):
-            row = rows[number]
-            rendered = objective.model.processor.render(row.turns, len(row.images))
+            try:
+                row = rows[number]
+                rendered = objective.model.processor.render(row.turns, len(row.images), rows.settings.captions)
+            except UserError:  # it is for the step that reads the row to leave it out, or to end the run
+                continue
             num_characters += _text_size(row.num_characters, len(row.images))
             num_tokens += len(rendered.input_ids) - len(row.images) * self._tokens_per_tile
             num_supervised += sum(label != IGNORE for label in rendered.labels)

@@ -95,6 +95,7 @@ class Conversation(Objective):
         """Processes that read each row together."""
         self.max_tokens = rows.settings.max_tokens
         self.packing = rows.settings.packing
+        self.captions = rows.settings.captions
 
     def _sample(self, row: Row) -> Sample:
         rendered = self.render(row)
@@ -119,7 +120,7 @@ class Conversation(Objective):
         turns = row.turns
         while True:
             num_images = sum(count_marks(turn.text) for turn in turns if turn.role == "user")
-            rendered = self.model.processor.render(turns, num_images)
+            rendered = self.model.processor.render(turns, num_images, self.captions)
             if self.max_tokens is None or len(rendered.input_ids) <= self.max_tokens:
                 return rendered
             if len(turns) <= 2:

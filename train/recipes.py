@@ -139,11 +139,12 @@ def vl_mamba() -> RunConfig:
 
 
 def llava_align() -> RunConfig:
-    """LLaVA-1.5's first stage, the transformer to compare with: the connector alone, on 558k captions (in the chat
-    template; LLaVA's has the caption alone)."""
+    """LLaVA-1.5's first stage, the transformer to compare with: the connector alone, on 558k captions
+    right behind their images."""
     train = {"epochs": 1, "batch_size": 256, "micro_batch_size": 16}
     frozen: tuple[Part, ...] = ("vision_encoder", "lm")
-    return _published("llava-1.5-align", "llava-1.5", frozen, _cosine(1e-3, 0.0), **train)
+    config = _published("llava-1.5-align", "llava-1.5", frozen, _cosine(1e-3, 0.0), **train)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, captions=True))
 
 
 def llava() -> RunConfig:

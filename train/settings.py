@@ -111,6 +111,8 @@ class DataSettings:
     """Leave out rows that cannot be used, and count them, rather than stop."""
     max_tokens: int | None = None
     """Longer rows lose their last exchanges, images included; None: rows of any length."""
+    captions: bool = False
+    """Each row is images and a text, learned right behind them: no question, no chat template (LLaVA's "plain")."""
     packing: bool = False
     """Put the rows of a micro-batch one behind the other, the state reset between them, rather than pad them."""
     length_group: int = 16

@@ -2,7 +2,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cobra.prompt import TEMPLATES, Turn, close_turn, mark_images, open_turn, render, split_marks
+from cobra.prompt import (
+    IGNORE,
+    TEMPLATES,
+    Turn,
+    close_turn,
+    mark_images,
+    open_turn,
+    render,
+    render_caption,
+    split_marks,
+)
 from cobra.tokenizer import Tokenizer
 from vision_scan.errors import UserError
 
@@ -91,6 +101,32 @@ def test_the_system_text_stands_once_and_is_not_learned():
     ids = render(CONVERSATION, tokenizer, template, [2]).input_ids
     assert ids.count(tokenizer.id_of("<s>")) == 1 and ids[0] == tokenizer.id_of("<s>")
     assert show(open_turn(template, tokenizer, [], first=False), tokenizer) == "USER: "
+
+
+def test_captions_are_what_llava_aligns_on():
+    tokenizer, template = TOKENIZERS["vicuna_v1"], TEMPLATES["vicuna_v1"]
+    turns = [Turn("user", "<image>\nDescribe it."), Turn("assistant", "A cat")]
+    rendered = render_caption(turns, tokenizer, template, [3])
+    begin = tokenizer.id_of("<s>")
+    caption = tokenizer.encode("A cat\n")
+    assert rendered.input_ids == [begin, *[tokenizer.image_id] * 3, *caption]
+    assert rendered.labels == [IGNORE] * 4 + caption
+    no_begin = render_caption(turns, TOKENIZERS["compact"], TEMPLATES["compact"], [2])
+    assert no_begin.labels[:3] == [IGNORE, IGNORE, TOKENIZERS["compact"].encode("A")[0]]
+
+
+@pytest.mark.parametrize(
+    ("turns", "tokens", "told"),
+    [
+        ([("user", "a <image>"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], [2], "4 turns with 1 images"),
+        ([("user", "a"), ("assistant", "b")], [], "2 turns with 0 images"),
+        ([("user", "a <image>")], [2], "1 turns with 1 images"),
+        ([("user", "a <image>"), ("assistant", "b")], [2, 2], "1 <image> marks for 2 images"),
+    ],
+)
+def test_what_is_no_caption_is_refused(turns, tokens, told):
+    with pytest.raises(UserError, match=told):
+        render_caption([Turn(*turn) for turn in turns], TOKENIZERS["compact"], TEMPLATES["compact"], tokens)
 
 
 def test_typed_special_tokens_stay_text():

@@ -114,3 +114,13 @@ def test_cost_of_a_row_is_about_that_of_its_batch(tmp_path: Path) -> None:
         assert row_cost(number) == pytest.approx(cost.of_batch(ours.collate([ours.sample(rows[number])])), rel=0.25)
     again = RowCost(cost, ours, rows)
     assert again.tokens_per_character == row_cost.tokens_per_character
+
+
+def test_rows_that_cannot_be_used_are_left_to_the_step_that_reads_them(data: Path) -> None:
+    ours, rows = objective(data), load(small_config(data))
+    whole = RowCost(TrainingCost(ours), ours, rows)
+    content = data.read_bytes()
+    data.write_bytes(content.replace(b"human", b"HUMAN", 1))  # after the rows were indexed
+    found = RowCost(TrainingCost(ours), ours, rows)
+    assert found.tokens_per_character == pytest.approx(whole.tokens_per_character, rel=0.1)
+    assert found.tokens_per_character != whole.tokens_per_character

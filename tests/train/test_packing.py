@@ -11,6 +11,7 @@ import torch
 
 from cobra.image import open_image
 from tests.train.small_run import load, losses, small_config, write_data
+from train.__main__ import main
 from train.data.batches import deal
 from train.data.collate import Sample, collate_conversations
 from train.data.loader import load_steps
@@ -99,6 +100,29 @@ def test_truncation_drops_whole_exchanges_with_their_images(tmp_path: Path) -> N
         assert marks == tiles * model.config.tokens_per_tile
         sizes[len(sample.input_ids)] = sample.num_images
     assert list(sizes.values()) == [2, 2, 1, 1]
+
+
+def test_captions_are_learned_right_behind_their_images(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads(data.read_text())
+    captions = [{**row, "conversations": row["conversations"][:2]} for row in rows if "image" in row]
+    data.write_text(json.dumps(captions))
+    config = small_config(data, "data.captions=true", "train.engine=plain")
+    loaded = load(config)
+    model = build_model(config, loaded)
+    sample = Conversation(model, loaded).sample(loaded[0])
+    tiles = [model.tokenizer.image_id] * model.config.tokens_per_tile
+    answer = captions[0]["conversations"][1]["value"]
+    assert list(sample.input_ids) == tiles + model.tokenizer.encode(answer + "\n")
+    assert run(config, tmp_path / "run")
+    arguments = ["data", "check", str(data), "--captions"]
+    assert main(arguments) == 0
+    data.write_text(json.dumps(rows))
+    assert main(arguments) == 2
+    assert "4 turns with 1 images are no caption" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"6 of 10 rows cannot be used: row 'row0': 4 turns with 1 images are no cap"):
+        run(config, tmp_path / "refused")
 
 
 def test_rows_are_dealt_out_equally_many_and_about_equally_dear() -> None:

@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
             help="whose tokenizer, template and tokens per image count; default: tiny",
         )
         command.add_argument("--max-tokens", type=int, metavar="N", help="as data.max_tokens")
+        command.add_argument("--captions", action="store_true", help="as data.captions=true")
     shard = add("shard", run_shard, "write the rows and their images as WebDataset shards")
     shard.add_argument("--output", metavar="DIR", required=True, help="a new folder")
     shard.add_argument("--max-mb", type=float, default=500.0, metavar="MB", help="size of a shard; default: 500")
@@ -95,8 +96,9 @@ class Report:
     images: Counter[int] = field(default_factory=Counter)
     _seen: dict[bytes, str] = field(default_factory=dict)
 
-    def add(self, row: Row, processor: Processor, max_tokens: int | None) -> None:
-        """Takes a row that can be used."""
+    def add(self, row: Row, processor: Processor, settings: DataSettings) -> None:
+        """Takes a row, unless it cannot be rendered."""
+        rendered = processor.render(row.turns, len(row.images), settings.captions) if row.turns else None
         content = repr((row.turns, [str(image) for image in row.images])).encode()
         first = self._seen.setdefault(hashlib.sha256(content).digest(), row.id)
         if first is not row.id:
@@ -106,18 +108,23 @@ class Report:
             self.doubtful.append(f"row {row.id}: {empty} empty answers")
         self.turns[len(row.turns)] += 1
         self.images[len(row.images)] += 1
-        if row.turns:
-            rendered = processor.render(row.turns, len(row.images))
+        if rendered is not None:
             self.lengths.append(len(rendered.input_ids))
             self.num_supervised += sum(label != IGNORE for label in rendered.labels)
-            if max_tokens is not None and len(rendered.input_ids) > max_tokens:
-                self.doubtful.append(f"row {row.id}: {len(rendered.input_ids)} tokens, more than {max_tokens}")
+            if settings.max_tokens is not None and len(rendered.input_ids) > settings.max_tokens:
+                told = f"{len(rendered.input_ids)} tokens, more than {settings.max_tokens}"
+                self.doubtful.append(f"row {row.id}: {told}")
+
+
+def _settings(options: argparse.Namespace) -> DataSettings:
+    return DataSettings(
+        path=options.path, image_root=options.image_root, max_tokens=options.max_tokens, captions=options.captions
+    )
 
 
 def run_check(options: argparse.Namespace) -> bool:
     """Prints the report; False if there are rows that cannot be used."""
-    settings = DataSettings(path=options.path, image_root=options.image_root)
-    processor = build_processor(options.model)
+    settings, processor = _settings(options), build_processor(options.model)
     report, check = Report(), image_check("full" if options.full else "headers")
     for raw, name, finder in _raw_rows(settings):
         report.num_rows += 1
@@ -125,7 +132,7 @@ def run_check(options: argparse.Namespace) -> bool:
             row = _parse(raw, name, finder)
             for image in row.images:
                 check(image)
-            report.add(row, processor, options.max_tokens)
+            report.add(row, processor, settings)
         except UserError as error:
             report.bad.append(f"row {name}: {error}")
     if not report.num_rows:
@@ -191,8 +198,7 @@ def run_inspect(options: argparse.Namespace) -> bool:
     """Prints rows as the model reads them."""
     from rich.console import Console
 
-    settings = DataSettings(path=options.path, image_root=options.image_root)
-    processor = build_processor(options.model)
+    settings, processor = _settings(options), build_processor(options.model)
     wanted = set(options.row or ["0"])
     console = Console(highlight=False, soft_wrap=True)
     for number, (raw, name, finder) in enumerate(_raw_rows(settings)):
@@ -202,7 +208,7 @@ def run_inspect(options: argparse.Namespace) -> bool:
         wanted -= found
         try:
             row = _parse(raw, name, finder)
-            console.print(*_inspect(row, processor, options.max_tokens), sep="\n")
+            console.print(*_inspect(row, processor, settings), sep="\n")
         except UserError as error:
             raise UserError(f"row {name}: {error}") from error
         if not wanted:
@@ -210,15 +216,15 @@ def run_inspect(options: argparse.Namespace) -> bool:
     raise UserError(f"{options.path} has no row {', '.join(sorted(wanted))}; give its number, from 0, or its id")
 
 
-def _inspect(row: Row, processor: Processor, max_tokens: int | None) -> Iterator[Any]:
+def _inspect(row: Row, processor: Processor, settings: DataSettings) -> Iterator[Any]:
     from rich.text import Text
 
-    rendered = processor.render(row.turns, len(row.images))
+    rendered = processor.render(row.turns, len(row.images), settings.captions)
     learned = sum(label != IGNORE for label in rendered.labels)
     size = len(rendered.input_ids)
     yield Text(f"row {row.id}: {size:,} tokens, {learned:,} learned (green), {len(row.images)} images", "bold")
-    if max_tokens is not None and size > max_tokens:
-        yield Text(f"longer than {max_tokens}: loses its last exchanges", "yellow")
+    if settings.max_tokens is not None and size > settings.max_tokens:
+        yield Text(f"longer than {settings.max_tokens}: loses its last exchanges", "yellow")
     for image in row.images:
         picture = image.open()
         yield Text(f"  {image}: {picture.width} x {picture.height}", "cyan")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cobra.prompt import check_caption
 from cobra.tokenizer import IMAGE
 from train.data.rows import BadRowError, ImageFile, Row, parse_row, short
 from train.data.sources import Source, open_source
@@ -133,7 +134,7 @@ def open_dataset(
         )
     path = Path(settings.path)
     parts = open_parts(path, settings)
-    scanned = [_scan(part, settings.check, needs, rank, world_size) for part in parts]
+    scanned = [_scan(part, settings, needs, rank, world_size) for part in parts]
     for found in gather([rows.bad for rows in scanned]):  # what other processes have found beside ours
         for rows, bad in zip(scanned, found, strict=True):
             rows.bad.update(bad)
@@ -189,8 +190,8 @@ class _Scanned:
     digest: bytes = b""
 
 
-def _scan(part: Part, level: str, needs: str, rank: int, world_size: int) -> _Scanned:
-    found, digest, check = _Scanned(), hashlib.sha256(), image_check(level)
+def _scan(part: Part, settings: DataSettings, needs: str, rank: int, world_size: int) -> _Scanned:
+    found, digest, check = _Scanned(), hashlib.sha256(), image_check(settings.check)
     rows = track(part.source.scan(), f"reading {part.source.path.name}", show=rank == 0)
     for index, (raw, finder, content) in enumerate(rows):
         digest.update(content)
@@ -199,6 +200,8 @@ def _scan(part: Part, level: str, needs: str, rank: int, world_size: int) -> _Sc
         try:
             row = parse_row(raw, name, finder, needs)
             num_characters, num_images = row.num_characters, len(row.images)
+            if settings.captions and needs == "conversations":
+                check_caption(row.turns, num_images)
             if index % world_size == rank:
                 for image in row.images:
                     check(image)
