@@ -69,8 +69,12 @@ def _accuracy_claims(name: str, result: dict) -> list[dict]:
     ]
 
 
+CLAIM = "Which of these two models answers better (one seed of training each; other seeds move both by some points)"
+
+
 def _comparison(names: dict[str, str], comparison: dict) -> dict:
-    """Which model answers better: the paired difference over the same questions."""
+    """Which model answers better: the paired difference over the same questions. Its interval is of the questions, for
+    these two models; it does not know how other seeds of training would have come out."""
     first, second = names[comparison["first"]], names[comparison["second"]]
     difference, low, high = (100 * comparison[key] for key in ("difference", "low", "high"))
     interval = (
@@ -79,9 +83,9 @@ def _comparison(names: dict[str, str], comparison: dict) -> dict:
     )
     if low > 0 or high < 0:
         better, worse = (first, second) if difference > 0 else (second, first)
-        return _row("Which model answers better", f"{better} is better than {worse} by {interval}", None)
+        return _row(CLAIM, f"{better} is better than {worse} by {interval}", None)
     return _row(
-        "Which model answers better",
+        CLAIM,
         f"no difference that {comparison['n']:,} questions can tell: {interval}",
         None,
     )

@@ -77,7 +77,7 @@ def test_verdict_says_what_was_reached():
     rows = make_report()["verdict"]
     assert all(row["reached"] for row in rows if row["reached"] is not None)
     assert by_claim(rows, "Cobra answers")["measured"].startswith("92.5% of 2,280")
-    assert "no difference" in by_claim(rows, "Which model")["measured"]
+    assert "no difference" in by_claim(rows, "Which of these")["measured"]
     assert "2,310" in by_claim(rows, "Where the decode")["measured"]
 
 
@@ -95,9 +95,9 @@ def test_verdict_says_what_was_missed():
 def test_verdict_names_the_better_model_only_when_the_interval_excludes_zero():
     report = make_report()
     report["comparison"] |= {"difference": -0.03, "low": -0.05, "high": -0.01}
-    assert "Transformer is better than Cobra by 3.0" in by_claim(verdict(report), "Which model")["measured"]
+    assert "Transformer is better than Cobra by 3.0" in by_claim(verdict(report), "Which of these")["measured"]
     report["comparison"] |= {"high": 0.001}
-    assert "no difference" in by_claim(verdict(report), "Which model")["measured"]
+    assert "no difference" in by_claim(verdict(report), "Which of these")["measured"]
 
 
 def test_verdict_on_decoding_follows_the_numbers():
