@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from cobra.image import ImageConfig
 from vision_scan.errors import UserError
 from vision_scan.modules import EVSSBlock, SS2DConfig
 from vision_scan.precision import BatchNorm2d, LayerNorm
@@ -64,8 +63,7 @@ class EfficientVMamba(Tower):
         "patch_embed.norm.": "patch_embed.2.",
     }
 
-    def __init__(self, config: EfficientVMambaConfig, image: ImageConfig) -> None:
-        super().__init__(config, image)
+    def build(self, config: EfficientVMambaConfig) -> None:
         first = config.dims[0]
         self.patch_embed = nn.Sequential(
             nn.Conv2d(3, first, PATCH_SIZE, stride=PATCH_SIZE), ToChannelsLast(), LayerNorm(first)

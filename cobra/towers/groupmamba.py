@@ -11,7 +11,6 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 import vision_scan
-from cobra.image import ImageConfig
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
 from vision_scan.modules import DIRECTIONS, GROUP, GroupMambaBlock, SS2DConfig
@@ -61,8 +60,7 @@ class GroupMamba(Tower):
     }
     head_names = ("norm4", "post_network", "head", "dist_head")
 
-    def __init__(self, config: GroupMambaConfig, image: ImageConfig) -> None:
-        super().__init__(config, image)
+    def build(self, config: GroupMambaConfig) -> None:
         embeds = [Stem(config.d_stem, config.dims[0]), *map(Downsample, config.dims, config.dims[1:])]
         stages = zip(embeds, config.dims, config.depths, config.mlp_ratios, strict=True)
         for stage, (embed, dim, depth, mlp_ratio) in enumerate(stages, start=1):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,12 @@ class Tower(Released):
     def __init__(self, config: StagesConfig, image: ImageConfig) -> None:
         super().__init__()
         self.config, self.d_model = config, config.dims[-1]
+        self.build(config)
+        self.train()
+
+    def build(self, config: Any) -> None:
+        """Makes the parts, under the names of the released weights."""
+        raise NotImplementedError
 
     @property
     def name(self) -> str:

@@ -12,7 +12,6 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 import vision_scan
-from cobra.image import ImageConfig
 from vision_scan.modules import VMAMBA, SS2DConfig, VSSBlock
 from vision_scan.precision import LayerNorm
 
@@ -56,8 +55,7 @@ class VMamba(Tower):
     }
     head_names = ("classifier", "norm", "head")
 
-    def __init__(self, config: VMambaConfig, image: ImageConfig) -> None:
-        super().__init__(config, image)
+    def build(self, config: VMambaConfig) -> None:
         first = config.dims[0]
         self.patch_embed = nn.Sequential(
             nn.Conv2d(3, first // 2, 3, stride=2, padding=1),

@@ -1,0 +1,381 @@
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cobra.cost import TOWERS as COSTS
+from cobra.image import ImageConfig
+from cobra.towers import HIERARCHICAL, TOWERS
+from cobra.towers.efficientvmamba import EfficientVMambaConfig, InvertedResidual, PatchMerging
+from cobra.towers.groupmamba import GroupMambaConfig, Stem
+from cobra.towers.tower import StagesConfig, Tower
+from cobra.towers.vmamba import VMambaConfig
+from cobra.typed_config import from_dict, to_dict
+from cobra.vision_encoder import load_tower_weights
+from tests.tolerance import assert_close
+from tests.vision_scan.modules.samples import has_es2d, randomised
+from vision_scan.errors import UserError
+from vision_scan.modules import GroupMambaBlock, SS2DConfig
+
+IMAGE = ImageConfig(height=32, width=32)
+MIXER = SS2DConfig(d_state=2)
+SMALL: dict[str, StagesConfig] = {
+    "vmamba": VMambaConfig(dims=(8, 12), depths=(1, 2)),
+    "efficientvmamba": EfficientVMambaConfig(dims=(8, 16, 24), depths=(1, 1, 2), mixer=MIXER),
+    "groupmamba": GroupMambaConfig(dims=(16, 20), depths=(1, 2), mlp_ratios=(2, 1), d_stem=4),
+}
+SIZES = [(64, 64), (33, 70), (5, 4)]
+
+
+@pytest.fixture(autouse=True)
+def order(monkeypatch):
+    has_es2d(monkeypatch)
+
+
+def build(config: StagesConfig) -> Tower:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return HIERARCHICAL[config.kind](config, IMAGE)
+
+
+@functools.cache
+def on_meta(name: str) -> Tower:
+    with torch.device("meta"):
+        return build(TOWERS[name])
+
+
+def pixels(batch: int, height: int, width: int) -> Tensor:
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def head(tower: Tower, num_classes: int = 1000) -> dict[str, Tensor]:
+    """What released classifiers have behind the last stage, without memory."""
+    d = tower.d_model
+    with torch.device("meta"):
+        norm, linear = nn.LayerNorm(d), nn.Linear(d, num_classes)
+        if tower.config.kind != "groupmamba":
+            return nn.ModuleDict({"classifier": nn.ModuleDict({"norm": norm, "head": linear})}).state_dict()
+        block = GroupMambaBlock(d)  # as the authors' ClassBlock, apart from one norm more and one convolution less
+        block.mlp.dwconv = nn.Identity()
+        block.norm1 = nn.LayerNorm(d)
+        parts = {"norm4": norm, "post_network": nn.ModuleList([block]), "head": linear, "dist_head": linear}
+        return nn.ModuleDict(parts).state_dict()
+
+
+def published(tower: Tower) -> dict[str, Tensor]:
+    """A released file: the tower with random values, and a head."""
+    noise = torch.Generator().manual_seed(2)
+    both = {**tower.state_dict(), **head(tower, num_classes=7)}
+    return {
+        name: torch.randn(t.shape, generator=noise) if t.is_floating_point() else torch.tensor(5)
+        for name, t in both.items()
+    }
+
+
+# Authors' own count to the last one (VMamba, analyze/tp.py), or published millions, cut off.
+PARAMETERS = {
+    "vmamba-t": 30249064, "vmamba-s": 50147752, "vmamba-b": 88557800,
+    "efficientvmamba-t": 6, "efficientvmamba-s": 11, "efficientvmamba-b": 33,
+    "groupmamba-t": 23, "groupmamba-s": 34, "groupmamba-b": 57,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_parameters_are_as_many_as_published(name):
+    tower = on_meta(name)
+    total = sum(p.numel() for p in tower.parameters()) + sum(t.numel() for t in head(tower).values())
+    assert total == PARAMETERS[name] or total // 10**6 == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("vmamba-t", 4.9), ("vmamba-b", 15.4), ("efficientvmamba-s", 1.3), ("efficientvmamba-b", 4.0)],
+)
+def test_multiplications_are_as_many_as_published(name, billions):
+    """Of weights; VMamba counts scans and norms too, which is little."""
+    work = COSTS[TOWERS[name].kind](on_meta(name), 7, 7)
+    assert work.weights / 2e9 == pytest.approx(billions, rel=0.03)
+
+
+NAMES = {
+    "vmamba-t": {
+        "patch_embed.0.weight": (48, 3, 3, 3),
+        "patch_embed.2.weight": (48,),
+        "patch_embed.5.weight": (96, 48, 3, 3),
+        "patch_embed.7.bias": (96,),
+        "layers.0.blocks.1.op.in_proj.weight": (96, 96),
+        "layers.1.blocks.0.op.x_proj.weight": (4 * (12 + 2), 192),
+        "layers.2.blocks.7.mlp.fc1.weight": (1536, 384),
+        "layers.2.downsample.1.weight": (768, 384, 3, 3),
+        "layers.2.downsample.3.weight": (768,),
+        "layers.3.blocks.1.norm2.weight": (768,),
+    },
+    "vmamba-s": {"layers.2.blocks.14.op.A_logs": (4 * 768, 1)},
+    "vmamba-b": {"layers.3.blocks.1.op.dt_projs.weight": (4 * 2048, 64)},
+    "efficientvmamba-t": {
+        "patch_embed.0.weight": (48, 3, 4, 4),
+        "patch_embed.2.bias": (48,),
+        "layers.0.blocks.0.op.A_logs": (4 * 96, 16),
+        "layers.1.blocks.1.se.channel_select.weight": (96, 12),
+        "layers.1.blocks.1.conv_branch.1.num_batches_tracked": (),
+        "layers.0.downsample.norm.weight": (192,),
+        "layers.1.downsample.reduction.weight": (192, 384),
+        "layers.2.1.conv_pw.0.weight": (768, 192, 1, 1),
+        "layers.2.4.conv_dw.1.running_mean": (768,),
+        "layers.2.4.se.conv_reduce.bias": (96,),
+        "layers.2.6.reduction.weight": (384, 768),
+        "layers.3.2.conv_pw2.1.weight": (384,),
+    },
+    "groupmamba-b": {
+        "patch_embed1.conv.0.weight": (64, 3, 7, 7),
+        "patch_embed1.conv.7.running_var": (64,),
+        "patch_embed1.proj.weight": (96, 64, 3, 3),
+        "patch_embed3.norm.weight": (424,),
+        "block3.20.attn.mamba_g4.dt_projs_bias": (1, 106),
+        "block2.5.mlp.dwconv.dwconv.bias": (1536,),
+        "norm3.weight": (424,),
+    },
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_the_authors(name):
+    shapes = {key: tuple(tensor.shape) for key, tensor in on_meta(name).state_dict().items()}
+    assert NAMES[name].items() <= shapes.items()
+    assert not any(key.partition(".")[0] in HIERARCHICAL[TOWERS[name].kind].head_names for key in shapes)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", SMALL)
+@torch.no_grad()
+def test_any_rectangle_works_and_rows_do_not_mix(kind, size):
+    tower = randomised(build(SMALL[kind])).train()  # batch norms too keep to what is stored
+    x = pixels(3, *size)
+    features = tower(x)
+    assert features.shape == (3, *SMALL[kind].grid(*size), tower.d_model)
+    assert_close("alone", torch.cat([tower(picture[None]) for picture in x]), features, 1e-10)
+    assert_close("eval", tower.eval()(x), features, 1e-10)
+
+
+@pytest.mark.parametrize(("kind", "cells"), [("vmamba", (7, 8)), ("efficientvmamba", (7, 7)), ("groupmamba", (7, 8))])
+def test_a_released_tower_has_a_cell_for_32_pixels(kind, cells):
+    tower = on_meta(f"{kind}-t")
+    assert tower.config.grid(224, 227) == cells
+    assert tower(torch.zeros(1, 3, 224, 227, device="meta")).shape == (1, *cells, tower.d_model)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_gradients_reach_every_parameter(kind):
+    tower = randomised(build(SMALL[kind]))
+    x = pixels(2, 33, 50)
+    (tower(x) * torch.randn(tower(x).shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    for name, parameter in tower.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+def normalised(x: Tensor) -> Tensor:
+    mean, std = (x.new_tensor(t) for t in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (x - mean[:, None, None]) / std[:, None, None]
+
+
+def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """Over channels, of channels first."""
+    mean = x.mean(1, keepdim=True)
+    scale = ((x - mean) ** 2).mean(1, keepdim=True).add(norm.eps).rsqrt()
+    return (x - mean) * scale * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    mean, var, weight, bias = (t[:, None, None] for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    return (x - mean) / (var + norm.eps).sqrt() * weight + bias
+
+
+def blocked(blocks: nn.Module, x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x.movedim(1, -1)).movedim(-1, 1)
+    return x
+
+
+@torch.no_grad()
+def test_vmamba_is_its_formula():
+    tower, x = randomised(build(SMALL["vmamba"])), pixels(2, 21, 30)
+
+    def halve(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+        return layer_norm(F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1), norm)
+
+    embed = tower.patch_embed
+    y = halve(F.gelu(halve(normalised(x), embed[0], embed[2])), embed[5], embed[7])
+    first, second = tower.layers
+    y = halve(blocked(first.blocks, y), first.downsample[1], first.downsample[3])
+    assert_close("vmamba", tower(x), blocked(second.blocks, y).movedim(1, -1), 1e-10)
+
+
+@torch.no_grad()
+def test_efficientvmamba_is_its_formula():
+    tower, x = randomised(build(SMALL["efficientvmamba"])), pixels(2, 22, 35)  # 5 x 8 patches, then 3 x 4, 2 x 2
+    embed, (first, second, third) = tower.patch_embed, tower.layers
+    y = layer_norm(F.conv2d(normalised(x), embed[0].weight, embed[0].bias, stride=4), embed[2])
+    y = slow_merging(first.downsample, blocked(first.blocks, y))
+    y = slow_merging(second.downsample, blocked(second.blocks, y))
+    for block in third[1:3]:
+        y = slow_residual(block, y)
+    assert_close("efficientvmamba", tower(x), y.movedim(1, -1), 1e-10)
+
+
+def slow_merging(merging: PatchMerging, x: Tensor) -> Tensor:
+    """Channels first; the channels of the corners top left, bottom left, top right, bottom right, in this order."""
+    batch, dim, height, width = x.shape
+    result = x.new_zeros(batch, merging.reduction.out_features, (height + 1) // 2, (width + 1) // 2)
+    for i in range(result.shape[2]):
+        for j in range(result.shape[3]):
+            cells = [(2 * i, 2 * j), (2 * i + 1, 2 * j), (2 * i, 2 * j + 1), (2 * i + 1, 2 * j + 1)]
+            corners = [x[:, :, a, b] if a < height and b < width else x.new_zeros(batch, dim) for a, b in cells]
+            normed = layer_norm(torch.cat(corners, dim=1)[..., None, None], merging.norm)
+            result[:, :, i, j] = normed[..., 0, 0] @ merging.reduction.weight.T
+    return result
+
+
+def slow_residual(block: InvertedResidual, x: Tensor) -> Tensor:
+    y = batch_norm(F.conv2d(x, block.conv_pw[0].weight), block.conv_pw[1]).relu()
+    y = batch_norm(F.conv2d(y, block.conv_dw[0].weight, padding=1, groups=y.shape[1]), block.conv_dw[1]).relu()
+    low = F.conv2d(y.mean((2, 3), keepdim=True), block.se.conv_reduce.weight, block.se.conv_reduce.bias).relu()
+    y = y / (1 + torch.exp(-F.conv2d(low, block.se.conv_expand.weight, block.se.conv_expand.bias)))
+    return x + batch_norm(F.conv2d(y, block.conv_pw2[0].weight), block.conv_pw2[1])
+
+
+@torch.no_grad()
+def test_groupmamba_is_its_formula():
+    tower, x = randomised(build(SMALL["groupmamba"])).eval(), pixels(2, 21, 30)
+    stem: Stem = tower.patch_embed1
+    y = normalised(x)
+    for index, stride, padding in ((0, 2, 3), (3, 1, 1), (6, 1, 1)):
+        y = F.conv2d(y, stem.conv[index].weight, stride=stride, padding=padding)
+        y = batch_norm(y, stem.conv[index + 1]).relu()
+    y = layer_norm(F.conv2d(y, stem.proj.weight, stem.proj.bias, stride=2, padding=1), stem.norm)
+    y = layer_norm(blocked(tower.block1, y), tower.norm1)
+    down = tower.patch_embed2
+    y = layer_norm(F.conv2d(y, down.proj.weight, down.proj.bias, stride=2, padding=1), down.norm)
+    assert_close("groupmamba", tower(x), blocked(tower.block2, y).movedim(1, -1), 1e-10)
+    assert (stem.norm.eps, tower.norm1.eps, tower.block1[0].norm2.eps) == (1e-5, 1e-6, 1e-6)
+
+
+def as_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As older code of the authors wrote it: other names, lists with an axis of their own, wrapped twice."""
+    old = {}
+    for name, tensor in tensors.items():
+        for part in ("x_proj", "dt_projs"):
+            if name.endswith(f"{part}.weight"):
+                K = tensors[name.replace(f"{part}.weight", "dt_projs_bias")].shape[0]
+                name, tensor = name.replace(f"{part}.weight", f"{part}_weight"), tensor.unflatten(0, (K, -1))
+        name = name.replace("classifier.", "").replace(".op.", ".self_attention.") if "mlp" not in name else name
+        old[f"module.module.{name}"] = tensor
+    return old
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("kind", SMALL)
+def test_released_weights_are_loaded(tmp_path, kind, is_old, suffix):
+    tower, path = build(SMALL[kind]), tmp_path / f"tower{suffix}"
+    tensors = published(tower)
+    # EVSS blocks never had the older names, VSS blocks did.
+    written = as_once(tensors) if is_old and kind != "efficientvmamba" else tensors
+    if suffix == ".pth":
+        torch.save({"model": written, "epoch": 3}, path)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in written.items()}, path)
+    load_tower_weights(tower, [path])
+    for name, tensor in tower.state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
+def test_efficientvmambas_older_patch_embedding_is_loaded(tmp_path):
+    tower, path = build(SMALL["efficientvmamba"]), tmp_path / "tower.pth"
+    tensors = published(tower)
+    names = {"patch_embed.0.": "patch_embed.proj.", "patch_embed.2.": "patch_embed.norm."}
+    torch.save({names.get(n[:14], n[:14]) + n[14:]: t for n, t in tensors.items()}, path)
+    load_tower_weights(tower, [path])
+    assert torch.equal(tower.patch_embed[2].bias, tensors["patch_embed.2.bias"])
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_weights_of_another_variant_are_refused_in_a_line(tmp_path, kind):
+    path = tmp_path / "tower.pth"
+    small = SMALL[kind]
+    deeper = replace(small, depths=(*small.depths[:-1], small.depths[-1] + 1))
+    wider = replace(small, dims=(*small.dims[:-1], 2 * small.dims[-1]))
+    for other, fault in ((deeper, "missing"), (wider, "misshapen")):
+        torch.save(published(build(small)), path)
+        tower = build(other)
+        before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+        with pytest.raises(UserError, match=f"tower.pth, read as {kind}, does not fit.*{fault}") as caught:
+            load_tower_weights(tower, [path])
+        assert "\n" not in str(caught.value)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("unexpected outnorm3.weight", {"outnorm3.weight": torch.ones(12)}),
+        ("missing layers.0.blocks.0.op.Ds", {"layers.0.blocks.0.op.Ds": None}),
+        (r"A_logs \(32, 2\) instead of \(32, 1\)", {"layers.0.blocks.0.op.A_logs": torch.ones(32, 2)}),
+        ("epoch is not a tensor", {"epoch": 3}),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(tmp_path, message, change):
+    tower, path = build(SMALL["vmamba"]), tmp_path / "tower.pth"
+    torch.save({name: t for name, t in {**published(tower), **change}.items() if t is not None}, path)
+    with pytest.raises(UserError, match=message):
+        load_tower_weights(tower, [path])
+
+
+def test_a_tower_goes_by_the_name_of_its_release():
+    assert {name: on_meta(name).name for name in TOWERS} == {name: name for name in TOWERS}
+    assert build(SMALL["groupmamba"]).name == "groupmamba"
+
+
+@pytest.mark.parametrize("config", [*TOWERS.values(), *SMALL.values()], ids=str)
+def test_settings_survive_json(config):
+    assert from_dict(type(config), to_dict(config)) == config
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_tower_in_half_precision_is_near_itself(kind):
+    tower, x = randomised(build(SMALL[kind])).eval(), pixels(2, 40, 40)
+    exact = tower(x)
+    half = tower.float().to(torch.bfloat16)
+    features = half(x.float())
+    assert features.dtype == torch.bfloat16
+    assert_close("bfloat16", features, exact, 0.08)
+
+
+@pytest.mark.parametrize(
+    ("message", "make"),
+    [
+        ("2 dims for 1 depths", lambda: VMambaConfig(dims=(8, 16), depths=(1,))),
+        ("0 dims for 0 depths", lambda: VMambaConfig(dims=(), depths=())),
+        ("must be 1 or more", lambda: VMambaConfig(dims=(8, 0), depths=(1, 1))),
+        ("'cross4'", lambda: VMambaConfig(order="cros4")),
+        ("3 mlp_ratios for 2 dims", lambda: GroupMambaConfig(dims=(16, 16), depths=(1, 1), mlp_ratios=(1, 2, 3))),
+        ("d_stem 0", lambda: GroupMambaConfig(d_stem=0)),
+        ("'raster'", lambda: GroupMambaConfig(orders=("rastr",))),
+        ("image 3 x 40 is smaller than a patch of 4", lambda: EfficientVMambaConfig().grid(3, 40)),
+        ("image 3 x 8 is smaller", lambda: build(SMALL["efficientvmamba"])(torch.zeros(1, 3, 3, 8))),
+    ],
+)
+def test_what_cannot_be_built_or_seen_is_said(message, make):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_operations_of_scans_are_counted():
+    config = SMALL["vmamba"]
+    work = COSTS["vmamba"](build(config), 2, 3)
+    cells = 2 * 3
+    assert work.mixing == 7 * 4 * (4 * cells * 8 + 2 * cells * 12)  # twice as many rows and columns in front
