@@ -3,11 +3,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import cobra
+from cobra.config import PRESETS
+from cobra.connector import CONNECTORS
 from cobra.cost import TOWERS as COSTS
+from cobra.cost import tile_work
 from cobra.image import ImageConfig
 from cobra.towers import HIERARCHICAL, TOWERS
 from cobra.towers.efficientvmamba import EfficientVMambaConfig, InvertedResidual, PatchMerging
@@ -372,6 +377,26 @@ def test_a_tower_in_half_precision_is_near_itself(kind):
 def test_what_cannot_be_built_or_seen_is_said(message, make):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", SMALL)
+@torch.no_grad()
+def test_a_model_with_a_tower_is_saved_and_loaded(tmp_path, kind):
+    tiny = PRESETS["tiny"]
+    config = replace(tiny, vision_encoder=SMALL[kind], connector=CONNECTORS["linear"].Config(), image=IMAGE)
+    model = cobra.build(config, seed=3)
+    randomised(model.vision_encoder).float()
+    cobra.save(model, tmp_path / "model")
+    loaded = cobra.load(tmp_path / "model", dtype="float32")
+    images = [Image.new("RGB", (40, 30), "brown")]
+    batches = [m.processor(text=["What is it? <image>"], images=[images]) for m in (model, loaded)]
+    ids = [m.generate(**batch, max_new_tokens=4) for m, batch in zip((model, loaded), batches, strict=True)]
+    assert torch.equal(*ids)
+    x = pixels(1, 32, 32).float()
+    assert_close("features", loaded.vision_encoder(x), model.vision_encoder(x), 1e-5)
+    for name, tensor in loaded.vision_encoder.state_dict().items():
+        assert torch.equal(tensor, model.vision_encoder.state_dict()[name]), name
+    assert tile_work(loaded)["vision_encoder"].mixing > 0
 
 
 def test_operations_of_scans_are_counted():
