@@ -10,10 +10,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-import vision_scan
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
 from vision_scan.modules import DIRECTIONS, GROUP, GroupMambaBlock, SS2DConfig
+from vision_scan.orders import sequential_order
 from vision_scan.precision import BatchNorm2d, LayerNorm
 
 from .tower import StagesConfig, Tower, halved
@@ -37,7 +37,7 @@ class GroupMambaConfig(StagesConfig):
         if len(self.mlp_ratios) != len(self.dims):
             raise UserError(f"groupmamba: {len(self.mlp_ratios)} mlp_ratios for {len(self.dims)} dims: give as many")
         for order in self.orders:
-            vision_scan.order(order, 2, 3)  # an unknown name fails here, not when the model is built
+            sequential_order(order)  # an unknown name fails here, not when the model is built
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         times = 1 + len(self.dims)

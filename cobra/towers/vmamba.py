@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-import vision_scan
 from vision_scan.modules import VMAMBA, SS2DConfig, VSSBlock
+from vision_scan.orders import sequential_order
 from vision_scan.precision import LayerNorm
 
 from .tower import StagesConfig, ToChannelsFirst, ToChannelsLast, Tower, halved
@@ -33,7 +33,7 @@ class VMambaConfig(StagesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        vision_scan.order(self.order, 2, 3)  # an unknown name fails here, not when the model is built
+        sequential_order(self.order)  # an unknown name fails here, not when the model is built
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         times = 1 + len(self.dims)

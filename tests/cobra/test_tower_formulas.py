@@ -1,4 +1,3 @@
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,12 +6,7 @@ from cobra.towers.efficientvmamba import InvertedResidual, PatchMerging
 from cobra.towers.groupmamba import Stem
 from tests.cobra.tower_samples import SMALL, build, pixels
 from tests.tolerance import assert_close
-from tests.vision_scan.modules.samples import has_es2d, randomised
-
-
-@pytest.fixture(autouse=True)
-def order(monkeypatch):
-    has_es2d(monkeypatch)
+from tests.vision_scan.modules.samples import randomised
 
 
 def normalised(x: Tensor) -> Tensor:

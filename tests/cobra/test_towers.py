@@ -19,15 +19,10 @@ from cobra.typed_config import from_dict, to_dict
 from cobra.vision_encoder import load_tower_weights
 from tests.cobra.tower_samples import IMAGE, SMALL, build, head, on_meta, pixels, published
 from tests.tolerance import assert_close
-from tests.vision_scan.modules.samples import has_es2d, randomised
+from tests.vision_scan.modules.samples import randomised
 from vision_scan.errors import UserError
 
 SIZES = [(64, 64), (33, 70), (5, 4)]
-
-
-@pytest.fixture(autouse=True)
-def order(monkeypatch):
-    has_es2d(monkeypatch)
 
 
 # Authors' own count to the last one (VMamba, analyze/tp.py), or published millions, cut off.

@@ -18,7 +18,7 @@ class ES2D(SS2D):
     """SS2D over disjoint sub-grids of every `step`-th row and column, so that each cell is scanned once.
 
     A grid that the step does not divide is padded with zeros at the bottom and right for the scan, as the authors
-    do: the state decays at a padded cell.
+    do: the state decays at a padded cell, where the order's own pads would let it pass.
 
     Args:
         config, d_model: as of SS2D.

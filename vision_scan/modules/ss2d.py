@@ -18,6 +18,7 @@ from torch.nn.functional import silu
 from vision_scan.errors import UserError
 from vision_scan.ops import selective_scan_2d
 from vision_scan.orders import order as get_order
+from vision_scan.orders import sequential_order
 from vision_scan.precision import Float32Parameters, LayerNorm
 
 from .released import Released
@@ -80,7 +81,7 @@ class SS2D(Released, Float32Parameters):
         d_model: channels in and out.
         order: name of a scan order, options in brackets included.
     Raises:
-        UserError: on an unknown order.
+        UserError: on an order that is unknown or has no sequence.
     """
 
     float32_parameters = ("dt_projs_bias", "A_logs", "Ds")
@@ -89,7 +90,7 @@ class SS2D(Released, Float32Parameters):
     def __init__(self, config: SS2DConfig, d_model: int, order: str = "cross4") -> None:
         super().__init__()
         self.order, self.d_state, self.dt_rank = order, config.d_state, config.rank(d_model)
-        self.num_orders = K = len(get_order(order, 2, 3))
+        self.num_orders = K = len(sequential_order(order))
         self.d_inner = d_inner = config.inner(d_model)
         self.in_proj = nn.Linear(d_model, (1 + config.has_gate) * d_inner, bias=False)
         self.conv2d = nn.Conv2d(

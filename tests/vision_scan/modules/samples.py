@@ -1,10 +1,7 @@
 """Blocks with weights far from their start, and grids for them, in float64."""
 
-import pytest
 import torch
 from torch import Tensor, nn
-
-from vision_scan.orders import SCAN_ORDERS, ScanOrder
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -35,15 +32,3 @@ def gradients_are_those_of(formula, module: nn.Module, x: Tensor) -> dict[str, t
         found.append(torch.autograd.grad(loss, [own, *module.parameters()]))
     names = ["x", *(name for name, _ in module.named_parameters())]
     return dict(zip(names, zip(*found, strict=True), strict=True))
-
-
-def has_es2d(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sees to the order es2d for grids that the step divides, where SCAN_ORDERS has none."""
-
-    def es2d(height: int, width: int, depth: int | None = None, step: int = 2) -> ScanOrder:
-        grid = torch.arange(height * width, device="cpu").view(height, width)
-        parts = [(row, grid[row::step, column::step]) for column in range(step) for row in range(step)]
-        return ScanOrder([(p.T if row % 2 else p).flatten() for row, p in parts], height, width, "scatter")
-
-    if "es2d" not in SCAN_ORDERS:
-        monkeypatch.setitem(SCAN_ORDERS, "es2d", es2d)

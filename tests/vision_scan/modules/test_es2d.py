@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.tolerance import assert_close
-from tests.vision_scan.modules.samples import gradients_are_those_of, has_es2d, pictures, randomised
+from tests.vision_scan.modules.samples import gradients_are_those_of, pictures, randomised
 from tests.vision_scan.modules.slow_ss2d import content_and_gate, depthwise, layer_norm, projected, slow_scan
 from vision_scan.errors import UserError
 from vision_scan.modules import ES2D, ChannelGate, EVSSBlock, SS2DConfig
@@ -21,11 +21,6 @@ LISTS = {
     (1, 3): [[0, 2], [4, 6], [1, 3], [5, 7]],  # as 2 x 4
     (2, 1): [[0], [2], [1], [3]],  # as 2 x 2
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def order(monkeypatch):
-    has_es2d(monkeypatch)
 
 
 def slow_es2d(module: ES2D, x: Tensor) -> Tensor:
