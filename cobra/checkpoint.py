@@ -6,7 +6,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,32 @@ def read_tensors(path: str | Path, parts: Iterable[str] = PARTS) -> dict[str, Te
             found = ", ".join(sorted(set(map(_part, names))))
             raise UserError(f"{file}: has no part {part!r}; it has {found}")
     return read
+
+
+def read_state_dict(path: str | Path) -> dict[str, Any]:
+    """The state dict that others published as a file: .safetensors, or a pickle of plain tensors, where it may
+    stand under "state_dict", "model" or "model_ema" (of several the first).
+
+    Raises:
+        UserError: naming the file, if it is missing or damaged, or holds anything that would have to be executed.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a model's .safetensors, .bin or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle fails in any way
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: damaged, or holds more than plain tensors ({reason})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds a {type(data).__name__}, not a state dict of names and tensors")
+    for wrapper in ("state_dict", "model", "model_ema"):
+        data = data[wrapper] if isinstance(data.get(wrapper), dict) else data
+    return data
 
 
 def assign_tensors(

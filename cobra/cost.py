@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import vision_scan
 from vision_scan.modules import SS2D
@@ -24,6 +25,8 @@ from .lm.mixer import LayerCost
 from .lm.stack import LMConfig
 from .model import Cobra
 from .tokenizer import Tokenizer
+from .towers import HIERARCHICAL, Tower
+from .towers.tower import empty_model
 from .vision_encoder import FusedEncoder, SmallEncoder, TimmEncoder
 
 
@@ -202,4 +205,23 @@ def _fused_tower(encoder: FusedEncoder, height: int, width: int) -> Work:
     return sum((_timm_tower(tower, height, width) for tower in towers), Work())
 
 
-TOWERS: dict[str, Callable[..., Work]] = {"fused": _fused_tower, "small": _small_tower, "timm": _timm_tower}
+def _staged_tower(encoder: Tower, height: int, width: int) -> Work:
+    """By running a twin without memory on an image of as many cells; gates that act once per picture included."""
+    twin, scans = empty_model(encoder), []
+    for module in twin.modules():
+        if isinstance(module, SS2D):
+            module.register_forward_hook(
+                lambda mixer, args, _: scans.append(_scan_operations(mixer, *args[0].shape[1:3]))
+            )
+    stride = 2 ** (1 + len(encoder.config.dims))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin(torch.zeros(1, 3, stride * height, stride * width, device="meta"))
+    return Work(counter.get_total_flops(), sum(scans))
+
+
+TOWERS: dict[str, Callable[..., Work]] = {
+    "fused": _fused_tower,
+    "small": _small_tower,
+    "timm": _timm_tower,
+    **dict.fromkeys(HIERARCHICAL, _staged_tower),
+}

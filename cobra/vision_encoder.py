@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from vision_scan.errors import UserError
 
-from .checkpoint import assign_tensors
+from .checkpoint import assign_tensors, read_state_dict
 from .image import ImageConfig
+from .towers import HIERARCHICAL, Tower
 from .typed_config import require_positive
 
 
@@ -199,7 +200,7 @@ class TimmEncoder(nn.Module):
     def load_weights(self, path: str | Path) -> None:
         """Fills the tower from a file, see `load_tower_weights`."""
         where = f"{path}, read as {self.name},"
-        given = self._as_timm_would(_read_state_dict(Path(path)), where)
+        given = self._as_timm_would(read_state_dict(path), where)
         assign_tensors(self.tower, {k: t for k, t in given.items() if not self._drops(k)}, where)
 
     def _as_timm_would(self, tensors: dict[str, Any], where: str) -> Mapping[str, Tensor]:
@@ -233,47 +234,28 @@ BEHIND_BLOCKS = ("norm", "fc_norm", "attn_pool", "head")  # timm's names of what
 
 
 def load_tower_weights(encoder: nn.Module, paths: Sequence[str | Path]) -> None:
-    """Fills the timm towers of a vision encoder with pretrained weights of local files.
+    """Fills the towers of a vision encoder with pretrained weights of local files.
 
     Position embeddings of another image size are resampled as timm does it. What the published model has
     behind the features that the encoder takes is left out: later blocks, final norm, pooling, head. All else
     has to be there, and nothing but it.
 
     Args:
-        encoder: a TimmEncoder or FusedEncoder, of any image size, dtype and device.
-        paths: a file for each tower, in order: the state dict of the timm model, as .safetensors or as a
-            pickle of plain tensors (.bin, .pth, .pt).
+        encoder: a TimmEncoder, FusedEncoder or one of cobra/towers, of any image size, dtype and device.
+        paths: a file for each tower, in order: the state dict of the timm model, or of the classifier that the
+            authors released, as .safetensors or as a pickle of plain tensors (.bin, .pth, .pt).
     Raises:
         UserError: naming the file, if it is missing or damaged, or the tensors that are missing, unexpected
             or of another shape; or if files and towers differ in number.
     """
-    towers = [module for module in encoder.modules() if isinstance(module, TimmEncoder)]
+    towers = [module for module in encoder.modules() if isinstance(module, TimmEncoder | Tower)]
     if len(towers) != len(paths):
         names = ", ".join(tower.name for tower in towers) or "none"
         raise UserError(
-            f"{len(paths)} tower files for {len(towers)} timm towers ({names}): give one for each, in order"
+            f"{len(paths)} tower files for {len(towers)} pretrained towers ({names}): give one for each, in order"
         )
     for tower, path in zip(towers, paths, strict=True):
         tower.load_weights(path)
-
-
-def _read_state_dict(path: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a timm model's .safetensors, .bin or .pth file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle fails in any way
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: damaged, or holds more than plain tensors ({reason})") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds a {type(data).__name__}, not a state dict of names and tensors")
-    for wrapper in ("state_dict", "model"):
-        data = data[wrapper] if isinstance(data.get(wrapper), dict) else data
-    return data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +289,7 @@ VISION_ENCODERS: dict[str, type[nn.Module]] = {
     "fused": FusedEncoder,
     "small": SmallEncoder,
     "timm": TimmEncoder,
+    **HIERARCHICAL,
 }
 
 VisionEncoderConfig = Union[tuple(encoder.Config for encoder in VISION_ENCODERS.values())]  # noqa: UP007

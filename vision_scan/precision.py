@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Float32Parameters(nn.Module):
-    """A module whose parameters named in `float32_parameters` are never stored in half precision.
+    """A module whose parameters and buffers named in `float32_parameters` are never stored in half precision.
 
     `model.to(torch.bfloat16)`, `.half()` and every engine that casts through `nn.Module` leave them in
     float32; `.double()` still makes them float64. Decays, steps and norms lose accuracy in 16 bits that
@@ -15,7 +15,7 @@ class Float32Parameters(nn.Module):
     float32_parameters: tuple[str, ...] = ()
 
     def _apply(self, fn, recurse=True):
-        own = [self._parameters[name] for name in self.float32_parameters]
+        own = [getattr(self, name) for name in self.float32_parameters]
         kept = {id(tensor) for parameter in own for tensor in (parameter, parameter.grad)}
 
         def cast(tensor: Tensor) -> Tensor:
@@ -46,3 +46,12 @@ class LayerNorm(Float32Parameters):
         wide = x.to(self.weight.dtype)
         y = nn.functional.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.eps)
         return y.to(x.dtype)
+
+
+class BatchNorm2d(Float32Parameters, nn.BatchNorm2d):
+    """Batch normalisation of (batch, channels, height, width), in float32; dtype of x in and out."""
+
+    float32_parameters = ("weight", "bias", "running_mean", "running_var")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)

@@ -21,7 +21,7 @@ from cobra.connector import (
 )
 from cobra.lm.mamba2 import Mamba2Config
 from tests.tolerance import assert_close
-from tests.vision_scan.slow_ss2d import layer_norm, silu, slow_ss2d, visiting_lists
+from tests.vision_scan.modules.slow_ss2d import layer_norm, silu, slow_ss2d, visiting_lists
 from train.optim import decays
 from vision_scan.errors import UserError
 from vision_scan.modules import SS2DConfig

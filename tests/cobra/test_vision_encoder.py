@@ -322,9 +322,9 @@ def test_a_file_that_is_none_is_named(timm, tmp_path, file, write, message):
 
 
 def test_files_are_as_many_as_timm_towers(timm, tmp_path):
-    with pytest.raises(UserError, match=r"2 tower files for 1 timm towers \(vit_tiny_patch16_224\)"):
+    with pytest.raises(UserError, match=r"2 tower files for 1 pretrained towers \(vit_tiny_patch16_224\)"):
         load_tower_weights(tower("vit_tiny_patch16_224"), [tmp_path, tmp_path])
-    with pytest.raises(UserError, match=r"1 tower files for 0 timm towers \(none\)"):
+    with pytest.raises(UserError, match=r"1 tower files for 0 pretrained towers \(none\)"):
         load_tower_weights(build(), [tmp_path])
 
 

@@ -1,53 +1,75 @@
-"""Blocks that scan grids, channels last: SS2D, Mamba's mixer on a grid, and the VSS block around it.
+"""SS2D, Mamba's mixer on a grid, and the VSS block around it.
 
 Source: Liu et al. 2024, "VMamba: Visual State Space Model" (arXiv:2401.10166); names and shapes of parameters
-as in its released code (MzeroMiko/VMamba, vmamba.py).
+as in its released code (MzeroMiko/VMamba, vmamba.py). SS2DConfig() is its first form (v0, in Vanilla-VMamba);
+`VMAMBA` is the form of the final models (there "v05_noz"), whose norms over channels (there "ln2d") are the
+same numbers in another layout.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from .errors import UserError
-from .ops import selective_scan_2d
-from .orders import order as get_order
-from .precision import Float32Parameters, LayerNorm
+from vision_scan.errors import UserError
+from vision_scan.ops import selective_scan_2d
+from vision_scan.orders import order as get_order
+from vision_scan.orders import sequential_order
+from vision_scan.precision import Float32Parameters, LayerNorm
+
+from .released import Released
 
 
 @dataclass(frozen=True, kw_only=True)
 class SS2DConfig:
-    """d_inner = expand * d_model channels of d_state states each, behind a convolution of d_conv x d_conv
-    cells.
+    """d_inner = expand * d_model channels, rounded down, of d_state states each, behind a convolution of d_conv x
+    d_conv cells.
 
     dt comes through dt_rank channels (None: a sixteenth of d_model, rounded up); at the start it is
-    log-uniform in [dt_min, dt_max].
+    log-uniform in [dt_min, dt_max]. Without a gate, in_proj makes the content alone and the scan's normed result
+    goes straight to out_proj.
     """
 
     d_state: int = 16
-    expand: int = 2
+    expand: float = 2.0
     d_conv: int = 3
+    conv_bias: bool = True
+    has_gate: bool = True
     dt_rank: int | None = None
     dt_min: float = 0.001
     dt_max: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("d_state", "expand", "d_conv", "dt_rank"):
+        for name in ("d_state", "d_conv", "dt_rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"SS2D: {name} {value} must be 1 or more")
+        if not self.expand > 0:
+            raise UserError(f"SS2D: expand {self.expand} must be above 0")
         if self.d_conv % 2 == 0:
             raise UserError(f"SS2D: d_conv {self.d_conv} must be odd, to be centred on its cell")
         if not 0 < self.dt_min <= self.dt_max:
             raise UserError("SS2D: dt_min and dt_max must be above 0, dt_min at most dt_max")
 
+    def inner(self, d_model: int) -> int:
+        """d_inner; UserError if nothing is left of so few channels."""
+        d_inner = int(self.expand * d_model)
+        if d_inner < 1:
+            raise UserError(f"SS2D: expand {self.expand} leaves no channel of d_model {d_model}")
+        return d_inner
+
     def rank(self, d_model: int) -> int:
         return self.dt_rank or -(-d_model // 16)
 
 
-class SS2D(Float32Parameters):
+VMAMBA = SS2DConfig(d_state=1, expand=1.0, conv_bias=False, has_gate=False)
+
+
+class SS2D(Released, Float32Parameters):
     """Mamba's mixer on a grid: content and gate, a depthwise convolution over the content's neighbourhood, a
     selective scan along every visiting list of an order, norm, gate.
 
@@ -59,18 +81,21 @@ class SS2D(Float32Parameters):
         d_model: channels in and out.
         order: name of a scan order, options in brackets included.
     Raises:
-        UserError: on an unknown order.
+        UserError: on an order that is unknown or has no sequence.
     """
 
     float32_parameters = ("dt_projs_bias", "A_logs", "Ds")
+    old_names: ClassVar[Mapping[str, str]] = {"x_proj_weight": "x_proj.weight", "dt_projs_weight": "dt_projs.weight"}
 
     def __init__(self, config: SS2DConfig, d_model: int, order: str = "cross4") -> None:
         super().__init__()
         self.order, self.d_state, self.dt_rank = order, config.d_state, config.rank(d_model)
-        self.num_orders = K = len(get_order(order, 2, 3))
-        d_inner = config.expand * d_model
-        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
-        self.conv2d = nn.Conv2d(d_inner, d_inner, config.d_conv, padding=config.d_conv // 2, groups=d_inner)
+        self.num_orders = K = len(sequential_order(order))
+        self.d_inner = d_inner = config.inner(d_model)
+        self.in_proj = nn.Linear(d_model, (1 + config.has_gate) * d_inner, bias=False)
+        self.conv2d = nn.Conv2d(
+            d_inner, d_inner, config.d_conv, padding=config.d_conv // 2, groups=d_inner, bias=config.conv_bias
+        )
         self.x_proj = nn.Linear(d_inner, K * (self.dt_rank + 2 * config.d_state), bias=False)
         self.dt_projs = ListProjection(K, self.dt_rank, d_inner)
         self.dt_projs_bias = nn.Parameter(_initial_dt_bias(config, K, d_inner))
@@ -84,18 +109,22 @@ class SS2D(Float32Parameters):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, height, width, d_model) -> the same shape and dtype, for any height and width."""
-        content, z = self.in_proj(x).chunk(2, dim=-1)
-        u = silu(self.conv2d(content.movedim(-1, 1)).movedim(1, -1))
+        content, *gate = self.in_proj(x).split(self.d_inner, dim=-1)
+        y = self._scan(silu(self.conv2d(content.movedim(-1, 1)).movedim(1, -1)))
+        y = self.out_norm(y)
+        return self.out_proj(y * silu(gate[0]) if gate else y)
+
+    def _scan(self, u: Tensor) -> Tensor:
+        """The selective scan along every list, merged, of u (batch, height, width, d_inner)."""
         per_list = (self.num_orders, -1)
-        y = selective_scan_2d(
+        return selective_scan_2d(
             u,
             *self._selection(u, -torch.exp(self.A_logs).unflatten(0, per_list)),
             self.Ds.unflatten(0, per_list),
             self.dt_projs_bias,
             dt_softplus=True,
-            order=get_order(self.order, *x.shape[1:3]),
+            order=get_order(self.order, *u.shape[1:3]),
         )
-        return self.out_proj(self.out_norm(y) * silu(z))
 
     def _selection(self, u: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dt before its bias, A, B and C of every list, for u (batch, height, width, d_inner). They depend on
@@ -121,13 +150,15 @@ class ListProjection(nn.Linear):
         return torch.einsum("bkyxr,kdr->bkyxd", x, weight)
 
 
-class VSSBlock(nn.Module):
+class VSSBlock(Released):
     """x + SS2D(norm(x)), then x + MLP(norm(x)).
 
     Args:
         config, d_model, order: as of SS2D.
         mlp_ratio: hidden channels of the MLP, in d_model; 0: there is none.
     """
+
+    old_names: ClassVar[Mapping[str, str]] = {"ln_1.": "norm.", "self_attention.": "op."}
 
     def __init__(
         self, config: SS2DConfig, d_model: int, order: str = "cross4", mlp_ratio: float = 4.0

@@ -1,26 +1,17 @@
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 import vision_scan
 from tests.tolerance import assert_close
-from tests.vision_scan.slow_ss2d import layer_norm, slow_ss2d
+from tests.vision_scan.modules.samples import gradients_are_those_of, pictures, randomised
+from tests.vision_scan.modules.slow_ss2d import layer_norm, slow_ss2d
 from vision_scan.errors import UserError
-from vision_scan.modules import SS2D, SS2DConfig, VSSBlock
+from vision_scan.modules import SS2D, VMAMBA, SS2DConfig, VSSBlock
 
 D_MODEL = 6
 SMALL = SS2DConfig(d_state=3, dt_rank=2)
 GRIDS = [(1, 1), (2, 3), (5, 7), (4, 1)]
-
-
-def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """In float64, with weights far from their start, where norms are 1 and biases 0."""
-    noise = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.double().parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.3)
-    return module
 
 
 def ss2d(order: str = "cross4", config: SS2DConfig = SMALL) -> SS2D:
@@ -29,42 +20,41 @@ def ss2d(order: str = "cross4", config: SS2DConfig = SMALL) -> SS2D:
         return randomised(SS2D(config, D_MODEL, order))
 
 
-def pictures(batch: int, height: int, width: int) -> Tensor:
-    noise = torch.Generator().manual_seed(1)
-    return torch.randn(batch, height, width, D_MODEL, generator=noise, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("order", ["raster", "bi2", "cross4"])
 @torch.no_grad()
 def test_ss2d_is_its_formula(order, grid):
-    module, x = ss2d(order), pictures(2, *grid)
+    module, x = ss2d(order), pictures(2, *grid, D_MODEL)
     assert_close(order, module(x), torch.stack([slow_ss2d(module, picture) for picture in x]), 1e-10)
 
 
 @pytest.mark.parametrize(
-    "config", [SS2DConfig(), SS2DConfig(d_conv=1, expand=1), SS2DConfig(d_conv=5, d_state=1)], ids=str
+    "config",
+    [
+        SS2DConfig(),
+        SS2DConfig(d_conv=1, expand=1),
+        SS2DConfig(d_conv=5, d_state=1, expand=1.4),
+        VMAMBA,
+        SS2DConfig(conv_bias=False),
+        SS2DConfig(has_gate=False, d_state=2),
+    ],
+    ids=str,
 )
 @torch.no_grad()
 def test_ss2d_of_other_sizes(config):
-    module, x = ss2d(config=config), pictures(1, 3, 2)
+    module, x = ss2d(config=config), pictures(1, 3, 2, D_MODEL)
     assert_close("sizes", module(x)[0], slow_ss2d(module, x[0]), 1e-10)
 
 
-@torch.no_grad()
-def test_gradients_of_ss2d_are_those_of_the_formula():
-    module, x = ss2d(), pictures(1, 2, 3)
-    weights = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    gradients = []
-    for run in (lambda x: module(x)[0], lambda x: slow_ss2d(module, x[0])):
-        with torch.enable_grad():
-            own = x.clone().requires_grad_()
-            loss = (run(own) * weights).sum()
-            gradients.append(torch.autograd.grad(loss, [own, *module.parameters()]))
-    names = ["x", *(name for name, _ in module.named_parameters())]
-    for name, ours, theirs in zip(names, *gradients, strict=True):
+@pytest.mark.parametrize("config", [SMALL, VMAMBA], ids=["first", "final"])
+def test_gradients_of_ss2d_are_those_of_the_formula(config):
+    def formula(module, x):
+        return torch.stack([slow_ss2d(module, picture) for picture in x])
+
+    module = ss2d(config=config)
+    for name, (ours, theirs) in gradients_are_those_of(formula, module, pictures(2, 2, 3, D_MODEL)).items():
         assert_close(name, ours, theirs, 1e-9)
-        assert ours.any(), name
+        assert ours.any() and ours.isfinite().all(), name
 
 
 def test_parameters_are_vmambas():
@@ -84,6 +74,9 @@ def test_parameters_are_vmambas():
         "out_norm.bias": (D,),
         "out_proj.weight": (96, D),
     }
+    final = {name: tuple(p.shape) for name, p in SS2D(VMAMBA, 96).named_parameters()}
+    assert "conv2d.bias" not in final and final["in_proj.weight"] == (96, 96)
+    assert final["x_proj.weight"] == (4 * (6 + 2), 96) and final["A_logs"] == (4 * 96, 1)
     block = {name.partition(".")[0] for name, _ in VSSBlock(SMALL, D_MODEL).named_parameters()}
     assert block == {"norm", "op", "norm2", "mlp"}
 
@@ -101,7 +94,7 @@ def test_the_recurrence_starts_as_mambas():
 
 @torch.no_grad()
 def test_ss2d_takes_every_order():
-    x = pictures(1, 3, 4)
+    x = pictures(1, 3, 4, D_MODEL)
     results = {order: ss2d(order)(x) for order in [*vision_scan.SCAN_ORDERS, "random(seed=3)"] if order != "noncausal"}
     assert all(y.shape == x.shape and y.isfinite().all() for y in results.values())
     assert not torch.allclose(results["random"], results["random(seed=3)"])
@@ -111,7 +104,7 @@ def test_ss2d_takes_every_order():
 @torch.no_grad()
 def test_float32_stays_where_accuracy_needs_it():
     wide = {"dt_projs_bias", "A_logs", "Ds", "out_norm.weight", "out_norm.bias"}
-    module, x = ss2d(), pictures(2, 3, 4)
+    module, x = ss2d(), pictures(2, 3, 4, D_MODEL)
     exact = module(x)
     half = module.float().to(torch.bfloat16)
     assert {name for name, p in half.named_parameters() if p.dtype == torch.float32} == wide
@@ -123,7 +116,7 @@ def test_float32_stays_where_accuracy_needs_it():
 @pytest.mark.parametrize("mlp_ratio", [0, 4.0])
 @torch.no_grad()
 def test_vss_block_is_its_formula(mlp_ratio):
-    block, x = randomised(VSSBlock(SMALL, D_MODEL, "bi2", mlp_ratio)), pictures(2, 3, 2)
+    block, x = randomised(VSSBlock(SMALL, D_MODEL, "bi2", mlp_ratio)), pictures(2, 3, 2, D_MODEL)
     expected = x + torch.stack([slow_ss2d(block.op, picture) for picture in layer_norm(x, block.norm)])
     if mlp_ratio:
         assert block.mlp.fc1.out_features == 4 * D_MODEL
@@ -138,6 +131,7 @@ def test_vss_block_is_its_formula(mlp_ratio):
         ("d_state 0", {"d_state": 0}),
         ("dt_rank -1", {"dt_rank": -1}),
         ("expand 0", {"expand": 0}),
+        ("expand nan", {"expand": float("nan")}),
         ("d_conv 4 must be odd", {"d_conv": 4}),
         ("d_conv 0", {"d_conv": 0}),
         ("dt_min", {"dt_min": 0.2}),
@@ -149,6 +143,18 @@ def test_wrong_sizes_fail_at_construction(message, settings):
         SS2DConfig(**settings)
 
 
+def test_no_channel_fails_at_construction():
+    with pytest.raises(UserError, match=r"expand 0\.1 leaves no channel of d_model 6"):
+        SS2D(SS2DConfig(expand=0.1), D_MODEL)
+
+
+def test_what_belongs_to_the_scan_is_kept_from_weight_decay():
+    marked = {name for name, p in SS2D(VMAMBA, 16).named_parameters() if getattr(p, "_no_weight_decay", False)}
+    assert marked == {"A_logs", "Ds", "dt_projs_bias"}
+
+
 def test_an_unknown_order_fails_at_construction():
     with pytest.raises(UserError, match="'hilbert'"):
         SS2D(SMALL, D_MODEL, "hilbrt")
+    with pytest.raises(UserError, match="no sequence"):
+        SS2D(SMALL, D_MODEL, "noncausal")
