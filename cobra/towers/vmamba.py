@@ -4,6 +4,7 @@ Source: Liu et al. 2024, "VMamba: Visual State Space Model" (arXiv:2401.10166); 
 released configurations and code (MzeroMiko/VMamba: vmambav2v_tiny_224, vmambav2_small_224, vmambav2_base_224).
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,8 +70,11 @@ class VMamba(Tower):
         )
         wider = [*map(_downsample, config.dims, config.dims[1:]), nn.Identity()]
         self.layers = nn.Sequential()
+        numbers = itertools.count()  # of blocks, through all stages
         for dim, depth, downsample in zip(config.dims, config.depths, wider, strict=True):
-            blocks = [VSSBlock(config.mixer, dim, config.order, config.mlp_ratio) for _ in range(depth)]
+            blocks = [
+                VSSBlock(config.mixer, dim, config.order, config.mlp_ratio, next(numbers)) for _ in range(depth)
+            ]
             self.layers.append(nn.Sequential(OrderedDict(blocks=nn.Sequential(*blocks), downsample=downsample)))
 
     def features(self, pixels: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class SS2D(Released, Float32Parameters):
         config: the sizes.
         d_model: channels in and out.
         order: name of a scan order, options in brackets included.
+        depth: number of the layer, for orders whose lists take turns; None: all lists.
     Raises:
         UserError: on an order that is unknown or has no sequence.
     """
@@ -87,10 +88,10 @@ class SS2D(Released, Float32Parameters):
     float32_parameters = ("dt_projs_bias", "A_logs", "Ds")
     old_names: ClassVar[Mapping[str, str]] = {"x_proj_weight": "x_proj.weight", "dt_projs_weight": "dt_projs.weight"}
 
-    def __init__(self, config: SS2DConfig, d_model: int, order: str = "cross4") -> None:
+    def __init__(self, config: SS2DConfig, d_model: int, order: str = "cross4", depth: int | None = None) -> None:
         super().__init__()
-        self.order, self.d_state, self.dt_rank = order, config.d_state, config.rank(d_model)
-        self.num_orders = K = len(sequential_order(order))
+        self.order, self.depth, self.d_state, self.dt_rank = order, depth, config.d_state, config.rank(d_model)
+        self.num_orders = K = len(sequential_order(order, depth))
         self.d_inner = d_inner = config.inner(d_model)
         self.in_proj = nn.Linear(d_model, (1 + config.has_gate) * d_inner, bias=False)
         self.conv2d = nn.Conv2d(
@@ -123,7 +124,7 @@ class SS2D(Released, Float32Parameters):
             self.Ds.unflatten(0, per_list),
             self.dt_projs_bias,
             dt_softplus=True,
-            order=get_order(self.order, *u.shape[1:3]),
+            order=get_order(self.order, *u.shape[1:3], self.depth),
         )
 
     def _selection(self, u: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -154,18 +155,23 @@ class VSSBlock(Released):
     """x + SS2D(norm(x)), then x + MLP(norm(x)).
 
     Args:
-        config, d_model, order: as of SS2D.
+        config, d_model, order, depth: as of SS2D.
         mlp_ratio: hidden channels of the MLP, in d_model; 0: there is none.
     """
 
     old_names: ClassVar[Mapping[str, str]] = {"ln_1.": "norm.", "self_attention.": "op."}
 
     def __init__(
-        self, config: SS2DConfig, d_model: int, order: str = "cross4", mlp_ratio: float = 4.0
+        self,
+        config: SS2DConfig,
+        d_model: int,
+        order: str = "cross4",
+        mlp_ratio: float = 4.0,
+        depth: int | None = None,
     ) -> None:
         super().__init__()
         self.norm = LayerNorm(d_model)
-        self.op = SS2D(config, d_model, order)
+        self.op = SS2D(config, d_model, order, depth)
         self.norm2, self.mlp = None, None
         if mlp_ratio > 0:
             self.norm2, self.mlp = LayerNorm(d_model), MLP(d_model, int(mlp_ratio * d_model))

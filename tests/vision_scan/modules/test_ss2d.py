@@ -102,6 +102,15 @@ def test_ss2d_takes_every_order():
 
 
 @torch.no_grad()
+def test_layers_take_turns():
+    x = pictures(1, 3, 4, D_MODEL)
+    for depth, order in enumerate(["raster", "raster_rev", "column", "column_rev", "raster"]):
+        turn, plain = randomised(SS2D(SMALL, D_MODEL, "nd_cycle", depth)), ss2d(order)
+        plain.load_state_dict(turn.state_dict())
+        assert torch.equal(turn(x), plain(x))
+
+
+@torch.no_grad()
 def test_float32_stays_where_accuracy_needs_it():
     wide = {"dt_projs_bias", "A_logs", "Ds", "out_norm.weight", "out_norm.bias"}
     module, x = ss2d(), pictures(2, 3, 4, D_MODEL)
