@@ -21,8 +21,9 @@ class MQTConfig:
         num_heads: of the attention; divides the width of the features.
         keep: how many tokens it makes, those of the first queries; None: of all. A model that was trained with
             `nested` may be read with any number from 1 on.
-        nested: in training, each forward call keeps a number drawn from 2, 4, ... up to `num_queries`, see
-            `Cobra.loss`; read back, the model keeps as many as `keep` says.
+        nested: each training step reads the tokens of the first 2, 4, ... or all queries, as `Cobra.loss` draws.
+            The processor writes as many image tokens as ever, and the loss takes the others out of its rows again.
+            Evaluation and generation read as many as `keep` says.
     """
 
     kind: Literal["mqt"] = "mqt"
@@ -37,9 +38,15 @@ class MQTConfig:
             raise UserError(f"mqt: num_queries {self.num_queries} must be a square, for instance 64, 144, 256")
         if self.keep is not None and not 1 <= self.keep <= self.num_queries:
             raise UserError(f"mqt: keep {self.keep} must be from 1 to num_queries, {self.num_queries}")
+        if self.nested and self.num_kept % 2:
+            raise UserError(f"mqt: nested draws even numbers of tokens, up to {self.num_kept}: make it even")
+
+    @property
+    def num_kept(self) -> int:
+        return self.keep or self.num_queries
 
     def num_tokens(self, height: int, width: int) -> int:
-        return self.keep or self.num_queries
+        return self.num_kept
 
 
 class MQTConnector(nn.Module):
@@ -49,7 +56,8 @@ class MQTConnector(nn.Module):
     the position of its own place, a key is the norm of a cell's position and of nothing else, so that only the
     values know the picture. Positions are sines and cosines of a square of as many places as there are queries,
     resampled to the grid bicubically. They are computed here and not stored; the release rounds them to half
-    precision. The release's keys have a bias, which adds the same to all scores of a query and is left out.
+    precision. Its keys have biases, in norm and projection, that add the same to all scores of a query, to no effect;
+    they are left out.
 
     Source: Hu et al. 2024, "Matryoshka Query Transformer" (arXiv:2405.19315).
     """
@@ -65,7 +73,8 @@ class MQTConnector(nn.Module):
             )
         self.config = config
         self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(config.num_queries, d_vision), std=0.02))
-        self.norm_q, self.norm_k, self.norm_v = (LayerNorm(d_vision, 1e-6) for _ in range(3))
+        self.norm_q, self.norm_v = LayerNorm(d_vision, 1e-6), LayerNorm(d_vision, 1e-6)
+        self.norm_k = LayerNorm(d_vision, 1e-6, bias=False)
         self.q_proj, self.v_proj, self.out_proj = (nn.Linear(d_vision, d_vision) for _ in range(3))
         self.k_proj = nn.Linear(d_vision, d_vision, bias=False)
         self.proj = nn.Linear(d_vision, d_model, bias=False)
@@ -73,7 +82,7 @@ class MQTConnector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         height, width = features.shape[1:3]
-        num_tokens = self.config.num_tokens(height, width)
+        num_tokens = self.config.num_kept
         positions = query_positions(*self.queries.shape, features.device)
         q = self.queries[:num_tokens] + positions[:num_tokens].to(self.queries.dtype)
         k = resample(positions, height, width).to(self.queries.dtype)
@@ -83,6 +92,11 @@ class MQTConnector(nn.Module):
         weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
         mixed = (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
         return self.proj(self.out_proj(mixed))
+
+    def draw(self) -> int:
+        """One of 2, 4, ... up to all tokens, with equal odds, from torch's global generator: a resumed run goes on
+        with the draws of an undisturbed one."""
+        return 2 * int(torch.randint(1, self.config.num_kept // 2 + 1, ()))
 
     def _heads(self, x: Tensor) -> Tensor:
         """(..., tokens, d) -> (..., heads, tokens, d of a head)"""

@@ -1,13 +1,17 @@
 """Connectors that make fewer tokens than cells, against loops over cells that were written from the papers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import cobra
+from cobra.config import PRESETS, TINY_ATTENTION
 from cobra.connector import CONNECTORS, MQTConfig, Pool2dConfig, ReshapeConfig, SpaceToDepthConfig
+from cobra.model import Cobra
 from tests.cobra.test_connector import D_VISION, affine, build, count, features
 from tests.tolerance import assert_close
 from tests.vision_scan.slow_ss2d import layer_norm
@@ -60,10 +64,8 @@ def test_pool2d_interpolates_the_map(factor, grid):
     tokens = []
     for i in range(rows):
         for j in range(columns):
-            around = [
-                p * q * x[:, row, column] for row, p in place(i, rows, grid[0]) for column, q in place(j, columns, grid[1])
-            ]
-            tokens.append(sum(around))
+            near = [(a, b) for a in place(i, rows, grid[0]) for b in place(j, columns, grid[1])]
+            tokens.append(sum(p * q * x[:, row, column] for (row, p), (column, q) in near))
     assert_close(str(grid), connector(x), slow_mlp(torch.stack(tokens, 1), connector.mlp), 1e-12)
 
 
@@ -155,7 +157,9 @@ def slow_mqt(connector, config: MQTConfig, x: Tensor, num_tokens: int) -> Tensor
     keys, values = [], []
     for i in range(height):
         for j in range(width):
-            keys.append(layer_norm(position(i, j), connector.norm_k) @ connector.k_proj.weight.T)
+            at = position(i, j)
+            normed = (at - at.mean()) / (at.var(correction=0) + 1e-6) ** 0.5 * connector.norm_k.weight
+            keys.append(normed @ connector.k_proj.weight.T)
             values.append(affine(layer_norm(x[i, j], connector.norm_v), connector.v_proj))
     tokens = []
     for index in range(num_tokens):
@@ -205,8 +209,8 @@ def test_compressing_connectors_have_their_published_sizes():
         made = {kind: CONNECTORS[kind](CONNECTORS[kind].Config(), 1024, 4096) for kind in ("pool2d", "mqt")}
         omni = CONNECTORS["reshape"](ReshapeConfig(), 1152, 896)
     assert count(made["pool2d"]) == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
-    # Queries, three norms, an attention without the bias of its keys, the last map.
-    assert count(made["mqt"]) == 256 * 1024 + 6 * 1024 + 4 * 1024**2 + 3 * 1024 + 1024 * 4096
+    # Queries, three norms and an attention, both without the bias of the keys, the last map.
+    assert count(made["mqt"]) == 256 * 1024 + 5 * 1024 + 4 * 1024**2 + 3 * 1024 + 1024 * 4096
     assert count(omni) == 9 * 1152 * 896 + 896 + 896 * 896 + 896
 
 
@@ -231,6 +235,7 @@ def test_compressing_connectors_under_autocast(config):
         ("keep 0 must be from 1 to num_queries, 256", MQTConfig, {"keep": 0}),
         ("keep 257", MQTConfig, {"keep": 257}),
         ("num_heads 0", MQTConfig, {"num_heads": 0}),
+        ("even numbers of tokens, up to 9", MQTConfig, {"num_queries": 9, "nested": True}),
     ],
 )
 def test_wrong_settings_fail_at_construction(message, config, settings):
@@ -241,3 +246,68 @@ def test_wrong_settings_fail_at_construction(message, config, settings):
 def test_mqt_refuses_features_that_its_heads_do_not_divide():
     with pytest.raises(UserError, match="width 12 do not suit num_heads 16"):
         build(MQTConfig(num_queries=9))
+
+
+def nested_model(**settings) -> Cobra:
+    tiny = PRESETS["tiny"]
+    config = replace(
+        tiny,
+        vision_encoder=replace(tiny.vision_encoder, d_model=16),
+        connector=MQTConfig(num_queries=16, num_heads=2, **settings),
+        lm=replace(tiny.lm, layers=(*tiny.lm.layers[:1], TINY_ATTENTION)),
+    )
+    return cobra.build(config, dtype="float64")
+
+
+def rows(model: Cobra, packed: bool) -> dict[str, Tensor]:
+    """Two pictures in a row, labels right behind one of them, and one picture: padded, or in one row."""
+    tile, noise = [model.tokenizer.image_id] * model.config.tokens_per_tile, torch.Generator().manual_seed(0)
+    words = torch.randint(200, (9,), generator=noise).tolist()
+    ids = [[*words[:2], *tile, *words[2:4], *tile, *words[4:7]], [*tile, *words[7:]]]
+    labels = [[token if token in words[2:] else -100 for token in row] for row in ids]
+    pixels = torch.rand(3, 3, 64, 64, generator=noise, dtype=torch.float64)
+    if packed:
+        seq_idx = [number for number, row in enumerate(ids) for _ in row]
+        columns = {"input_ids": [ids[0] + ids[1]], "labels": [labels[0] + labels[1]], "seq_idx": [seq_idx]}
+    else:
+        missing = len(ids[0]) - len(ids[1])
+        columns = {"input_ids": [ids[0], ids[1] + [0] * missing], "labels": [labels[0], labels[1] + [-100] * missing]}
+    return {**{name: torch.tensor(column) for name, column in columns.items()}, "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("drawn", [2, 6, 16])
+def test_a_nested_step_is_one_of_a_model_with_as_many_tokens(monkeypatch, drawn, packed):
+    nested = nested_model(nested=True).train()
+    monkeypatch.setattr(nested.connector, "draw", lambda: drawn)
+    plain = nested_model(keep=drawn).train()
+    for model in (nested, plain):
+        loss, supervised = model.loss(rows(model, packed))
+        loss.backward()
+        model.found = loss.detach(), supervised
+    assert_close("loss", nested.found[0], plain.found[0], 1e-10)
+    assert nested.found[1] == plain.found[1] > 0
+    for (name, a), b in zip(nested.named_parameters(), plain.parameters(), strict=True):
+        assert_close(name, a.grad, b.grad, 1e-8)
+
+
+@torch.no_grad()
+def test_nested_draws_are_those_of_torch_and_of_training_alone():
+    model = nested_model(nested=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = torch.get_rng_state()
+        drawn = [model.connector.draw() for _ in range(200)]
+        assert set(drawn) == set(range(2, 17, 2))
+        torch.set_rng_state(state)
+        assert [model.connector.draw() for _ in range(200)] == drawn
+        state = torch.get_rng_state()
+        plain = nested_model()
+        assert_close("evaluation", model.loss(rows(model, True))[0], plain.loss(rows(plain, True))[0], 1e-12)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nested_is_refused_where_processes_share_a_row():
+    model = nested_model(nested=True).train()
+    with pytest.raises(UserError, match=r"connector\.nested"):
+        model.loss(rows(model, False), group=object())
