@@ -157,22 +157,23 @@ class Cobra(nn.Module):
             UserError: if image tokens and tiles do not fit, or rows or layers cannot be shared by the group.
         """
         ids, pixels, seq_idx = batch["input_ids"], batch.get("pixel_values"), batch.get("seq_idx")
-        labels, is_nested = batch["labels"], self.training and getattr(self.config.connector, "nested", False)
+        labels = batch["labels"]
+        is_nested = self.training and pixels is not None and getattr(self.config.connector, "nested", False)
         if group is None:
             embeds = self.embed(ids, pixels)
-            if is_nested and pixels is not None:
+            if is_nested:
                 embeds, labels, seq_idx = self._first_tokens(ids, embeds, labels, seq_idx)
-        elif is_nested:
-            raise UserError("connector.nested draws a number of tokens on each process, and here several share a row: "
-                            "set connector.nested=false, or train without sequence parallelism")  # fmt: skip
-        # What each place predicts is the label of the next, which may stand in another process's piece.
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        if group is None:
             hidden, _ = self.lm.read(inputs_embeds=embeds, seq_idx=seq_idx)
+            targets = _next_labels(labels)
         else:
+            if is_nested:
+                raise UserError(
+                    "connector.nested draws a number of tokens on each process, and here several share a row: set "
+                    "connector.nested=false, or give each process rows of its own"
+                )
             batch_size, seqlen = ids.shape
             shard = SequenceShard.cut(batch_size, seqlen, group, seq_idx)
-            targets = shard.take(targets)
+            targets = shard.take(_next_labels(labels))
             hidden, _ = self.lm.read(inputs_embeds=self.embed_shard(ids, pixels, shard), shard=shard)
         supervised = targets != IGNORE
         return self.lm.loss(hidden[supervised], targets[supervised]), supervised.sum()
@@ -196,6 +197,11 @@ class Cobra(nn.Module):
     answer = generation.answer
     answer_batch = generation.answer_batch
     prefill = generation.prefill
+
+
+def _next_labels(labels: Tensor) -> Tensor:
+    """What each place predicts: the label of the next, which may stand in another process's piece."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 @torch.no_grad()

@@ -214,7 +214,7 @@ class TimmEncoder(nn.Module):
         if not timm.is_model(config.name.split(".")[0]):
             raise UserError(f"timm has no model {config.name!r}; timm.list_models() names what it has")
         size = {"img_size": (image.height, image.width)}
-        self.tower = timm.create_model(config.name, pretrained=False, num_classes=0, **size)
+        self.tower: Any = timm.create_model(config.name, pretrained=False, num_classes=0, **size)
         depth = len(self.tower.blocks)
         if not -depth <= config.block < depth:
             raise UserError(f"{config.name} has {depth} blocks; block {config.block} is not one of them")

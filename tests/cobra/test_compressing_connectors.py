@@ -17,6 +17,8 @@ from tests.tolerance import assert_close
 from tests.vision_scan.slow_ss2d import layer_norm
 from vision_scan.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GRIDS = [(1, 1), (2, 3), (5, 7), (9, 6), (7, 1)]
 MQT = MQTConfig(num_queries=9, num_heads=2)
 

@@ -28,6 +28,8 @@ from tests.cobra.test_connector import small as small_connector
 from tests.tolerance import assert_close
 from vision_scan.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CELLS = [1, 2, 7, 24, 35]
 
 
@@ -270,13 +272,17 @@ def test_tokens_of_a_model_are_those_of_its_parts():
     assert_close("behind", model.encode_images(pixels), torch.stack(kept), 1e-10)
 
 
-def test_a_directory_from_before_is_read_without_a_reduction(tmp_path):
+def test_a_directory_is_read_with_the_reduction_that_its_config_says_or_none(tmp_path):
     cobra.save(cobra.build(small_config()), tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     data = json.loads(file.read_text())
     assert data.pop("token_reduction") is None
-    file.write_text(json.dumps(data))
+    file.write_text(json.dumps(data))  # as from before there were any
     assert cobra.load(tmp_path / "model").config == small_config()
+    file.write_text(json.dumps({**data, "token_reduction": {"kind": "tome", "num_tokens": 4}}))
+    model = cobra.load(tmp_path / "model")
+    assert model.config.tokens_per_tile == 4
+    assert model.answer("What?", images=[Image.new("RGB", (9, 9))], max_new_tokens=2)
 
 
 def test_settings_as_text():
