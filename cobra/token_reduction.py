@@ -99,8 +99,7 @@ class VisionZipConfig(TokenReduction):
         is_contextual = torch.zeros(rest.shape[1], dtype=torch.bool, device=x.device)
         is_contextual[: step * self.contextual : step] = True
         contextual, others = rest[:, is_contextual], rest[:, ~is_contextual]
-        keys = normalize(attention.keys, dim=-1)
-        nearest = (_cells(keys, others) @ _cells(keys, contextual).mT).argmax(-1)
+        nearest = _cosines(_cells(attention.keys, others), _cells(attention.keys, contextual)).argmax(-1)
         merged = _cells(x, contextual) + group_means(_cells(x, others), nearest, self.contextual)
         places = torch.cat([dominant, contextual], dim=1)
         return _cells(torch.cat([_cells(x, dominant), merged], dim=1), places.argsort(dim=1))
@@ -143,8 +142,8 @@ def similar_groups(keys: Tensor, num_groups: int) -> Tensor:
     groups = torch.arange(count, device=keys.device).expand(n, -1)
     while count > num_groups:
         fewer = min(count - num_groups, count // 2)
-        metric = normalize(group_means(keys, groups, count), dim=-1)
-        similarity, partner = (metric[:, ::2] @ metric[:, 1::2].mT).max(-1)
+        metric = group_means(keys, groups, count)
+        similarity, partner = _cosines(metric[:, ::2], metric[:, 1::2]).max(-1)
         sources = similarity.topk(fewer, dim=1).indices
         places = torch.arange(count, device=keys.device).expand(n, -1)
         targets = places.scatter(1, 2 * sources, 2 * partner.gather(1, sources) + 1)
@@ -168,6 +167,13 @@ def group_means(x: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     sums = sums.scatter_add(1, groups[..., None].expand_as(x), wide)
     sizes = wide.new_zeros(len(x), num_groups).scatter_add(1, groups, torch.ones_like(groups, dtype=wide.dtype))
     return (sums / sizes.clamp(min=1)[..., None]).to(x.dtype)
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Of (n, i, d) and (n, j, d) each with each: (n, i, j), in their dtype under autocast too, so that training
+    matches as evaluation does."""
+    with torch.autocast(a.device.type, enabled=False):
+        return normalize(a, dim=-1) @ normalize(b, dim=-1).mT
 
 
 def _cells(x: Tensor, places: Tensor) -> Tensor:

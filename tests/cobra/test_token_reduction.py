@@ -134,6 +134,15 @@ def test_cells_that_are_kept_stay_in_raster_order():
     assert similar_groups(keys, 6).tolist() == [[group for group in range(6) for _ in range(4)]]
 
 
+@pytest.mark.parametrize("kind", REDUCTIONS)
+def test_autocast_changes_no_choice(kind):
+    x, seen = tokens(200).float(), attention(200)
+    seen = PatchAttention(seen.received.float(), seen.keys.float())
+    plain = REDUCTIONS[kind].reduce(x, seen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(REDUCTIONS[kind].reduce(x, seen), plain)
+
+
 def test_means_of_groups_in_half_precision_are_summed_in_float32():
     x = torch.full((1, 4000, 1), 1.01).bfloat16()
     found = group_means(x, torch.zeros(1, 4000, dtype=torch.int64), 2)
