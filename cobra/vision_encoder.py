@@ -128,7 +128,8 @@ class SmallEncoder(nn.Module):
         features = self.norm(tokens).unflatten(1, (height, width)) + positions
         if not return_attention:
             return features
-        q, k, _ = self.blocks[-1].heads(before.detach())
+        with torch.no_grad():
+            q, k, _ = self.blocks[-1].heads(before)
         return features, PatchAttention.of(q, k)
 
 
