@@ -115,7 +115,8 @@ class ToMeConfig(TokenReduction):
 
     Source: Bolya et al. 2023, "Token Merging" (arXiv:2210.09461), bipartite soft matching. There it makes the tower
     itself faster, a few tokens in each block, with attention weighted by sizes; here the tower is left as it is and
-    the language model reads less.
+    the language model reads less. Between rounds, too, tokens stay in raster order; the released code then has those
+    that were not merged in front.
 
     Attributes:
         num_tokens: tokens of a tile.
