@@ -14,6 +14,7 @@ from .lm.mamba2 import Mamba2Config
 from .lm.mlp import MLPConfig
 from .lm.stack import LMConfig
 from .prompt import TEMPLATES
+from .token_reduction import TokenReductionConfig
 from .vision_encoder import FusedEncoderConfig, SmallEncoderConfig, TimmEncoderConfig, VisionEncoderConfig
 
 
@@ -25,6 +26,7 @@ class CobraConfig:
         image: size of a tile and how images are fitted into it.
         template: how a conversation is written, a name of `prompt.TEMPLATES`.
         weights: how the language model's projections are stored, see quantize.py.
+        token_reduction: fewer tokens of a tile than the connector would make, see token_reduction.py.
     """
 
     image: ImageConfig
@@ -33,9 +35,12 @@ class CobraConfig:
     lm: LMConfig
     template: str = "compact"
     weights: Literal["plain", "int8", "int4"] = "plain"
+    token_reduction: TokenReductionConfig | None = None
 
     def __post_init__(self) -> None:
         choose("template", self.template, TEMPLATES)
+        if self.token_reduction is not None:
+            self.token_reduction.check(self.grid, self.connector)
         self.tokens_per_tile  # noqa: B018 (an image smaller than a patch fails here)
 
     @property
@@ -44,9 +49,16 @@ class CobraConfig:
         return self.vision_encoder.grid(self.image.height, self.image.width)
 
     @property
+    def connector_grid(self) -> tuple[int, int]:
+        """Rows and columns that the connector gets of one tile; what a reduction left of them is a row."""
+        reduction = self.token_reduction
+        return (1, reduction.num_tokens) if reduction and reduction.behind == "vision_encoder" else self.grid
+
+    @property
     def tokens_per_tile(self) -> int:
         """Tokens of the language model that one tile becomes."""
-        return self.connector.num_tokens(*self.grid)
+        reduction = self.token_reduction
+        return reduction.num_tokens if reduction else self.connector.num_tokens(*self.grid)
 
 
 def transformer_twin(

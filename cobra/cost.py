@@ -20,6 +20,7 @@ from vision_scan.modules import SS2D
 
 from .config import CobraConfig
 from .connector.ldp import PEG
+from .connector.mqt import MQTConnector
 from .connector.msc import ScanMixer
 from .lm.mixer import LayerCost
 from .lm.stack import LMConfig
@@ -144,17 +145,36 @@ def tile_work(model: Cobra) -> dict[str, Work]:
     """What vision encoder and connector compute for one tile, by part; the model may be without memory behind it.
 
     A matrix or kernel acts once at each of its positions: pixels of a convolution's output, tokens of a tower, cells of
-    a connector's grid. An encoder of an unknown kind is counted as if all of it acted on the grid, without attention.
+    a connector's grid or its tokens. An encoder of an unknown kind is counted as if all of it acted on the grid,
+    without attention, and so is a connector. Choosing tokens, where a token_reduction does, is not counted.
     """
     height, width = model.config.grid
     formula = TOWERS.get(model.config.vision_encoder.kind)
     encoder, connector = model.vision_encoder, model.connector
-    cells = height * width
-    tower = Work(cells * _products(encoder)) if formula is None else formula(encoder, height, width)
+    tower = Work(height * width * _products(encoder)) if formula is None else formula(encoder, height, width)
+    of_connector = CONNECTOR_WORK.get(model.config.connector.kind, _on_cells)
+    num_tokens = model.config.connector.num_tokens(*model.config.connector_grid)
+    return {"vision_encoder": tower, "connector": of_connector(connector, *model.config.connector_grid, num_tokens)}
+
+
+def _on_cells(connector: nn.Module, height: int, width: int, num_tokens: int) -> Work:
+    """All of it on the cells, but for convolutions behind a pooling."""
     pooled = sum(_products(module) for module in connector.modules() if isinstance(module, PEG))
-    weights = cells * (_products(connector) - pooled) + model.config.tokens_per_tile * pooled
-    scans = sum(_scan_operations(module, height, width) for module in connector.modules())
-    return {"vision_encoder": tower, "connector": Work(weights, scans)}
+    weights = height * width * (_products(connector) - pooled) + num_tokens * pooled
+    return Work(weights, sum(_scan_operations(module, height, width) for module in connector.modules()))
+
+
+def _on_tokens(connector: nn.Module, height: int, width: int, num_tokens: int) -> Work:
+    return Work(num_tokens * _products(connector))
+
+
+def _of_queries(connector: MQTConnector, height: int, width: int, num_tokens: int) -> Work:
+    """As if each picture came alone: those of a batch share queries, keys and their products."""
+    cells = height * width
+    on_cells = _products(connector.k_proj) + _products(connector.v_proj)
+    on_tokens = _products(connector.q_proj) + _products(connector.out_proj) + _products(connector.proj)
+    d_vision = connector.queries.shape[1]
+    return Work(cells * on_cells + num_tokens * on_tokens, 4 * num_tokens * cells * d_vision)
 
 
 def _products(module: nn.Module) -> int:
@@ -224,4 +244,11 @@ TOWERS: dict[str, Callable[..., Work]] = {
     "small": _small_tower,
     "timm": _timm_tower,
     **dict.fromkeys(HIERARCHICAL, _staged_tower),
+}
+
+CONNECTOR_WORK: dict[str, Callable[..., Work]] = {
+    "mqt": _of_queries,
+    "pool2d": _on_tokens,
+    "reshape": _on_tokens,
+    "space_to_depth": _on_tokens,
 }

@@ -74,7 +74,14 @@ class Cobra(nn.Module):
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Tiles to tokens: (n, 3, height, width) -> (n, tokens_per_tile, d_model)."""
-        return self.connector(self.vision_encoder(pixel_values).to(self.dtype))
+        reduction = self.config.token_reduction
+        if reduction is None:
+            return self.connector(self.vision_encoder(pixel_values).to(self.dtype))
+        features, attention = self.vision_encoder(pixel_values, return_attention=True)
+        features = features.to(self.dtype)
+        if reduction.behind == "connector":
+            return reduction.reduce(self.connector(features), attention)
+        return self.connector(reduction.reduce(features.flatten(1, 2), attention)[:, None])
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
         """Embeddings of a prompt, the tokens of the tiles in order where the image tokens stand.
@@ -150,22 +157,51 @@ class Cobra(nn.Module):
             UserError: if image tokens and tiles do not fit, or rows or layers cannot be shared by the group.
         """
         ids, pixels, seq_idx = batch["input_ids"], batch.get("pixel_values"), batch.get("seq_idx")
-        # What each place predicts is the label of the next, which may stand in another process's piece.
-        targets = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+        labels = batch["labels"]
+        is_nested = self.training and pixels is not None and getattr(self.config.connector, "nested", False)
         if group is None:
-            hidden, _ = self.lm.read(inputs_embeds=self.embed(ids, pixels), seq_idx=seq_idx)
+            embeds = self.embed(ids, pixels)
+            if is_nested:
+                embeds, labels, seq_idx = self._first_tokens(ids, embeds, labels, seq_idx)
+            hidden, _ = self.lm.read(inputs_embeds=embeds, seq_idx=seq_idx)
+            targets = _next_labels(labels)
         else:
+            if is_nested:
+                raise UserError(
+                    "connector.nested draws a number of tokens on each process, and here several share a row: set "
+                    "connector.nested=false, or give each process rows of its own"
+                )
             batch_size, seqlen = ids.shape
             shard = SequenceShard.cut(batch_size, seqlen, group, seq_idx)
-            targets = shard.take(targets)
+            targets = shard.take(_next_labels(labels))
             hidden, _ = self.lm.read(inputs_embeds=self.embed_shard(ids, pixels, shard), shard=shard)
         supervised = targets != IGNORE
         return self.lm.loss(hidden[supervised], targets[supervised]), supervised.sum()
+
+    def _first_tokens(
+        self, ids: Tensor, embeds: Tensor, labels: Tensor, seq_idx: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Embeddings, labels and segments of rows with as many tokens of each tile as the connector draws, the first.
+
+        The others are taken out. Where a row loses more than another, some stand behind its end, as padding does.
+        """
+        is_image = ids == self.tokenizer.image_id
+        numbers = (is_image.flatten().cumsum(0).view_as(ids) - 1) % self.config.tokens_per_tile
+        is_left_out = is_image & (numbers >= self.connector.draw())
+        longest = int((~is_left_out).sum(1).max())
+        order = is_left_out.long().argsort(dim=1, stable=True)[:, :longest]
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        return embeds[rows, order], labels[rows, order], None if seq_idx is None else seq_idx[rows, order]
 
     generate = generation.generate
     answer = generation.answer
     answer_batch = generation.answer_batch
     prefill = generation.prefill
+
+
+def _next_labels(labels: Tensor) -> Tensor:
+    """What each place predicts: the label of the next, which may stand in another process's piece."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 @torch.no_grad()
@@ -190,6 +226,8 @@ def chance_loss(model: Cobra) -> float:
 def make_vision_parts(config: CobraConfig) -> tuple[nn.Module, nn.Module]:
     """The vision encoder and the connector of a configuration, with random weights."""
     encoder = VISION_ENCODERS[config.vision_encoder.kind](config.vision_encoder, config.image)
+    if config.token_reduction is not None:
+        encoder.check_attention()
     connector = CONNECTORS[config.connector.kind]
     return encoder, connector(config.connector, encoder.d_model, config.lm.d_model)
 

@@ -2,7 +2,9 @@
 deviation that it was trained with, so callers never do.
 
 An encoder is a module `Encoder(config, image)` with `forward(pixel_values (n, 3, height, width)) -> (n,
-grid_height, grid_width, d_model)`, the attribute `d_model`, and a Config with `grid(height, width)`.
+grid_height, grid_width, d_model)`, the attribute `d_model`, and a Config with `grid(height, width)`. One that serves
+token reductions has `check_attention()` too, which raises a UserError if it cannot, and returns features and
+`PatchAttention` if called with `return_attention=True`.
 """
 
 import itertools
@@ -31,6 +33,31 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     if 0 in grid:
         raise UserError(f"image {height} x {width} is smaller than a patch of {patch_size} pixels")
     return grid
+
+
+@dataclass(frozen=True)
+class PatchAttention:
+    """What a tower's last attention says about its patches; float32 at least, without gradients.
+
+    Attributes:
+        received: (n, patches): how much attention a patch gets, mean over the heads: from the class token, or
+            where there is none, from all tokens on average.
+        keys: (n, patches, headdim): mean over the heads.
+    """
+
+    received: Tensor
+    keys: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, num_prefix_tokens: int = 0, has_class_token: bool = False) -> "PatchAttention":
+        """Of queries and keys (n, heads, tokens, headdim), the class token first, the patches last."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        asking = q[:, :, :1] if has_class_token else q
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            heads = zip(asking.to(wide).unbind(1), k.to(wide).unbind(1), strict=True)  # one at a time, to save memory
+            received = sum((a @ b.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1) for a, b in heads) / q.shape[1]
+            keys = k.to(wide).mean(1)
+        return cls(received[:, num_prefix_tokens:], keys[:, num_prefix_tokens:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +110,28 @@ class SmallEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def check_attention(self) -> None:
+        if not self.blocks:
+            raise UserError("token_reduction goes by a tower's attention: set vision_encoder.depth to 1 or more")
+
+    def forward(
+        self, pixel_values: Tensor, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, PatchAttention]:
         height, width = patch_grid(*pixel_values.shape[-2:], self.patch_size)
         pixels = pixel_values[..., : height * self.patch_size, : width * self.patch_size]
         x = self.stem((pixels.to(self.norm.weight.dtype) - 0.5) / 0.25).movedim(1, -1)
         positions = position_grid(height, width, self.d_model, x.device).to(x.dtype)
         tokens = (x + positions).flatten(1, 2)
+        before = tokens
         for block in self.blocks:
-            tokens = block(tokens)
+            before, tokens = tokens, block(tokens)
         # Once more behind the norm: a tower that was trained on what stands in a patch need not keep where.
-        return self.norm(tokens).unflatten(1, (height, width)) + positions
+        features = self.norm(tokens).unflatten(1, (height, width)) + positions
+        if not return_attention:
+            return features
+        with torch.no_grad():
+            q, k, _ = self.blocks[-1].heads(before)
+        return features, PatchAttention.of(q, k)
 
 
 class ResidualConv(nn.Module):
@@ -117,8 +156,12 @@ class EncoderBlock(nn.Module):
         self.qkv, self.proj = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
         self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
 
+    def heads(self, x: Tensor) -> Tensor:
+        """Queries, keys and values: (3, n, heads, tokens, headdim)."""
+        return self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.heads(x)
         y = nn.functional.scaled_dot_product_attention(q, k, v)
         x = x + self.proj(y.transpose(1, 2).flatten(-2))
         return x + self.mlp(self.norm2(x))
@@ -173,7 +216,7 @@ class TimmEncoder(nn.Module):
         if not timm.is_model(config.name.split(".")[0]):
             raise UserError(f"timm has no model {config.name!r}; timm.list_models() names what it has")
         size = {"img_size": (image.height, image.width)}
-        self.tower = timm.create_model(config.name, pretrained=False, num_classes=0, **size)
+        self.tower: Any = timm.create_model(config.name, pretrained=False, num_classes=0, **size)
         depth = len(self.tower.blocks)
         if not -depth <= config.block < depth:
             raise UserError(f"{config.name} has {depth} blocks; block {config.block} is not one of them")
@@ -185,17 +228,48 @@ class TimmEncoder(nn.Module):
         self.mean = tuple(self.tower.pretrained_cfg["mean"])
         self.std = tuple(self.tower.pretrained_cfg["std"])
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def check_attention(self) -> None:
+        from timm.models.vision_transformer import Attention, Block
+
+        last = self.tower.blocks[-1]
+        if self.block == 0 or type(last) is not Block or type(last.attn) is not Attention:
+            raise UserError(
+                f"token_reduction reads the attention of block {self.block} of {self.name}: it must be a plain block "
+                "of a ViT (CLIP, SigLIP, DINOv2), and not the first"
+            )
+
+    def forward(
+        self, pixel_values: Tensor, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, PatchAttention]:
         mean, std = (pixel_values.new_tensor(t).view(3, 1, 1) for t in (self.mean, self.std))
         dtype = next(self.tower.parameters()).dtype
-        (features,) = self.tower.forward_intermediates(
+        *before, features = self.tower.forward_intermediates(
             ((pixel_values - mean) / std).to(dtype),
-            indices=[self.block],
+            indices=[self.block - 1, self.block] if return_attention else [self.block],
+            return_prefix_tokens=return_attention,
             norm=False,
             output_fmt="NCHW",
             intermediates_only=True,
         )
-        return features.movedim(1, -1)
+        if not return_attention:
+            return features.movedim(1, -1)
+        if self.tower.num_prefix_tokens:  # timm pairs patches with them only where there are any
+            ((patches, prefix),), (features, _) = before, features
+        else:
+            (patches,), prefix = before, None
+        return features.movedim(1, -1), self._attention(patches.flatten(2).mT, prefix)
+
+    @torch.no_grad()
+    def _attention(self, patches: Tensor, prefix: Tensor | None) -> PatchAttention:
+        """Of the last block, on what enters it: (n, patches, d_model), and the tokens in front of them."""
+        tokens = patches if prefix is None else torch.cat([prefix, patches], dim=1)
+        block = self.tower.blocks[-1]
+        shape = 3, block.attn.num_heads, block.attn.head_dim
+        q, k, _ = block.attn.qkv(block.norm1(tokens)).unflatten(-1, shape).permute(2, 0, 3, 1, 4)
+        has_class_token = self.tower.cls_token is not None
+        return PatchAttention.of(
+            block.attn.q_norm(q), block.attn.k_norm(k), self.tower.num_prefix_tokens, has_class_token
+        )
 
     def load_weights(self, path: str | Path) -> None:
         """Fills the tower from a file, see `load_tower_weights`."""
@@ -280,6 +354,10 @@ class FusedEncoder(nn.Module):
         config.grid(image.height, image.width)
         self.towers = nn.ModuleList(TimmEncoder(tower, image) for tower in config.towers)
         self.d_model = sum(tower.d_model for tower in self.towers)
+
+    def check_attention(self) -> None:
+        names = ", ".join(tower.name for tower in self.towers)
+        raise UserError(f"token_reduction goes by the attention of one tower, and there are {names}: take one of them")
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return torch.cat([tower(pixel_values) for tower in self.towers], dim=-1)

@@ -101,7 +101,7 @@ def activation_memory(model: Cobra, config: RunConfig, rows: int, length: int) -
     if learns["vision_encoder"]:
         total += kept_bytes(tower, pixels)
     if learns["vision_encoder"] or learns["connector"]:
-        grid = model.config.grid
+        grid = model.config.connector_grid
         features = torch.empty(rows, *grid, tower.d_model, device="meta", requires_grad=learns["vision_encoder"])
         total += kept_bytes(model.connector, features)
     residual = FLOAT32 * rows * length * model.config.lm.d_model

@@ -36,11 +36,13 @@ class LayerNorm(Float32Parameters):
 
     float32_parameters = ("weight", "bias")
 
-    def __init__(self, d: int, eps: float = 1e-5) -> None:
+    def __init__(self, d: int, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(d))
-        self.bias = nn.Parameter(torch.zeros(d))
+        self.bias = nn.Parameter(torch.zeros(d)) if bias else None
+        if not bias:
+            self.float32_parameters = ("weight",)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(self.weight.dtype)

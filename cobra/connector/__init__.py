@@ -9,15 +9,20 @@ from typing import Union
 from torch import nn
 
 from .ldp import FusedLDPConfig, FusedLDPConnector, LDPv2Config, LDPv2Connector
+from .mqt import MQTConfig, MQTConnector
 from .msc import MSCConfig, MSCConnector
 from .pointwise import (
     FusedMLPConfig,
     FusedMLPConnector,
+    KeepsGrid,
     LinearConfig,
     LinearConnector,
     MLPConfig,
     MLPConnector,
+    PointwiseConfig,
 )
+from .pool import Pool2dConfig, Pool2dConnector
+from .space_to_depth import ReshapeConfig, ReshapeConnector, SpaceToDepthConfig, SpaceToDepthConnector
 from .vss import VSSL2Config, VSSL2Connector, VSSMLPConfig, VSSMLPConnector
 
 CONNECTORS: dict[str, type[nn.Module]] = {
@@ -26,7 +31,11 @@ CONNECTORS: dict[str, type[nn.Module]] = {
     "ldpv2": LDPv2Connector,
     "linear": LinearConnector,
     "mlp": MLPConnector,
+    "mqt": MQTConnector,
     "msc": MSCConnector,
+    "pool2d": Pool2dConnector,
+    "reshape": ReshapeConnector,
+    "space_to_depth": SpaceToDepthConnector,
     "vss_l2": VSSL2Connector,
     "vss_mlp": VSSMLPConnector,
 }
@@ -38,11 +47,18 @@ __all__ = [
     "ConnectorConfig",
     "FusedLDPConfig",
     "FusedMLPConfig",
+    "KeepsGrid",
     "LDPv2Config",
     "LinearConfig",
     "MLPConfig",
+    "MQTConfig",
+    "MQTConnector",
     "MSCConfig",
     "MSCConnector",
+    "PointwiseConfig",
+    "Pool2dConfig",
+    "ReshapeConfig",
+    "SpaceToDepthConfig",
     "VSSL2Config",
     "VSSMLPConfig",
 ]

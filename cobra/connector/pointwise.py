@@ -13,8 +13,12 @@ class KeepsGrid:
         return height * width
 
 
+class PointwiseConfig(KeepsGrid):
+    """A Config whose connector looks at one cell at a time, wherever it stands."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig(KeepsGrid):
+class LinearConfig(PointwiseConfig):
     kind: Literal["linear"] = "linear"
 
 
@@ -32,7 +36,7 @@ class LinearConnector(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLPConfig(KeepsGrid):
+class MLPConfig(PointwiseConfig):
     kind: Literal["mlp"] = "mlp"
 
 
@@ -50,7 +54,7 @@ class MLPConnector(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FusedMLPConfig(KeepsGrid):
+class FusedMLPConfig(PointwiseConfig):
     kind: Literal["fused_mlp"] = "fused_mlp"
 
 

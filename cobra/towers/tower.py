@@ -61,6 +61,9 @@ class Tower(Released):
         self.build(config)
         self.train()
 
+    def check_attention(self) -> None:
+        raise UserError(f"token_reduction goes by a tower's attention, and {self.name} has none: take a ViT")
+
     def build(self, config: Any) -> None:
         """Makes the parts, under the names of the released weights."""
         raise NotImplementedError

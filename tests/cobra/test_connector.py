@@ -27,18 +27,19 @@ from vision_scan.errors import UserError
 from vision_scan.modules import SS2DConfig
 from vision_scan.precision import Float32Parameters
 
-D_VISION, D_MODEL = 10, 16
+D_VISION, D_MODEL = 12, 16
 MIXER = Mamba2Config(d_state=5, headdim=8, chunk_size=7)
 GRIDS = [(1, 1), (2, 3), (5, 7), (24, 24), (27, 27)]
 
 # Mixers that a Config may have, and what keeps them small: another connector is tested by being in the table.
 SMALL = {Mamba2Config: MIXER, SS2DConfig: SS2DConfig(d_state=5)}
+SIZES = {"mqt": {"num_queries": 9, "num_heads": 2}}
 
 
 def small(kind: str):
     config = CONNECTORS[kind].Config
     made = {field.name: field.default_factory for field in fields(config)}
-    return config(**{name: SMALL[make] for name, make in made.items() if make in SMALL})
+    return config(**{name: SMALL[make] for name, make in made.items() if make in SMALL}, **SIZES.get(kind, {}))
 
 
 CONFIGS = {

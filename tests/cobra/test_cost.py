@@ -14,6 +14,7 @@ from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
 from cobra.model import Cobra
+from cobra.token_reduction import ToMeConfig
 from cobra.tokenizer import Tokenizer
 from cobra.vision_encoder import VISION_ENCODERS
 
@@ -234,11 +235,21 @@ def test_operations_of_a_tower_are_those_that_torch_counts(preset):
     assert 0 < work.mixing < work.weights
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp", "fused_mlp", "ldpv2", "fused_ldp"])
+@pytest.mark.parametrize(
+    "kind", ["linear", "mlp", "fused_mlp", "ldpv2", "fused_ldp", "pool2d", "space_to_depth", "reshape", "mqt"]
+)
 def test_operations_of_a_connector_are_those_that_torch_counts(kind):
     model = meta_model(connector=CONNECTORS[kind].Config(), image=ImageConfig(height=72, width=56))
     work = tile_work(model)["connector"]
-    assert work == Work(count(model.connector, 1, 9, 7, 128), 0)
+    assert work.weights + work.mixing == count(model.connector, 1, 9, 7, 128)
+    assert work.mixing == (4 * 256 * 63 * 128 if kind == "mqt" else 0)
+
+
+@pytest.mark.parametrize("behind", ["vision_encoder", "connector"])
+def test_a_connector_in_front_of_which_tokens_become_fewer_acts_on_those(behind):
+    reduced = ToMeConfig(num_tokens=10, behind=behind)
+    model = meta_model(connector=CONNECTORS["mlp"].Config(), token_reduction=reduced)
+    assert tile_work(model)["connector"] == Work(2 * (64 if behind == "connector" else 10) * 2 * 128 * 128, 0)
 
 
 def test_operations_of_scanning_connectors_by_hand():

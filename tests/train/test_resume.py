@@ -16,6 +16,9 @@ from train.settings import change
 from train.stop import StopRequest
 from vision_scan.errors import UserError
 
+# Draws a number of tokens for each step.
+NESTED = 'model.connector={"kind": "mqt", "num_queries": 16, "num_heads": 2, "nested": true}'
+
 
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asks the next run to stop after so many steps."""
@@ -37,13 +40,13 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("engine", ["plain", "deepspeed"])
-@pytest.mark.parametrize("recipe", ["tiny", "tiny-tower"])
+@pytest.mark.parametrize(("recipe", "changes"), [("tiny", ()), ("tiny-tower", ()), ("tiny", (NESTED,))])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    tmp_path: Path, engine: str, recipe: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engine: str, recipe: str, changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_data(tmp_path / "data")
     skip = "data.skip_bad=true"  # the tower cannot use rows without an image
-    config = small_config(data, f"train.engine={engine}", skip, recipe=recipe)
+    config = small_config(data, f"train.engine={engine}", skip, *changes, recipe=recipe)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(config, whole)
     with monkeypatch.context() as patch:
