@@ -2,6 +2,7 @@
 
 from .es2d import ES2D, ChannelGate, EVSSBlock
 from .group import DIRECTIONS, GROUP, ConvMLP, GroupMambaBlock, GroupMambaLayer
+from .plane import PlaneScan, plane_scan
 from .released import Released, adapt_released
 from .ss2d import MLP, SS2D, VMAMBA, ListProjection, SS2DConfig, VSSBlock
 
@@ -18,8 +19,10 @@ __all__ = [
     "GroupMambaBlock",
     "GroupMambaLayer",
     "ListProjection",
+    "PlaneScan",
     "Released",
     "SS2DConfig",
     "VSSBlock",
     "adapt_released",
+    "plane_scan",
 ]

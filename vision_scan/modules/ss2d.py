@@ -91,7 +91,7 @@ class SS2D(Released, Float32Parameters):
     def __init__(self, config: SS2DConfig, d_model: int, order: str = "cross4", depth: int | None = None) -> None:
         super().__init__()
         self.order, self.depth, self.d_state, self.dt_rank = order, depth, config.d_state, config.rank(d_model)
-        self.num_orders = K = len(sequential_order(order, depth))
+        self.num_orders = K = self.count_scans()
         self.d_inner = d_inner = config.inner(d_model)
         self.in_proj = nn.Linear(d_model, (1 + config.has_gate) * d_inner, bias=False)
         self.conv2d = nn.Conv2d(
@@ -107,6 +107,10 @@ class SS2D(Released, Float32Parameters):
         # An optimizer that goes by names knows A_log and D; these are VMamba's.
         for name in self.float32_parameters:
             getattr(self, name)._no_weight_decay = True
+
+    def count_scans(self) -> int:
+        """How many scans of the grid there are, each with parameters of its own."""
+        return len(sequential_order(self.order, self.depth))
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, height, width, d_model) -> the same shape and dtype, for any height and width."""
