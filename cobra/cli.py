@@ -91,8 +91,17 @@ def _parser() -> argparse.ArgumentParser:
         orders,
     )
     show.add_argument("order", metavar="ORDER", help="its name, options in brackets: random(seed=1)")
-    show.add_argument("--grid", default="8x8", metavar="HxW", help="rows x columns (default: 8x8)")
-    show.add_argument("--png", metavar="FILE", help="draw into this file")
+    compare = add(
+        "compare",
+        run_scan_compare,
+        "print how far orders take neighbours apart, or draw orders below one another",
+        "cobra scan compare raster hilbert 'local(window=3)' --grid 9x9",
+        orders,
+    )
+    compare.add_argument("orders", metavar="ORDER", nargs="*", help="default: all")
+    for command in (show, compare):
+        command.add_argument("--grid", default="8x8", metavar="HxW", help="rows x columns (default: 8x8)")
+        command.add_argument("--png", metavar="FILE", help="draw into this file")
     return parser
 
 
@@ -239,10 +248,7 @@ def run_scan_show(arguments: argparse.Namespace) -> None:
     """`cobra scan show`"""
     import vision_scan
 
-    height, _, width = arguments.grid.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise UserError(f"--grid {arguments.grid}: give rows x columns, for instance 6x9")
-    order = vision_scan.order(arguments.order, int(height), int(width))
+    order = vision_scan.order(arguments.order, *_read_grid(arguments.grid))
     if arguments.png:
         from vision_scan.draw import draw_order
 
@@ -254,6 +260,38 @@ def run_scan_show(arguments: argparse.Namespace) -> None:
         print(f"list {index}: the position of each cell in the sequence")
         for row in ranks:
             print(" ".join(f"{rank if rank >= 0 else '.':>{digits}}" for rank in row))
+
+
+def run_scan_compare(arguments: argparse.Namespace) -> None:
+    """`cobra scan compare`"""
+    import vision_scan
+
+    grid = _read_grid(arguments.grid)
+    orders = [vision_scan.order(name, *grid) for name in arguments.orders or vision_scan.SCAN_ORDERS]
+    if arguments.png:
+        from vision_scan.draw import draw_orders
+
+        draw_orders(orders, arguments.png)
+        print(arguments.png)
+        return
+    width = max(len(order.name) for order in orders)
+    print(f"{'order':<{width}}  lists  mean step  max step  mean gap  distortion  dilation")
+    for order in orders:
+        print(
+            f"{order.name:<{width}}  {len(order):>5}  {order.mean_step:>9.2f}  {order.max_step:>8}  "
+            f"{_or_dash(order.mean_gap):>8}  {order.distortion:>10.1f}  {order.dilation:>8.2f}"
+        )
+
+
+def _or_dash(measure: float) -> str:
+    return f"{measure:.2f}" if measure else "-"  # no two neighbours are in one list
+
+
+def _read_grid(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise UserError(f"--grid {text}: give rows x columns, for instance 6x9")
+    return int(height), int(width)
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:

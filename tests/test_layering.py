@@ -170,4 +170,4 @@ early = __import__("l")
 
 def test_the_walk_finds_the_packages():
     files = {file for file, _ in found()}
-    assert {"vision_scan/orders.py", "vision_scan/scan.py"} <= files
+    assert {"vision_scan/orders/curves.py", "vision_scan/scan.py"} <= files

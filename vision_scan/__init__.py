@@ -16,12 +16,15 @@ from .ops import (
     ssd_2d,
     ssd_update,
 )
+from .ordered_mixer import OrderedMixer
 from .orders import SCAN_ORDERS, ScanOrder, order
+from .orders.stacks import order_tiles, order_video
 from .scan import merge_2d, scan_2d
 
 __all__ = [
     "SCAN_ORDERS",
     "SS2D",
+    "OrderedMixer",
     "SS2DConfig",
     "ScanOrder",
     "UserError",
@@ -33,6 +36,8 @@ __all__ = [
     "gated_rmsnorm",
     "merge_2d",
     "order",
+    "order_tiles",
+    "order_video",
     "real_and_runs",
     "scan_2d",
     "selective_scan",

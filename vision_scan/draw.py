@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,13 +42,30 @@ def draw_order(order: ScanOrder, path: str | Path | None = None, cell: int = 40)
     for k in range(len(order)):
         sheet.draw_list(k)
     image = sheet.image.reduce(SCALE)
-    if path is not None:
-        try:
-            image.save(path)
-        except (ValueError, OSError) as error:
-            raise UserError(f"cannot save a picture as {str(path)!r}: {error}; "
-                            "give a writable path that ends in .png") from error
+    _save(image, path)
     return image
+
+
+def draw_orders(orders: Sequence[ScanOrder], path: str | Path | None = None, cell: int = 24) -> Image.Image:
+    """Several orders below one another, each as `draw_order` draws it."""
+    images = [draw_order(order, cell=cell) for order in orders]
+    sheet = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
+    top = 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
+    _save(sheet, path)
+    return sheet
+
+
+def _save(image: Image.Image, path: str | Path | None) -> None:
+    if path is None:
+        return
+    try:
+        image.save(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"cannot save a picture as {str(path)!r}: {error}; "
+                        "give a writable path that ends in .png") from error
 
 
 class _Sheet:
@@ -91,7 +109,7 @@ class _Sheet:
         shift_x, shift_y = self.map_shift
         self._text((x, y), f"{label}path", 12, INK, "lt")
         self._path(cells, x, y + self.title)
-        self._text((x + shift_x, y + shift_y), f"{label}position in the sequence", 12, INK, "lt")
+        self._text((x + shift_x, y + shift_y), f"{label}positions", 12, INK, "lt")
         self._map(cells, x + shift_x, y + shift_y + self.title)
 
     def _lattice(self, x: int, y: int) -> None:

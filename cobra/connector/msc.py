@@ -11,6 +11,7 @@ from cobra.lm.mamba2 import Mamba2, Mamba2Config
 from cobra.lm.precision import RMSNorm
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
+from vision_scan.orders import sequential_order
 from vision_scan.precision import Float32Parameters, LayerNorm
 
 from .pointwise import KeepsGrid, fused_mlp
@@ -40,7 +41,7 @@ class MSCConfig(KeepsGrid):
     mixer: Mamba2Config = field(default_factory=Mamba2Config)
 
     def __post_init__(self) -> None:
-        vision_scan.order(self.order, 2, 3)  # an unknown name fails here, not at the first image
+        sequential_order(self.order)  # an unknown name fails here, not at the first image
         require_positive(self, "depth")
         for name, allowed in (("combine", ("sum", "mean")), ("projector", ("linear", "fused_mlp"))):
             if getattr(self, name) not in allowed:
@@ -58,7 +59,7 @@ class MSCConnector(nn.Module):
     def __init__(self, config: MSCConfig, d_vision: int, d_model: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(d_vision, d_model), nn.GELU())
-        self.blocks = nn.ModuleList(ScanBlock(config, d_model) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(ScanBlock(config, d_model, depth) for depth in range(config.depth))
         self.norm_f = LayerNorm(d_model)
         fused = config.projector == "fused_mlp"
         self.projector = fused_mlp(d_model, d_model) if fused else nn.Linear(d_model, d_model)
@@ -73,10 +74,10 @@ class MSCConnector(nn.Module):
 class ScanBlock(nn.Module):
     """x + scan(norm(x)), then x + swiglu(norm(x)), on (n, height, width, d_model)."""
 
-    def __init__(self, config: MSCConfig, d_model: int) -> None:
+    def __init__(self, config: MSCConfig, d_model: int, depth: int) -> None:
         super().__init__()
         self.pre_norm = LayerNorm(d_model) if config.pre_norm else nn.Identity()
-        self.mixer = ScanMixer(config, d_model)
+        self.mixer = ScanMixer(config, d_model, depth)
         self.norm, self.mlp = None, None
         if config.swiglu:
             self.norm, self.mlp = LayerNorm(d_model), SwiGLU(d_model)
@@ -99,14 +100,15 @@ class SwiGLU(nn.Module):
 
 class ScanMixer(Float32Parameters):
     """Mamba-2 along every visiting list of an order: projections and norm are shared, each list has its
-    own convolution, dt_bias, A_log and D (stacked on the first axis)."""
+    own convolution, dt_bias, A_log and D (stacked on the first axis). `depth` is the number of the block, for orders
+    whose lists take turns."""
 
     float32_parameters = ("dt_bias", "A_log", "D")
 
-    def __init__(self, config: MSCConfig, d_model: int) -> None:
+    def __init__(self, config: MSCConfig, d_model: int, depth: int) -> None:
         super().__init__()
-        self.order, self.combine, self.config = config.order, config.combine, config.mixer
-        K = len(vision_scan.order(config.order, 2, 3))
+        self.order, self.depth, self.combine, self.config = config.order, depth, config.combine, config.mixer
+        K = len(sequential_order(config.order, depth))
         lists = [Mamba2(config.mixer, d_model) for _ in range(K)]
         self.d_inner, self.nheads = lists[0].d_inner, lists[0].nheads
         self.in_proj, self.out_proj = lists[0].in_proj, lists[0].out_proj
@@ -122,7 +124,7 @@ class ScanMixer(Float32Parameters):
         config = self.config
         channels, groups = self.conv_bias.shape[1], config.ngroups * config.d_state
         z, xBC, dt = self.in_proj(x).split([self.d_inner, channels, self.nheads], dim=-1)
-        order = vision_scan.order(self.order, *x.shape[1:3])
+        order = vision_scan.order(self.order, *x.shape[1:3], self.depth)
         xBC = vision_scan.causal_conv1d_2d(xBC, self.conv_weight, self.conv_bias, "silu", order)
         inner, B, C = xBC.split([self.d_inner, groups, groups], dim=-1)
         y = vision_scan.ssd_2d(

@@ -11,8 +11,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-import vision_scan
 from vision_scan.modules import SS2D, SS2DConfig, VSSBlock
+from vision_scan.orders import sequential_order
 from vision_scan.precision import LayerNorm
 
 from .pointwise import KeepsGrid, mlp
@@ -31,7 +31,7 @@ class VSSConfig(KeepsGrid):
     mixer: SS2DConfig = field(default_factory=SS2DConfig)
 
     def __post_init__(self) -> None:
-        vision_scan.order(self.order, 2, 3)  # an unknown name fails here, not at the first image
+        sequential_order(self.order)  # an unknown name fails here, not at the first image
 
 
 @dataclass(frozen=True, kw_only=True)

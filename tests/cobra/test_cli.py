@@ -173,6 +173,23 @@ def test_scan_show_draws(capsys, tmp_path):
     assert Image.open(path).format == "PNG"
 
 
+def test_scan_compare_prints_measures_and_draws(capsys, tmp_path):
+    import vision_scan
+
+    _, out, _ = run(capsys, "scan", "compare", "--grid", "4x5")
+    names = [line.split("  ")[0].strip() for line in out.splitlines()]
+    assert names == ["order", *vision_scan.SCAN_ORDERS]
+    _, out, _ = run(capsys, "scan", "compare", "raster", "local(window=2)", "--grid", "2x3")
+    raster = vision_scan.order("raster", 2, 3)
+    assert out.splitlines()[1].split() == [
+        "raster", "1", f"{raster.mean_step:.2f}", "3", f"{raster.mean_gap:.2f}", f"{raster.distortion:.1f}", "5.00",
+    ]  # fmt: skip
+    path = tmp_path / "orders.png"
+    assert run(capsys, "scan", "compare", "raster", "cross4", "--grid", "3x5", "--png", str(path))[0] == 0
+    assert Image.open(path).format == "PNG"
+    assert "did you mean 'hilbert'" in fails(capsys, "scan", "compare", "raster", "hilbrt")
+
+
 def test_scan_show_names_the_mistake(capsys):
     assert "did you mean 'hilbert'" in fails(capsys, "scan", "show", "hilbrt")
     for grid in ("3", "0x4", "axb", "3x4x5"):
@@ -183,7 +200,7 @@ def test_scan_show_names_the_mistake(capsys):
     "command",
     [
         *([], ["answer"], ["chat"], ["convert"], ["info"], ["doctor"]),
-        *(["scan"], ["scan", "list"], ["scan", "show"]),
+        *(["scan"], ["scan", "list"], ["scan", "show"], ["scan", "compare"]),
     ],
 )
 def test_help_fits_a_screen_and_has_an_example(capsys, command):

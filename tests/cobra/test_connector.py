@@ -255,11 +255,12 @@ def test_each_list_starts_with_weights_of_its_own():
 def test_msc_takes_every_order():
     x = features(1, 3, 4)
     found = []
-    for order in vision_scan.SCAN_ORDERS:
+    for order in vision_scan.SCAN_ORDERS.keys() - {"noncausal"}:
         tokens = build(MSCConfig(order=order, mixer=MIXER))(x)
         assert tokens.shape == (1, 12, D_MODEL)
         found.append((order, tokens))
-    lonely = {order: tokens for order, tokens in found if len(vision_scan.order(order, 2, 3)) == 1}
+    lonely = {order: tokens for order, tokens in found if len(vision_scan.order(order, 2, 3, depth=0)) == 1}
+    del lonely["nd_cycle"]  # whose first layer's list is the raster
     raster = lonely.pop("raster")
     for order, tokens in lonely.items():  # the same weights
         assert not torch.allclose(tokens, raster), order

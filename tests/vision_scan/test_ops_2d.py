@@ -25,6 +25,8 @@ ORDERS = [
     "snake_row_tl",
     "snake_col_br",
     "hilbert",
+    "es2d",
+    "local",
 ]
 GRIDS = [(2, 3), (3, 2), (1, 5), (5, 7)]
 SAMPLERS = {"ssd": sample_ssd_2d, "selective_scan": sample_selective_scan_2d}
@@ -182,6 +184,47 @@ def test_low_precision_is_as_good_as_one_dimension(name, dtype):
     assert_as_good_as("apart", found, plain, true)
     summed, plain_sum = op(**tensors, **options, order=order), plain.sum(1)
     assert_as_good_as("sum", summed, plain_sum, true.sum(1))
+
+
+@pytest.mark.parametrize("sizes", [{}, *OPTIONS.values()], ids=["plain", *OPTIONS])
+def test_noncausal_ssd_is_one_sum_that_every_cell_reads(sizes):
+    tensors, options = sample_ssd_2d(**{**sizes, "lists": 1, "dt_limit": (0.05, 2.0)})
+    tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    found = vision_scan.ssd_2d(**tensors, **options, order="noncausal")
+    dt = tensors["dt"][:, 0]
+    if "dt_bias" in tensors:
+        dt = dt + tensors["dt_bias"][0]
+    dt = (torch.nn.functional.softplus(dt) if options["dt_softplus"] else dt).clamp(0.05, 2.0)
+    x, B, C = (tensors[name] if tensors[name].dim() == 5 else tensors[name][:, 0] for name in ("x", "B", "C"))
+    heads_per_group = x.shape[-2] // B.shape[-2]
+    for head in range(x.shape[-2]):
+        group = head // heads_per_group
+        weighted = (dt[..., head] * -tensors["A"][0, head])[..., None] * x[..., head, :]
+        state = torch.einsum("byxp,byxn->bpn", weighted, B[..., group, :])
+        y = torch.einsum("bpn,byxn->byxp", state, C[..., group, :])
+        if "D" in tensors:
+            y = y + tensors["D"][0, head] * x[..., head, :]
+        assert_close(f"head {head}", found[..., head, :], y)
+    found.sum().backward()
+    assert all(tensor.grad is not None for tensor in tensors.values())
+    whole = vision_scan.ssd_2d(**tensors, **options, order="noncausal", merge="concat")
+    assert torch.equal(whole[:, 0], found)
+
+
+def test_noncausal_ssd_does_not_know_where_a_cell_stands():
+    tensors, options = sample_ssd_2d(lists=1, grid=(3, 4))
+    turned = {name: t.flip(-3) if name in ("B", "C") else t for name, t in tensors.items()}
+    turned["x"], turned["dt"] = tensors["x"].flip(-3), tensors["dt"].flip(-2)
+    found = vision_scan.ssd_2d(**turned, **options, order="noncausal")
+    assert_close("flipped", found.flip(-3), vision_scan.ssd_2d(**tensors, **options, order="noncausal"))
+
+
+def test_other_operators_refuse_an_order_without_a_sequence():
+    tensors, options = sample_selective_scan_2d(lists=1)
+    with pytest.raises(UserError, match=r"selective_scan_2d reads cells one after the other.* take ssd_2d"):
+        vision_scan.selective_scan_2d(**tensors, **options, order="noncausal")
+    with pytest.raises(UserError, match="causal_conv1d_2d reads cells"):
+        vision_scan.causal_conv1d_2d(torch.randn(1, 2, 3, 4), torch.randn(4, 3), order="noncausal")
 
 
 def explicit_conv(order, tensors, activation):

@@ -55,6 +55,24 @@ TABLES = {
     ("spiral", 3, 4): ["0 1 2 3 7 11 10 9 8 4 5 6"],
     ("morton", 4, 4): ["0 1 4 5 2 3 6 7 8 9 12 13 10 11 14 15"],
     ("morton", 2, 3): ["0 1 3 4 2 5"],
+    ("es2d", 4, 4): ["0 2 8 10", "4 12 6 14", "1 3 9 11", "5 13 7 15"],
+    ("es2d", 2, 3): ["0 2", "3 5", "1 -1", "4 -1"],
+    ("es2d(pad=compact)", 3, 3): ["0 2 6 8", "3 5", "1 7", "4"],
+    ("es2d(step=3)", 3, 4): ["0 3", "4 7", "8 11", "1 -1", "5 -1", "9 -1", "2 -1", "6 -1", "10 -1"],
+    ("es2d(step=1)", 2, 3): ["0 1 2 3 4 5"],
+    ("local", 4, 4): ["0 1 4 5 2 3 6 7 8 9 12 13 10 11 14 15"],
+    ("local(columns=true)", 4, 4): ["0 4 1 5 8 12 9 13 2 6 3 7 10 14 11 15"],
+    ("local", 3, 3): ["0 1 3 4 2 -1 5 -1 6 7 -1 -1 8 -1 -1 -1"],
+    ("local(pad=compact)", 3, 3): ["0 1 3 4 2 5 6 7 8"],
+    ("local(backwards=true, pad=compact)", 3, 3): ["8 7 6 5 2 4 3 1 0"],
+    ("local(window=3)", 3, 4): ["0 1 2 4 5 6 8 9 10 3 -1 -1 7 -1 -1 11 -1 -1"],
+    ("zigma8", 3, 3): [
+        "0 1 2 5 4 3 6 7 8", "0 3 6 7 4 1 2 5 8", "2 1 0 3 4 5 8 7 6", "2 5 8 7 4 1 0 3 6",
+        "6 7 8 5 4 3 0 1 2", "6 3 0 1 4 7 8 5 2", "8 7 6 3 4 5 2 1 0", "8 5 2 1 4 7 6 3 0",
+    ],
+    ("nd_cycle", 3, 3): [
+        "0 1 2 3 4 5 6 7 8", "8 7 6 5 4 3 2 1 0", "0 3 6 1 4 7 2 5 8", "8 5 2 7 4 1 6 3 0",
+    ],
 }
 
 
@@ -131,6 +149,28 @@ def test_distances_of_raster_and_cross4():
     assert raster.mean_gap == pytest.approx((9 * 1 + 8 * 4) / 17)
     assert order("cross4", 3, 4).mean_gap == 1
     assert (order("raster", 1, 1).mean_step, order("raster", 1, 1).mean_gap) == (0, 0)
+
+
+def test_distortion_and_dilation_by_hand():
+    raster = order("raster", 2, 3)  # steps 1 1 sqrt(1 + 4) 1 1; 2 and 3 are that far apart, one step
+    assert raster.distortion == pytest.approx(4 + 5**0.5)
+    assert raster.dilation == 5
+    both = order("bi2", 2, 3)
+    assert (both.distortion, both.dilation) == (pytest.approx(raster.distortion), 5)
+    assert order("cross4", 2, 3).dilation == 2  # the columns' list: a diagonal step
+    assert order("raster", 1, 1).dilation == order("raster", 1, 1).distortion == 0
+    dilations = [order("hilbert", side, side).dilation for side in (2, 4, 8, 16, 32)]
+    assert dilations == sorted(dilations) and 5 < dilations[-1] < 6
+    assert order("snake_row_tl", 32, 32).dilation > 10 and order("random", 32, 32).dilation > 100
+
+
+@pytest.mark.parametrize("name", ["zigma8", "nd_cycle"])
+def test_layers_take_turns(name):
+    whole = order(name, 3, 4)
+    assert [order(name, 3, 4, depth)[0].tolist() for depth in range(9)] == [
+        whole[depth % len(whole)].tolist() for depth in range(9)
+    ]
+    assert all(len(order(name, 3, 4, depth)) == 1 for depth in range(9))
 
 
 def test_measures_leave_out_pads_and_missing_cells():
@@ -215,6 +255,10 @@ def test_to_moves_once():
         (lambda: order("random(seed=one)", 2, 2), "takes int, not 'one'"),
         (lambda: order("random(seed=-1)", 2, 2), "seed"),
         (lambda: order("random(seed=1)", 2, 2, seed=1), "once, not twice"),
+        (lambda: order("es2d(step=0)", 2, 2), "'es2d': window and step must be 1 or more, not 0"),
+        (lambda: order("local(window=-1)", 2, 2), "'local': window and step must be 1 or more"),
+        (lambda: order("local(pad=kep)", 2, 2), "did you mean 'keep'"),
+        (lambda: order("local(columns=1)", 2, 2), "takes bool, not 1"),
         (lambda: order("raster", 2, 2, step=2), "takes no options"),
         (lambda: order("raster", 0, 2), "height .* at least 1, not 0"),
         (lambda: order("raster", 2, 2.0), "width .* not 2.0"),

@@ -119,7 +119,7 @@ def causal_conv1d_2d(
         ValueError: on shapes or an activation that do not fit; UserError: on an unknown order.
     """
     height, width, d = x.shape[-3:]
-    order, index = order_index(order, height, width, x.device)
+    order, index = order_index(order, height, width, x.device, "causal_conv1d_2d")
     K, kernel = index.shape[0], weight.shape[-1]
     if x.dim() == 5:
         check_shape("x", x, (x.shape[0], K, height, width, d))

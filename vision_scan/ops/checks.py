@@ -64,13 +64,19 @@ def pick_merge(merge: str | None, order: ScanOrder) -> str:
 
 
 def order_index(
-    order: str | ScanOrder, height: int, width: int, device: torch.device
+    order: str | ScanOrder, height: int, width: int, device: torch.device, operator: str | None = None
 ) -> tuple[ScanOrder, Tensor]:
-    """The order of a grid and its visiting lists as one (K, seqlen) tensor on the device."""
+    """The order of a grid and its visiting lists as one (K, seqlen) tensor on the device.
+
+    Raises:
+        ValueError: if it is for another grid; UserError: if it has no sequence and `operator`, if given, needs one.
+    """
     if isinstance(order, str):
         order = make_order(order, height, width)
     if (order.height, order.width) != (height, width):
         raise ValueError(
             f"order {order.name!r} is for a {order.height} x {order.width} grid, got {height} x {width}"
         )
+    if operator is not None and not order.is_causal:
+        raise UserError(f"{operator} reads cells one after the other, which order {order.name!r} does not; take ssd_2d")
     return order, order.to(device).index  # moved once: the same tensor at every call

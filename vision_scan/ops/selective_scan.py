@@ -144,7 +144,7 @@ def selective_scan_2d(
     """
     batch = u.shape[0]
     height, width, d = u.shape[-3:]
-    order, index = order_index(order, height, width, u.device)
+    order, index = order_index(order, height, width, u.device, "selective_scan_2d")
     K, d_state, ngroups = index.shape[0], A.shape[2], B.shape[-2]
     if u.dim() == 5:
         check_shape("u", u, (batch, K, height, width, d))

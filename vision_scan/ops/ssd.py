@@ -149,7 +149,8 @@ def ssd_2d(
         x: (batch, height, width, nheads, headdim), or (batch, K, height, width, nheads, headdim).
         dt: (batch, K, height, width, nheads); A, D, dt_bias: (K, nheads).
         B, C: (batch, K, height, width, ngroups, d_state).
-        order: name of an order, or a ScanOrder of this height and width.
+        order: name of an order, or a ScanOrder of this height and width. One that is not causal has every cell read
+            one sum over all cells, each weighted by dt |A| (Shi et al. 2024, "VSSD", arXiv:2407.18559).
         merge: sum | mean | scatter, or concat: the K results are kept apart; None: the order's own.
     Returns:
         (batch, height, width, nheads, headdim), or (batch, K, height, width, nheads, headdim) for concat.
@@ -171,6 +172,9 @@ def ssd_2d(
     check_shape("dt_bias", dt_bias, (K, nheads))
     check_heads(nheads, ngroups)
     merge = pick_merge(merge, order)
+    if not order.is_causal:
+        y = reference.ssd_noncausal(x, dt, A, B, C, D, dt_bias, dt_softplus, *map(float, dt_limit))
+        return grid.merge_grids(y, merge)
     return _ssd_2d(
         x, dt, A, B, C, D, dt_bias, dt_softplus, *map(float, dt_limit), index, merge, chunk_size
     )

@@ -66,6 +66,23 @@ def ssd_recurrent(
     return y.to(x.dtype), state
 
 
+def ssd_noncausal(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max) -> Tensor:
+    """y = (sum over all cells of dt |A| x B^T) C + D x, so that no cell is nearer than another; the only form.
+
+    Arguments as `vision_scan.ssd_2d`. Returns (batch, K, height, width, nheads, headdim).
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    dt_bias, D = (None if t is None else t[:, None, None] for t in (dt_bias, D))  # of a list, for all cells
+    weight = discretize(dt, dt_bias, dt_softplus, dt_min, dt_max, dtype) * A.to(dtype).abs()[:, None, None]
+    wide = (x[:, None] if x.dim() == 5 else x).to(dtype)
+    inflow = (wide * weight[..., None]).unflatten(-2, (B.shape[-2], -1))
+    state = torch.einsum("bkyxghp,bkyxgn->bkghpn", inflow, B.to(dtype))
+    y = torch.einsum("bkghpn,bkyxgn->bkyxghp", state, C.to(dtype)).flatten(-3, -2)
+    if D is not None:
+        y = y + wide * (D[..., None] if D.dim() == 4 else D)
+    return y.to(x.dtype)
+
+
 def ssd_chunked(
     x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, cu_seqlens, chunk_size
 ) -> tuple[Tensor, Tensor]:
