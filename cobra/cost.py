@@ -25,7 +25,7 @@ from .lm.mixer import LayerCost
 from .lm.stack import LMConfig
 from .model import Cobra
 from .tokenizer import Tokenizer
-from .vision_encoder import FusedEncoder, SmallEncoder, TimmEncoder
+from .vision_encoder import FusedEncoder, S2Encoder, SmallEncoder, TimmEncoder
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,20 @@ def _fused_tower(encoder: FusedEncoder, height: int, width: int) -> Work:
     return sum((_timm_tower(tower, height, width) for tower in towers), Work())
 
 
-TOWERS: dict[str, Callable[..., Work]] = {"fused": _fused_tower, "small": _small_tower, "timm": _timm_tower}
+def _s2_tower(encoder: S2Encoder, height: int, width: int) -> Work:
+    """The tower on the tiles of all scales; height and width are cells of the first."""
+    config = encoder.config
+    first = config.scales[0]
+    tile = TOWERS[config.tower.kind](encoder.tower, height // first, width // first)
+    return sum((tile for scale in config.scales for _ in range(scale**2)), Work())
+
+
+TOWERS: dict[str, Callable[..., Work]] = {
+    "fused": _fused_tower,
+    "s2": _s2_tower,
+    "small": _small_tower,
+    "timm": _timm_tower,
+}
 
 CONNECTOR_WORK: dict[str, Callable[..., Work]] = {
     "mqt": _of_queries,
