@@ -215,7 +215,11 @@ def run_info(arguments: argparse.Namespace) -> None:
     config = PRESETS[arguments.model] if is_preset else read_config(arguments.model)
     kinds = Counter(layer.kind for layer in config.lm.layers)
     layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    print(f"image    {config.image.height} x {config.image.width}, {config.tokens_per_tile} tokens")
+    size, most = f"{config.image.height} x {config.image.width}", config.largest_layout
+    tokens = f"{config.tokens_per_tile} tokens"
+    print(f"image    {size}, {tokens}")
+    if config.image.tiles is not None:
+        print(f"tiles    of that size, at most {most.num_tiles} and {most.num_tokens} tokens of an image")
     print(f"layers   {layers}; d_model {config.lm.d_model}, vocabulary {config.lm.vocab_size}")
     print("\npart               parameters")
     parts = count_parts(config)

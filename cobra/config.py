@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from vision_scan.errors import choose
+from vision_scan.errors import UserError, choose
 
-from .connector import ConnectorConfig, FusedMLPConfig, MSCConfig, VSSL2Config
+from .connector import ConnectorConfig, FusedMLPConfig, KeepsGrid, MSCConfig, VSSL2Config
 from .connector import MLPConfig as MLPConnectorConfig
 from .image import ImageConfig
 from .lm.attention import AttentionConfig
@@ -14,6 +14,7 @@ from .lm.mamba2 import Mamba2Config
 from .lm.mlp import MLPConfig
 from .lm.stack import LMConfig
 from .prompt import TEMPLATES
+from .tiles import TileLayout
 from .token_reduction import TokenReductionConfig
 from .vision_encoder import FusedEncoderConfig, SmallEncoderConfig, TimmEncoderConfig, VisionEncoderConfig
 
@@ -23,7 +24,7 @@ class CobraConfig:
     """A vision-language model: pixels -> vision encoder -> connector -> language model.
 
     Attributes:
-        image: size of a tile and how images are fitted into it.
+        image: size of a tile and how images are fitted into it, or cut into several.
         template: how a conversation is written, a name of `prompt.TEMPLATES`.
         weights: how the language model's projections are stored, see quantize.py.
         token_reduction: fewer tokens of a tile than the connector would make, see token_reduction.py.
@@ -41,6 +42,8 @@ class CobraConfig:
         choose("template", self.template, TEMPLATES)
         if self.token_reduction is not None:
             self.token_reduction.check(self.grid, self.connector)
+        if self.image.tiles is not None:
+            self._check_tiles()
         self.tokens_per_tile  # noqa: B018 (an image smaller than a patch fails here)
 
     @property
@@ -59,6 +62,27 @@ class CobraConfig:
         """Tokens of the language model that one tile becomes."""
         reduction = self.token_reduction
         return reduction.num_tokens if reduction else self.connector.num_tokens(*self.grid)
+
+    def layout(self, height: int, width: int) -> TileLayout:
+        """The tiles and tokens of an image of height x width pixels, upright."""
+        image = self.image
+        if image.tiles is None:
+            return TileLayout(self.tokens_per_tile)
+        return image.tiles.layout(height, width, (image.height, image.width), self.grid)
+
+    @property
+    def largest_layout(self) -> TileLayout:
+        """That of the image with most tokens."""
+        tiles = self.image.tiles
+        return TileLayout(self.tokens_per_tile) if tiles is None else tiles.largest(self.grid)
+
+    def _check_tiles(self) -> None:
+        if not isinstance(self.connector, KeepsGrid) or self.token_reduction is not None:
+            what = "a token_reduction" if self.token_reduction is not None else f"connector {self.connector.kind}"
+            raise UserError(
+                f"image.tiles puts the tokens of tiles together as one map, so there must be one of each cell; {what} "
+                "makes fewer: take a connector such as mlp or msc and no token_reduction, or image.tiles=none"
+            )
 
 
 def transformer_twin(

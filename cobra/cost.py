@@ -28,7 +28,7 @@ from .model import Cobra
 from .tokenizer import Tokenizer
 from .towers import HIERARCHICAL, Tower
 from .towers.tower import empty_model
-from .vision_encoder import FusedEncoder, SmallEncoder, TimmEncoder
+from .vision_encoder import FusedEncoder, S2Encoder, SmallEncoder, TimmEncoder
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,17 @@ def _staged_tower(encoder: Tower, height: int, width: int) -> Work:
     return Work(counter.get_total_flops(), sum(scans))
 
 
+def _s2_tower(encoder: S2Encoder, height: int, width: int) -> Work:
+    """The tower on the tiles of all scales; height and width are cells of the first."""
+    config = encoder.config
+    first = config.scales[0]
+    tile = TOWERS[config.tower.kind](encoder.tower, height // first, width // first)
+    return sum((tile for scale in config.scales for _ in range(scale**2)), Work())
+
+
 TOWERS: dict[str, Callable[..., Work]] = {
     "fused": _fused_tower,
+    "s2": _s2_tower,
     "small": _small_tower,
     "timm": _timm_tower,
     **dict.fromkeys(HIERARCHICAL, _staged_tower),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cobra.processor import Images, iter_images, list_images, pad
+from cobra.processor import Images, Tiles, iter_images, list_images, pad
 from cobra.prompt import body, count_marks, mark_images, open_turn, split_marks
 from cobra.sampling import Sampler
 from cobra.streaming import Streamer
@@ -51,7 +51,7 @@ def generate(
         input_ids: (batch, seqlen), int64.
         attention_mask: (batch, seqlen), 0 at pads, on either side; None: there are none.
         pixel_values: (num_tiles, 3, height, width) in [0, 1], in the order of the image tokens.
-        image_sizes: (num_images, 2); not needed, accepted with the rest of the batch.
+        image_sizes: (num_images, 2), height and width; needed where the tokens of an image depend on them.
         tiles_per_image: (num_images,); must add up to `num_tiles` if given.
         max_new_tokens: where a row ends at the latest.
         do_sample, temperature, top_k, top_p, seed: see `cobra.sampling.Sampler`; greedy by default.
@@ -70,7 +70,7 @@ def generate(
         _check_tiles(pixel_values, int(tiles_per_image.sum()))
     ids, mask = _align_left(input_ids.to(model.device), attention_mask, model.tokenizer.pad_id)
     state = _own(model, state, batch)
-    embeds = model.embed(ids, None if pixel_values is None else pixel_values.to(model.device))
+    embeds = model.embed(ids, None if pixel_values is None else pixel_values.to(model.device), image_sizes)
     logits, state = _feed(model, embeds, mask, state, CHUNK_SIZE)
     stop = [model.processor.template.end_id(model.tokenizer)] if stop_ids is None else stop_ids
     new, state = _decode(model, logits, state, sampler, max_new_tokens, stop, streamer, return_state)
@@ -169,14 +169,15 @@ def answer_batch(
     tokenizer, template = model.tokenizer, model.processor.template
     opening = _opening(model, state)
     closing = template.encode(template.user_close, tokenizer)
-    rows, tiles = [], []
+    rows: list[list[int]] = []
+    tiles: list[Tiles] = []
     for index, (question, images) in enumerate(requests):
-        new = [model.processor.pixels(image) for image in iter_images(images)]
+        new = [model.processor.tiles(image) for image in iter_images(images)]
         try:
             marked = mark_images(question, len(new))
         except UserError as error:
             raise UserError(f"request {index}: {error}") from error
-        lengths = (_num_tokens(model, tile) for tile in new)
+        lengths = (tile.num_tokens for tile in new)
         rows.append([*opening, *body(marked, tokenizer, lengths), *closing])
         tiles += new
     input_ids, attention_mask = pad(rows, tokenizer.pad_id, "left")
@@ -184,7 +185,7 @@ def answer_batch(
         model,
         input_ids,
         attention_mask,
-        torch.cat(tiles) if tiles else None,
+        *_stack(tiles),
         max_new_tokens=max_new_tokens,
         do_sample=do_sample,
         temperature=temperature,
@@ -253,7 +254,7 @@ def _extend_turn(
 ) -> "State":
     """Appends to the open user turn of an own state, after opening one if there is none."""
 
-    def pieces() -> Iterator[list[int] | Tensor]:
+    def pieces() -> Iterator[list[int] | Tiles]:
         yield opening
         yield from _pieces(model, text, images)
 
@@ -263,13 +264,13 @@ def _extend_turn(
     return state
 
 
-def _pieces(model: "Cobra", text: str, images: Images) -> Iterator[list[int] | Tensor]:
+def _pieces(model: "Cobra", text: str, images: Images) -> Iterator[list[int] | Tiles]:
     """A text with images as ids and tiles, in reading order, one image at a time."""
-    encode, pixels = model.tokenizer.encode, model.processor.pixels
+    encode, tiles = model.tokenizer.encode, model.processor.tiles
     marks = count_marks(text)
     if not marks:
         for image in iter_images(images):
-            yield pixels(image)
+            yield tiles(image)
             yield encode("\n")
         yield encode(text)
         return
@@ -279,38 +280,41 @@ def _pieces(model: "Cobra", text: str, images: Images) -> Iterator[list[int] | T
         raise UserError(f"{marks} {IMAGE} marks for {given} images: the two must be equal")
     remaining = iter(sources)
     for piece in split_marks(text):
-        yield pixels(next(remaining)) if piece == IMAGE else encode(piece)
+        yield tiles(next(remaining)) if piece == IMAGE else encode(piece)
 
 
-def _num_tokens(model: "Cobra", tiles: Tensor) -> int:
-    return len(tiles) * model.config.tokens_per_tile
+def _stack(tiles: Sequence[Tiles]) -> tuple[Tensor | None, Tensor | None]:
+    """Pixel values and sizes of images as one batch."""
+    if not tiles:
+        return None, None
+    return torch.cat([image.pixel_values for image in tiles]), torch.tensor([image.size for image in tiles])
 
 
 def _read(
     model: "Cobra",
     state: "State | None",
-    pieces: Iterable[list[int] | Tensor],
+    pieces: Iterable[list[int] | Tiles],
     chunk_size: int = CHUNK_SIZE,
 ) -> "tuple[Tensor, State]":
     """Reads ids and images into an own state of one row: (logits after the last token, state)."""
     logits = torch.empty(0)
     num_images = state.info.get("num_images", 0) if state else 0
     ids: list[int] = []
-    tiles: list[Tensor] = []
+    tiles: list[Tiles] = []
 
     def flush() -> None:
         nonlocal logits, state
         row = torch.tensor([ids], dtype=torch.int64, device=model.device)
-        embeds = model.embed(row, torch.cat(tiles).to(model.device) if tiles else None)
+        embeds = model.embed(row, *_stack(tiles))
         logits, state = _feed(model, embeds, None, state, chunk_size)
         ids.clear()
         tiles.clear()
 
     for piece in pieces:
-        if isinstance(piece, Tensor):
+        if isinstance(piece, Tiles):
             num_images += 1
             tiles.append(piece)
-            piece = [model.tokenizer.image_id] * _num_tokens(model, piece)
+            piece = [model.tokenizer.image_id] * piece.num_tokens
         ids += piece
         if len(ids) >= chunk_size:
             flush()

@@ -1,4 +1,4 @@
-"""Images: a file, bytes or a PIL image to an upright RGB picture, and on to pixels of a fixed size."""
+"""Images: a file, bytes or a PIL image to an upright RGB picture, and on to tiles of a fixed size."""
 
 import io
 import os
@@ -11,10 +11,12 @@ from typing import BinaryIO, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from vision_scan.errors import UserError
+
+from .tiles import AnyResConfig, fit
 
 ImageSource = str | Path | bytes | Image.Image
 # Files in a folder that are taken for images.
@@ -48,12 +50,14 @@ class ImageConfig:
             keeps it and fills up with `fill`, "crop" keeps it and cuts off what sticks out, equally on
             both sides.
         fill: a colour, red, green and blue from 0 to 255; grey is near every tower's mean.
+        tiles: more tiles of an image than the one, at a higher resolution; see tiles.py. None: one.
     """
 
     height: int
     width: int
     resize: Literal["squash", "letterbox", "crop"] = "squash"
     fill: tuple[int, ...] = (127, 127, 127)
+    tiles: AnyResConfig | None = None
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -102,17 +106,36 @@ def check_image(source: str | Path | bytes | BinaryIO) -> tuple[int, int]:
         return image.height, image.width
 
 
+def upright_size(source: ImageSource | BinaryIO) -> tuple[int, int]:
+    """Height and width of the picture that `open_image` gives, by the header alone where the format allows it.
+
+    Args:
+        source: as `check_image`, or a PIL image.
+    Raises:
+        UserError: naming the file, if it is missing, empty or not an image.
+    """
+    image = _identify(source, _name(source))
+    try:
+        # Of TIFF, Pillow turns the size itself. Of PNG, whose EXIF data may stand last, it decodes the pixels.
+        is_turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except _DECODE_ERRORS:
+        is_turned = False
+    finally:
+        if image is not source:
+            image.close()
+    return (image.width, image.height) if is_turned else (image.height, image.width)
+
+
 def to_pixels(image: Image.Image, config: ImageConfig) -> Tensor:
-    """Fits an RGB image to one tile: (1, 3, height, width), float32 in [0, 1]."""
+    """Fits an RGB image to its tiles: (num_tiles, 3, height, width), float32 in [0, 1].
+
+    The first shows the image as `config.resize` asks; those of `config.tiles` follow row by row.
+    """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    height, width = config.height, config.width
-    if config.resize == "letterbox":
-        pixels = _letterbox(pixels, config)
-    else:
-        if config.resize == "crop":
-            pixels = _crop(pixels, height / width)
-        pixels = _resize(pixels, height, width)
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    tiles = _one_tile(pixels, config)
+    if config.tiles is not None:
+        tiles = torch.cat([tiles, _grid_of_tiles(pixels, config)])
+    return tiles.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def _name(source: ImageSource | BinaryIO) -> str:
@@ -190,12 +213,32 @@ def _crop(pixels: Tensor, ratio: float) -> Tensor:
     return pixels[:, :, top : top + inner[0], left : left + inner[1]]
 
 
-def _letterbox(pixels: Tensor, config: ImageConfig) -> Tensor:
+def _one_tile(pixels: Tensor, config: ImageConfig) -> Tensor:
+    height, width = config.height, config.width
+    if config.resize == "letterbox":
+        scale = min(height / pixels.shape[2], width / pixels.shape[3])
+        # A very long image must keep at least one pixel across.
+        inner = (max(1, round(pixels.shape[2] * scale)), max(1, round(pixels.shape[3] * scale)))
+        return _centre(_resize(pixels, *inner), (height, width), config.fill)
+    if config.resize == "crop":
+        pixels = _crop(pixels, height / width)
+    return _resize(pixels, height, width)
+
+
+def _grid_of_tiles(pixels: Tensor, config: ImageConfig) -> Tensor:
     height, width = pixels.shape[2:]
-    scale = min(config.height / height, config.width / width)
-    # A very long image must keep at least one pixel across.
-    inner = (max(1, round(height * scale)), max(1, round(width * scale)))
-    top, left = (config.height - inner[0]) // 2, (config.width - inner[1]) // 2
-    canvas = torch.tensor(config.fill, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, config.height, config.width)
-    canvas[:, :, top : top + inner[0], left : left + inner[1]] = _resize(pixels, *inner)
+    tile = config.height, config.width
+    rows, columns = config.tiles.choose(height, width, tile)
+    full = rows * tile[0], columns * tile[1]
+    canvas = _centre(_resize(pixels, *fit(height, width, full)), full, config.fill)
+    grid = canvas.view(3, rows, tile[0], columns, tile[1])
+    return grid.permute(1, 3, 0, 2, 4).flatten(0, 1)
+
+
+def _centre(pixels: Tensor, size: tuple[int, int], fill: tuple[int, ...]) -> Tensor:
+    """An image in the middle of a canvas of a size."""
+    height, width = pixels.shape[2:]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    canvas = torch.tensor(fill, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, *size)
+    canvas[:, :, top : top + height, left : left + width] = pixels
     return canvas

@@ -2,7 +2,8 @@
 
 import contextlib
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,14 @@ from .lm.sequence_parallel import SequenceShard
 from .processor import Processor
 from .prompt import IGNORE
 from .quantize import QuantizedLinear, replace_projections
+from .tiles import SpatialUnpad, TileLayout
 from .tokenizer import Tokenizer
 from .vision_encoder import VISION_ENCODERS
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+ImageSizes = Tensor | Sequence[tuple[int, int]]
 
 FIXED_SENTENCE = (
     "Early in the morning the old fisherman walked down to the harbour, untied his small wooden boat, and "
@@ -37,7 +41,8 @@ class Cobra(nn.Module):
     Attributes:
         config, tokenizer, processor: what it is made of, and what turns texts and images into its inputs.
         vision_encoder: (n, 3, height, width) in [0, 1] -> (n, grid_height, grid_width, d_vision).
-        connector: those features -> (n, tokens_per_tile, d_model).
+        connector: those features -> (n, tokens_per_tile, d_model); with `image.tiles` it has `unpad`, which joins those
+            of an image's tiles.
         lm: token ids or embeddings -> logits and state.
         encodes_always: whether a batch without images sends a blank tile through tower and connector, to no effect:
             so that every process of a training run calls the same modules.
@@ -83,70 +88,113 @@ class Cobra(nn.Module):
             return reduction.reduce(self.connector(features), attention)
         return self.connector(reduction.reduce(features.flatten(1, 2), attention)[:, None])
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
-        """Embeddings of a prompt, the tokens of the tiles in order where the image tokens stand.
+    def layouts(self, pixel_values: Tensor, image_sizes: ImageSizes | None = None) -> list[TileLayout]:
+        """How each image of a batch became its tiles.
+
+        Args:
+            pixel_values: (num_tiles, 3, height, width), those of an image one after another.
+            image_sizes: (num_images, 2), height and width of the images; needed with `image.tiles` only.
+        Raises:
+            UserError: if they are missing, or are of other numbers of tiles.
+        """
+        if self.config.image.tiles is None:
+            return [self.config.layout(0, 0)] * len(pixel_values)
+        if image_sizes is None:
+            raise UserError("image_sizes is missing: with image.tiles an image's tiles depend on its height and width")
+        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
+        layouts = [self.config.layout(height, width) for height, width in sizes]
+        expected = sum(layout.num_tiles for layout in layouts)
+        if expected != len(pixel_values):
+            raise UserError(f"{len(pixel_values)} tiles in pixel_values, but images of image_sizes have {expected}")
+        return layouts
+
+    def _encode(self, pixel_values: Tensor, layouts: Sequence[TileLayout]) -> Tensor:
+        """The tokens of images one behind another: (tokens, d_model)."""
+        tokens = self.encode_images(pixel_values.to(self.device, non_blocking=True))
+        if self.config.image.tiles is None:
+            return tokens.flatten(0, 1)
+        return self.connector.unpad(tokens, layouts, self.config.grid)
+
+    def embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_sizes: ImageSizes | None = None
+    ) -> Tensor:
+        """Embeddings of a prompt, the tokens of the images in order where the image tokens stand.
 
         Args:
             input_ids: (batch, seqlen), `tokenizer.image_id` at image tokens.
             pixel_values: (num_tiles, 3, height, width), rows one after another, or None.
+            image_sizes: see `layouts`.
         Returns:
             (batch, seqlen, d_model).
         Raises:
-            UserError: if the image tokens are not as many as the tiles give.
+            UserError: if the image tokens are not as many as the images give.
         """
-        is_image = self._image_places(input_ids, pixel_values)
+        layouts = [] if pixel_values is None else self.layouts(pixel_values, image_sizes)
+        is_image = self._image_places(input_ids, layouts)
         embeds = self.lm.embedding(input_ids)
         if pixel_values is None:
             return embeds + self._blank() if self.encodes_always else embeds
-        tokens = self.encode_images(pixel_values.to(self.device, non_blocking=True)).flatten(0, 1).to(embeds.dtype)
+        tokens = self._encode(pixel_values, layouts).to(embeds.dtype)
         return embeds.index_put(is_image.nonzero(as_tuple=True), tokens)
 
-    def embed_shard(self, input_ids: Tensor, pixel_values: Tensor | None, shard: SequenceShard) -> Tensor:
+    def embed_shard(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        shard: SequenceShard,
+        image_sizes: ImageSizes | None = None,
+    ) -> Tensor:
         """`embed` for one process's piece of the rows: (batch, tokens of the piece, d_model).
 
-        Only the tiles with a token in it are encoded, and nothing is exchanged: a tile that is cut is encoded
+        Only the images with a token in it are encoded, and nothing is exchanged: an image that is cut is encoded
         on both sides, and each side's gradient is that of its own tokens.
 
         Args:
-            input_ids, pixel_values: of the whole rows, as `embed`; pixels may stay on the CPU.
+            input_ids, pixel_values, image_sizes: of the whole rows, as `embed`; pixels may stay on the CPU.
         """
-        is_image = self._image_places(input_ids, pixel_values)
+        layouts = [] if pixel_values is None else self.layouts(pixel_values, image_sizes)
+        is_image = self._image_places(input_ids, layouts)
         numbers = shard.take(is_image.flatten().cumsum(0).view_as(is_image) - 1)
         is_image = shard.take(is_image)
         embeds = self.lm.embedding(shard.take(input_ids))
         if pixel_values is None or not is_image.any():
             return embeds + self._blank() if self.encodes_always else embeds
-        size = self.config.tokens_per_tile
-        tiles, place = (numbers[is_image] // size).unique(return_inverse=True)
-        tokens = self.encode_images(pixel_values[tiles.to(pixel_values.device)].to(self.device))
-        tokens = tokens[place, numbers[is_image] % size].to(embeds.dtype)
-        return embeds.index_put(is_image.nonzero(as_tuple=True), tokens)
+        numbers = numbers[is_image]
+        ends = torch.tensor([layout.num_tokens for layout in layouts], device=numbers.device).cumsum(0)
+        images, place = torch.bucketize(numbers, ends, right=True).unique(return_inverse=True)
+        taken = [layouts[image] for image in images.tolist()]
+        tiles = pixel_values.split([layout.num_tiles for layout in layouts])
+        tokens = self._encode(torch.cat([tiles[image] for image in images.tolist()]), taken).to(embeds.dtype)
+        before = ends[images] - torch.tensor([layout.num_tokens for layout in taken], device=ends.device).cumsum(0)
+        return embeds.index_put(is_image.nonzero(as_tuple=True), tokens[numbers - before[place]])
 
     def _blank(self) -> Tensor:
         """A zero that comes of a blank tile."""
         image = self.config.image
-        return 0.0 * self.encode_images(torch.zeros(1, 3, image.height, image.width, device=self.device)).sum()
+        pixels = torch.zeros(1, 3, image.height, image.width, device=self.device)
+        return 0.0 * self._encode(pixels, [TileLayout(self.config.tokens_per_tile)]).sum()
 
-    def _image_places(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
-        """Where image tokens stand; as many as the tiles give."""
+    def _image_places(self, input_ids: Tensor, layouts: Sequence[TileLayout]) -> Tensor:
+        """Where image tokens stand; as many as the images give."""
         is_image = input_ids == self.tokenizer.image_id
         places = int(is_image.sum())
-        given = 0 if pixel_values is None else len(pixel_values) * self.config.tokens_per_tile
+        given = sum(layout.num_tokens for layout in layouts)
         if places != given:
+            each = f" ({self.config.tokens_per_tile} per tile)" if self.config.image.tiles is None else ""
             raise UserError(
-                f"the prompt has {places} image tokens, the images give {given} "
-                f"({self.config.tokens_per_tile} per tile): their numbers must be equal"
+                f"the prompt has {places} image tokens, the images give {given}{each}: their numbers must be equal"
             )
         return is_image
 
     def loss(
-        self, batch: dict[str, Tensor | None], group: "dist.ProcessGroup | None" = None
+        self, batch: dict[str, Any], group: "dist.ProcessGroup | None" = None
     ) -> tuple[Tensor, Tensor]:
         """Sum of the token losses of a batch, and how many tokens it is over.
 
         Args:
             batch: `input_ids` and `labels` (batch, seqlen), rows padded on the right, labels[t] the id to
-                be predicted for place t or -100; `pixel_values` or None; `seq_idx` (batch, seqlen), if
+                be predicted for place t or -100; `pixel_values` or None; `image_sizes`, see `layouts`, or
+                None; `seq_idx` (batch, seqlen), if
                 several texts are packed into a row (the first token of each has no label), or None.
             group: processes that share each row, all given the same batch. Each returns the sum and the
                 number of its own piece: loss, number and gradients are to be summed over the group. If one
@@ -157,10 +205,10 @@ class Cobra(nn.Module):
             UserError: if image tokens and tiles do not fit, or rows or layers cannot be shared by the group.
         """
         ids, pixels, seq_idx = batch["input_ids"], batch.get("pixel_values"), batch.get("seq_idx")
-        labels = batch["labels"]
+        labels, sizes = batch["labels"], batch.get("image_sizes")
         is_nested = self.training and pixels is not None and getattr(self.config.connector, "nested", False)
         if group is None:
-            embeds = self.embed(ids, pixels)
+            embeds = self.embed(ids, pixels, sizes)
             if is_nested:
                 embeds, labels, seq_idx = self._first_tokens(ids, embeds, labels, seq_idx)
             hidden, _ = self.lm.read(inputs_embeds=embeds, seq_idx=seq_idx)
@@ -174,7 +222,7 @@ class Cobra(nn.Module):
             batch_size, seqlen = ids.shape
             shard = SequenceShard.cut(batch_size, seqlen, group, seq_idx)
             targets = shard.take(_next_labels(labels))
-            hidden, _ = self.lm.read(inputs_embeds=self.embed_shard(ids, pixels, shard), shard=shard)
+            hidden, _ = self.lm.read(inputs_embeds=self.embed_shard(ids, pixels, shard, sizes), shard=shard)
         supervised = targets != IGNORE
         return self.lm.loss(hidden[supervised], targets[supervised]), supervised.sum()
 
@@ -228,8 +276,11 @@ def make_vision_parts(config: CobraConfig) -> tuple[nn.Module, nn.Module]:
     encoder = VISION_ENCODERS[config.vision_encoder.kind](config.vision_encoder, config.image)
     if config.token_reduction is not None:
         encoder.check_attention()
-    connector = CONNECTORS[config.connector.kind]
-    return encoder, connector(config.connector, encoder.d_model, config.lm.d_model)
+    connector = CONNECTORS[config.connector.kind](config.connector, encoder.d_model, config.lm.d_model)
+    if config.image.tiles is not None:
+        # In the connector, whose learning, freezing and checkpoints it shares.
+        connector.unpad = SpatialUnpad(config.lm.d_model)
+    return encoder, connector
 
 
 def build(

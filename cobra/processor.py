@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cobra.image import ImageSource, open_image, to_pixels
 from cobra.prompt import TEMPLATES, Rendered, Turn, body, count_marks, render, render_caption
+from cobra.tiles import TileLayout
 from cobra.tokenizer import IMAGE, Tokenizer
 from vision_scan.errors import UserError, choose
 
@@ -18,11 +19,25 @@ if TYPE_CHECKING:
 Images = Iterable[ImageSource] | ImageSource | None
 
 
+class Tiles(NamedTuple):
+    """An image as a model gets it.
+
+    Attributes:
+        pixel_values: (num_tiles, 3, height, width), float32 in [0, 1].
+        size: height and width of the image before resizing.
+        num_tokens: how many it becomes.
+    """
+
+    pixel_values: Tensor
+    size: tuple[int, int]
+    num_tokens: int
+
+
 class Processor:
     """Prepares inputs for one model.
 
     Args:
-        config: of the model; gives the tile size, the tokens per tile and the prompt template.
+        config: of the model; gives the tile size, the tokens of an image and the prompt template.
         tokenizer: of the model.
     """
 
@@ -60,44 +75,75 @@ class Processor:
         sources = [None] * len(text) if images is None else list(images)
         if len(sources) != len(text):
             raise UserError(f"{len(text)} texts, but images for {len(sources)} rows")
-        rows, tiles, sizes = [], [], []
+        rows: list[list[int]] = []
+        tiles: list[Tiles] = []
         for index, (prompt, row_sources) in enumerate(zip(text, sources, strict=True)):
             pictures = [open_image(source) for source in list_images(row_sources)]
             try:
-                rows.append(self._row(prompt, len(pictures)))
+                lengths = self.image_tokens(len(pictures), ((picture.height, picture.width) for picture in pictures))
+                rows.append(self._row(prompt, lengths))
             except UserError as error:
                 raise UserError(f"row {index}: {error}") from error
-            tiles += [self.pixels(picture) for picture in pictures]
-            sizes += [(picture.height, picture.width) for picture in pictures]
+            tiles += [self.tiles(picture) for picture in pictures]
         input_ids, attention_mask = pad(rows, self.tokenizer.pad_id, padding_side)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "pixel_values": torch.cat(tiles) if tiles else None,
-            "image_sizes": torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
-            "tiles_per_image": torch.tensor([len(tile) for tile in tiles], dtype=torch.int64),
+            "pixel_values": torch.cat([tile.pixel_values for tile in tiles]) if tiles else None,
+            "image_sizes": torch.tensor([tile.size for tile in tiles], dtype=torch.int64).view(-1, 2),
+            "tiles_per_image": torch.tensor([len(tile.pixel_values) for tile in tiles], dtype=torch.int64),
         }
 
     def pixels(self, image: ImageSource) -> Tensor:
         """The tiles of one image: (num_tiles, 3, height, width), float32 in [0, 1]."""
-        return to_pixels(open_image(image), self.config.image)
+        return self.tiles(image).pixel_values
 
-    def image_tokens(self, num_images: int) -> list[int]:
-        """How many tokens each of `num_images` images takes."""
-        return [self.config.tokens_per_tile] * num_images
+    def tiles(self, image: ImageSource) -> Tiles:
+        """The tiles of one image, with its size and its number of tokens."""
+        picture = open_image(image)
+        size = picture.height, picture.width
+        return Tiles(to_pixels(picture, self.config.image), size, self.config.layout(*size).num_tokens)
 
-    def render(self, turns: Sequence[Turn], num_images: int, captions: bool = False) -> Rendered:
-        """Ids and labels of a conversation to learn from; see `cobra.prompt.render` and `render_caption`."""
+    def image_tokens(self, num_images: int, sizes: Iterable[tuple[int, int]] = ()) -> list[int]:
+        """How many tokens each of `num_images` images takes; see `layouts`."""
+        return [layout.num_tokens for layout in self.layouts(num_images, sizes)]
+
+    def layouts(self, num_images: int, sizes: Iterable[tuple[int, int]] = ()) -> list[TileLayout]:
+        """The tiles and tokens of images.
+
+        Args:
+            sizes: height and width of at least so many, upright; looked at only if anything depends on them.
+        Raises:
+            UserError: if it does, and they are fewer.
+        """
+        if self.config.image.tiles is None:
+            return [self.config.layout(0, 0)] * num_images
+        layouts = [self.config.layout(*size) for size in islice(sizes, num_images)]
+        if len(layouts) != num_images:
+            raise UserError(
+                f"{len(layouts)} sizes for {num_images} images: with image.tiles the tokens of an image depend on its "
+                "height and width, so give those of each"
+            )
+        return layouts
+
+    def render(
+        self,
+        turns: Sequence[Turn],
+        num_images: int,
+        captions: bool = False,
+        sizes: Iterable[tuple[int, int]] = (),
+    ) -> Rendered:
+        """Ids and labels of a conversation to learn from; see `layouts` for the sizes, `cobra.prompt.render` and
+        `render_caption` for the rest."""
         written = render_caption if captions else render
-        return written(turns, self.tokenizer, self.template, self.image_tokens(num_images))
+        return written(turns, self.tokenizer, self.template, self.image_tokens(num_images, sizes))
 
-    def _row(self, prompt: str | Sequence[Turn], num_images: int) -> list[int]:
-        lengths = self.image_tokens(num_images)
+    def _row(self, prompt: str | Sequence[Turn], lengths: Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
             return render(prompt, self.tokenizer, self.template, lengths, supervised=False).input_ids
         marks = count_marks(prompt)
-        if marks != num_images:
-            raise UserError(f"{marks} {IMAGE} marks for {num_images} images: the two must be equal")
+        if marks != len(lengths):
+            raise UserError(f"{marks} {IMAGE} marks for {len(lengths)} images: the two must be equal")
         return body(prompt, self.tokenizer, iter(lengths), allow_special=True)
 
 

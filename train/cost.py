@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cobra.cost import LMCost, tile_work
 from cobra.prompt import IGNORE
+from cobra.tiles import TileLayout
 from cobra.tokenizer import IMAGE
 from train.data.collate import Batch
 from train.data.dataset import Dataset
@@ -42,7 +43,7 @@ class TrainingCost:
         pixels = batch.inputs.get("pixel_values")
         return self.of(0 if pixels is None else len(pixels), batch.lengths, batch.num_supervised)
 
-    def of(self, num_tiles: int, lengths: Sequence[int], num_supervised: int) -> float:
+    def of(self, num_tiles: float, lengths: Sequence[int], num_supervised: int) -> float:
         """Of so many tiles, and rows of so many tokens."""
         total = num_tiles * self._tile
         if self._lm is not None:
@@ -53,7 +54,7 @@ class TrainingCost:
 
 class RowCost:
     """Operations of a row by its number, for sharing rows out evenly: of its tiles, and of as many tokens as its
-    characters make on average.
+    characters and images make on average.
 
     The average is taken over `NUM_SAMPLED` rows at even distances, so it is the same on every process.
 
@@ -66,18 +67,23 @@ class RowCost:
     def __init__(self, cost: TrainingCost, objective: Objective, rows: Dataset) -> None:
         self._cost = cost
         self._rows = rows
-        self._tokens_per_tile = objective.model.config.tokens_per_tile
         self._most_tokens = rows.settings.max_tokens
         num_characters = num_tokens = num_supervised = 0
+        processor, layouts = objective.model.processor, list[TileLayout]()
         for number in np.linspace(0, len(rows) - 1, min(len(rows), NUM_SAMPLED)).astype(int):
             try:
                 row = rows[number]
-                rendered = objective.model.processor.render(row.turns, len(row.images), rows.settings.captions)
+                found = processor.layouts(len(row.images), row.read_sizes())
+                rendered = processor.render(row.turns, len(row.images), rows.settings.captions, row.read_sizes())
             except UserError:  # it is for the step that reads the row to leave it out, or to end the run
                 continue
             num_characters += _text_size(row.num_characters, len(row.images))
-            num_tokens += len(rendered.input_ids) - len(row.images) * self._tokens_per_tile
+            num_tokens += len(rendered.input_ids) - sum(layout.num_tokens for layout in found)
+            layouts += found
             num_supervised += sum(label != IGNORE for label in rendered.labels)
+        layouts = layouts or [processor.config.largest_layout]
+        self._tokens_per_image = sum(layout.num_tokens for layout in layouts) / len(layouts)
+        self._tiles_per_image = sum(layout.num_tiles for layout in layouts) / len(layouts)
         self.tokens_per_character = num_tokens / max(1, num_characters)
         self._supervised_per_character = num_supervised / max(1, num_characters)
 
@@ -85,12 +91,12 @@ class RowCost:
         return self.row_cost(int(self._rows.num_characters[number]), int(self._rows.num_images[number]))
 
     def row_cost(self, num_characters: int, num_images: int) -> float:
-        """Operations of a row with so much text and so many images of one tile each."""
+        """Operations of a row with so much text and so many images, of the mean of tiles."""
         size = _text_size(num_characters, num_images)
-        length = round(size * self.tokens_per_character) + num_images * self._tokens_per_tile
+        length = round(size * self.tokens_per_character) + round(num_images * self._tokens_per_image)
         length = min(length, self._most_tokens or length)
         num_supervised = min(length, round(size * self._supervised_per_character))
-        return self._cost.of(num_images, [length], num_supervised)
+        return self._cost.of(num_images * self._tiles_per_image, [length], num_supervised)
 
 
 def _text_size(num_characters: int, num_images: int) -> int:

@@ -23,7 +23,7 @@ from train.objectives import Naming, Objective, Stats
 from train.settings import ZeroSettings
 from vision_scan.errors import UserError
 
-PIXELS = "pixel_values"
+STAY = ("pixel_values", "image_sizes")  # inputs that the model itself brings to the device, as far as it needs them
 BUCKET_ELEMENTS = 50_000_000  # that DeepSpeed sends at once
 
 OptimizerState = dict[str, Tensor]
@@ -128,9 +128,9 @@ class PlainEngine:
         self.optimizer.step()
 
     def _move(self, batch: Batch) -> dict[str, Any]:
-        # Pixels go where they are encoded: of rows that are shared, not all are.
+        # Pixels go where they are encoded: of rows that are shared, not all are. Sizes are read on the CPU.
         return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) and name != PIXELS else value
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) and name not in STAY else value
             for name, value in batch.inputs.items()
         }
 

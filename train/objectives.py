@@ -100,12 +100,13 @@ class Conversation(Objective):
     def _sample(self, row: Row) -> Sample:
         rendered = self.render(row)
         images = row.images[: rendered.num_images]
-        tiles = [self.model.processor.pixels(image.open()) for image in images]
+        tiles = [self.model.processor.tiles(image.open()) for image in images]
         return Sample(
             id=row.id,
             input_ids=rendered.input_ids,
             labels=rendered.labels,
-            pixel_values=torch.cat(tiles) if tiles else None,
+            pixel_values=torch.cat([tile.pixel_values for tile in tiles]) if tiles else None,
+            image_sizes=tuple(tile.size for tile in tiles),
             num_images=len(images),
             is_truncated=rendered.num_turns < len(row.turns),
         )
@@ -120,7 +121,7 @@ class Conversation(Objective):
         turns = row.turns
         while True:
             num_images = sum(count_marks(turn.text) for turn in turns if turn.role == "user")
-            rendered = self.model.processor.render(turns, num_images, self.captions)
+            rendered = self.model.processor.render(turns, num_images, self.captions, row.read_sizes())
             if self.max_tokens is None or len(rendered.input_ids) <= self.max_tokens:
                 return rendered
             if len(turns) <= 2:
@@ -159,6 +160,8 @@ class PatchLabels(Objective):
                 f"an objective on regions needs image.resize=squash, got {image.resize}: its boxes "
                 "are fractions of the whole image"
             )
+        if image.tiles is not None:
+            raise UserError("an objective on regions looks at one tile of an image: set image.tiles=none")
         self.height, self.width = model.config.grid
         self.classes = region_classes(rows)
         if not self.classes:
@@ -203,10 +206,7 @@ class PatchLabels(Objective):
         return torch.where(targets > 0, 1.0, self.background_weight)
 
     def _sample(self, row: Row) -> tuple[str, Tensor, Tensor]:
-        pixels = self.model.processor.pixels(row.images[0].open())
-        if len(pixels) != 1:
-            raise UserError(f"an objective on regions needs one tile an image, got {len(pixels)}")
-        return row.id, pixels, self.targets(row)
+        return row.id, self.model.processor.pixels(row.images[0].open()), self.targets(row)
 
     def num_tokens(self, row: Row) -> int:
         return self.height * self.width

@@ -92,17 +92,18 @@ def activation_memory(model: Cobra, config: RunConfig, rows: int, length: int) -
     Args:
         model: on the meta device, in training mode, its frozen parts frozen.
         config: says what is computed again.
-        rows, length: of the micro-batch; one tile a row.
+        rows, length: of the micro-batch; one image a row, with as many tiles as an image may have.
     """
     image, tower = model.config.image, model.vision_encoder
     total = 0
-    pixels = torch.empty(rows, 3, image.height, image.width, device="meta")
+    tiles = rows * model.config.largest_layout.num_tiles
+    pixels = torch.empty(tiles, 3, image.height, image.width, device="meta")
     learns = {part: any(p.requires_grad for p in getattr(model, part).parameters()) for part in PARTS}
     if learns["vision_encoder"]:
         total += kept_bytes(tower, pixels)
     if learns["vision_encoder"] or learns["connector"]:
         grid = model.config.connector_grid
-        features = torch.empty(rows, *grid, tower.d_model, device="meta", requires_grad=learns["vision_encoder"])
+        features = torch.empty(tiles, *grid, tower.d_model, device="meta", requires_grad=learns["vision_encoder"])
         total += kept_bytes(model.connector, features)
     residual = FLOAT32 * rows * length * model.config.lm.d_model
     settings = config.train
@@ -158,7 +159,8 @@ def describe(config: RunConfig, course: Course, ranks: Sequence[int], mfu: float
     num_steps = settings.steps
     if settings.epochs is not None:
         num_steps = max(1, -(-int(settings.epochs * course.num_rows) // settings.batch_size))
-    flops = settings.batch_size * TrainingCost(objective).of(1, [course.length], course.num_learned)
+    num_tiles = model.config.largest_layout.num_tiles
+    flops = settings.batch_size * TrainingCost(objective).of(num_tiles, [course.length], course.num_learned)
     yield (
         f"steps: {num_steps:,} of {settings.batch_size} rows; {course.length:,} tokens a row ({course.source}), "
         f"{settings.batch_size * course.length:,} a step; {flops / 1e15:.3g} PFLOP a step"
@@ -229,17 +231,17 @@ def _count(module: nn.Module, learning_only: bool = False) -> int:
 
 def measure_course(config: RunConfig, options: argparse.Namespace) -> Course:
     """The numbers of the data: of what is at `data.path`, else as the options say."""
-    tokens_per_tile = config.model.build_config(given_sections(config)).tokens_per_tile
+    tokens_per_image = config.model.build_config(given_sections(config)).largest_layout.num_tokens
     if options.rows is None and config.data.path is not None:
         rows = open_dataset(DataSettings(**{**vars(config.data), "check": "none", "skip_bad": True}))
         characters = int(rows.num_characters.mean())
-        length = characters // 4 + round(tokens_per_tile * float(rows.num_images.mean()))
+        length = characters // 4 + round(tokens_per_image * float(rows.num_images.mean()))
         learned = round(SHARE_LEARNED * characters / 4)
         return Course(rows.epoch_size, length, learned, f"by {Path(config.data.path).name}")
     if options.rows is None and config.train.epochs is not None:
         raise UserError("plan: how many rows has an epoch? give --rows N, or the data (--set data.path=FILE)")
     text = options.text_tokens
-    return Course(options.rows or 0, tokens_per_tile + text, round(SHARE_LEARNED * text), "one image, --text-tokens")
+    return Course(options.rows or 0, tokens_per_image + text, round(SHARE_LEARNED * text), "one image, --text-tokens")
 
 
 def add_arguments(parser: CommandParser) -> None:

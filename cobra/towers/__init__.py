@@ -1,6 +1,6 @@
 """Hierarchical state-space backbones as vision encoders.
 
-A new one is a file here, and its class in HIERARCHICAL: vision_encoder.py and cost.py take it from there.
+A new one is a file here, and its class in HIERARCHICAL: vision_encoder/ and cost.py take it from there.
 """
 
 from .efficientvmamba import EfficientVMamba

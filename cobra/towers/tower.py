@@ -92,7 +92,7 @@ class Tower(Released):
         return self
 
     def load_weights(self, path: str | Path) -> None:
-        """Fills the tower with released weights, see `load_tower_weights` in cobra/vision_encoder.py.
+        """Fills the tower with released weights, see `cobra.vision_encoder.load_tower_weights`.
 
         Raises:
             UserError: naming the file, and the tensors that are missing, unexpected or of another shape.

@@ -16,7 +16,7 @@ from cobra.lm.mlp import MLPConfig
 from cobra.model import Cobra
 from cobra.token_reduction import ToMeConfig
 from cobra.tokenizer import Tokenizer
-from cobra.vision_encoder import VISION_ENCODERS
+from cobra.vision_encoder import VISION_ENCODERS, S2EncoderConfig
 
 # research/systems.md 4.2, after the released state-spaces checkpoints.
 PUBLISHED = {
@@ -233,6 +233,15 @@ def test_operations_of_a_tower_are_those_that_torch_counts(preset):
     counted = count(model.vision_encoder, 1, 3, parts.image.height, parts.image.width)
     assert work.weights + work.mixing == counted
     assert 0 < work.mixing < work.weights
+
+
+@pytest.mark.parametrize("scales", [(1, 2), (2, 3)], ids=str)
+@pytest.mark.parametrize("tower", [PRESETS["tiny"].vision_encoder, PRESETS["llava-1.5"].vision_encoder], ids=str)
+def test_operations_at_several_scales_are_those_that_torch_counts(tower, scales):
+    image = ImageConfig(height=336, width=168)
+    model = meta_model(image=image, vision_encoder=S2EncoderConfig(tower=tower, scales=scales))
+    work = tile_work(model)["vision_encoder"]
+    assert work.weights + work.mixing == count(model.vision_encoder, 1, 3, image.height, image.width)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,10 @@ ADAMW = ("optim.kind=adamw", "train.micro_batch_size=1", "train.save_every=3", "
 RECURRENT = 'model.lm.layers=[{"kind": "mamba2", "d_state": 8, "headdim": 16}, {"kind": "mamba1", "d_state": 4}]'
 SCANS = 'model.connector={"kind": "msc", "mixer": {"kind": "mamba2", "d_state": 8, "headdim": 16}}'
 NOTHING_WHOLE = "zero.persistence_threshold=0"  # at stage 3 every parameter is taken apart
+TILES = (
+    'model.image.tiles={"kind": "anyres"}',
+    'model.vision_encoder={"kind": "s2", "tower": {"kind": "small", "d_model": 16, "num_heads": 2}}',
+)
 PIECES = ("train.recompute=segment", "train.segment_tokens=9")
 # Two processes; float32 sums in another order, and nothing else, is what may differ.
 WAYS: dict[str, tuple[str, ...]] = {
@@ -49,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "plain": plain,
         "plain, scans": (*plain, SCANS, "data.packing=true"),
         "plain, recurrent": (*plain, RECURRENT),
+        "plain, tiles": (*plain, *TILES),
         "plain, frozen": (*plain, "train.freeze=vision_encoder"),
     }
     for name, changes in references.items():
@@ -58,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = [entry(name, *changes) for name, changes in WAYS.items()]
     plan += [
         entry("scans", "zero.stage=3", NOTHING_WHOLE, SCANS, "data.packing=true"),
+        entry("tiles", "zero.stage=3", NOTHING_WHOLE, *TILES),
         entry("frozen", "zero.stage=3", NOTHING_WHOLE, "train.freeze=vision_encoder"),
         *(entry(f"bfloat16 {n}", f"zero.stage={n}", NOTHING_WHOLE, "train.dtype=bfloat16") for n in range(4)),
         # Of the second step, the second micro-batch of both processes.
@@ -89,7 +95,7 @@ def test_every_way_has_the_losses_of_one_process(folder: Path, way: str) -> None
 
 @pytest.mark.parametrize(
     ("name", "reference"),
-    [("scans", "plain, scans"), ("frozen", "plain, frozen"), ("shared", "plain, recurrent")],
+    [("scans", "plain, scans"), ("frozen", "plain, frozen"), ("shared", "plain, recurrent"), ("tiles", "plain, tiles")],
 )
 def test_other_models_too(folder: Path, name: str, reference: str) -> None:
     assert losses(folder / name) == pytest.approx(losses(folder / reference), abs=TOLERANCE)

@@ -55,6 +55,8 @@ class Sample:
     labels: Sequence[int]
     pixel_values: Tensor | None
     """(tiles, 3, height, width) in [0, 1], float32, or None without images."""
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    """Height and width of each image before resizing."""
     num_images: int = 0
     is_truncated: bool = False
 
@@ -74,15 +76,19 @@ def collate_conversations(samples: Sequence[Sample], pad_id: int, packing: bool 
         packing: put the rows one behind the other instead, without any padding.
     Returns:
         A batch whose inputs are `input_ids` and `labels`, (batch, longest) int64, labels of pads -100, and
-        `pixel_values`, (tiles, 3, height, width), or None if no row has an image; if packed, `input_ids`, `labels` and
-        `seq_idx` (1, all tokens) int64, in which every row is a segment. Its weight is the number of labels after the
-        shift: the first token of a row is predicted from nothing.
+        `pixel_values`, (tiles, 3, height, width), or None if no row has an image, and `image_sizes`, (images, 2) int64;
+        if packed, `input_ids`, `labels` and `seq_idx` (1, all tokens) int64, in which every row is a segment. Its
+        weight is the number of labels after the shift: the first token of a row is predicted from nothing.
     """
     # Nothing stands before a row's first token; in a pack the last token of another row does.
     labels = [[IGNORE, *sample.labels[1:]] for sample in samples]
     pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     lengths = [len(sample.input_ids) for sample in samples]
-    inputs: dict[str, Any] = {"pixel_values": torch.cat(pixels) if pixels else None}
+    sizes = [size for sample in samples for size in sample.image_sizes]
+    inputs: dict[str, Any] = {
+        "pixel_values": torch.cat(pixels) if pixels else None,
+        "image_sizes": torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
+    }
     if packing:
         inputs["input_ids"] = torch.tensor([[i for sample in samples for i in sample.input_ids]])
         inputs["labels"] = torch.tensor([[label for row in labels for label in row]])

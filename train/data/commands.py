@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import cobra.checkpoint
-from cobra.config import PRESETS
+from cobra.config import PRESETS, CobraConfig
 from cobra.processor import Processor
-from cobra.prompt import IGNORE
+from cobra.prompt import IGNORE, Rendered
 from cobra.tokenizer import Tokenizer
 from train.data.dataset import image_check, name_row, open_parts
 from train.data.rows import ImageFile, ImageFinder, Row, parse_row
@@ -75,6 +75,10 @@ def build_processor(name: str) -> Processor:
     return Processor(choose("preset or model directory", name, PRESETS), Tokenizer.bytes())
 
 
+def _render(row: Row, processor: Processor, settings: DataSettings) -> Rendered:
+    return processor.render(row.turns, len(row.images), settings.captions, row.read_sizes())
+
+
 @dataclass
 class Report:
     """What `check` counts.
@@ -98,7 +102,7 @@ class Report:
 
     def add(self, row: Row, processor: Processor, settings: DataSettings) -> None:
         """Takes a row, unless it cannot be rendered."""
-        rendered = processor.render(row.turns, len(row.images), settings.captions) if row.turns else None
+        rendered = _render(row, processor, settings) if row.turns else None
         content = repr((row.turns, [str(image) for image in row.images])).encode()
         first = self._seen.setdefault(hashlib.sha256(content).digest(), row.id)
         if first is not row.id:
@@ -165,7 +169,7 @@ def describe(report: Report, options: argparse.Namespace, processor: Processor) 
         tokens = sum(report.lengths)
         yield (
             f"  tokens by {options.model}: {tokens:,}, of which {report.num_supervised:,} are learned; "
-            f"{processor.config.tokens_per_tile:,} for an image"
+            f"{_most(processor.config)} for an image"
         )
         yield "  tokens per row:"
         yield from histogram(report.lengths)
@@ -175,6 +179,11 @@ def describe(report: Report, options: argparse.Namespace, processor: Processor) 
             yield from (f"  {line}" for line in lines[:NUM_TOLD])
             if len(lines) > NUM_TOLD:
                 yield f"  ... and {len(lines) - NUM_TOLD:,} more"
+
+
+def _most(config: CobraConfig) -> str:
+    most = f"{config.largest_layout.num_tokens:,}"
+    return most if config.image.tiles is None else f"at most {most}"
 
 
 def _tally(counts: Counter[int]) -> str:
@@ -219,7 +228,7 @@ def run_inspect(options: argparse.Namespace) -> bool:
 def _inspect(row: Row, processor: Processor, settings: DataSettings) -> Iterator[Any]:
     from rich.text import Text
 
-    rendered = processor.render(row.turns, len(row.images), settings.captions)
+    rendered = _render(row, processor, settings)
     learned = sum(label != IGNORE for label in rendered.labels)
     size = len(rendered.input_ids)
     yield Text(f"row {row.id}: {size:,} tokens, {learned:,} learned (green), {len(row.images)} images", "bold")

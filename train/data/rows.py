@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 from PIL import Image
 
-from cobra.image import IMAGE_SUFFIXES, check_image, open_image
+from cobra.image import IMAGE_SUFFIXES, check_image, open_image, upright_size
 from cobra.prompt import Turn, count_marks
 from cobra.tokenizer import IMAGE
 from vision_scan.errors import UserError
@@ -42,6 +42,10 @@ class ImageFile(Protocol):
     def check(self) -> None:
         """Reads the header only."""
 
+    def read_size(self) -> tuple[int, int]:
+        """Height and width as `open` gives them, without decoding where the format allows it."""
+        ...
+
     def open(self) -> Image.Image:
         """Decodes it."""
 
@@ -60,6 +64,9 @@ class PathImage:
 
     def check(self) -> None:
         check_image(self.path)
+
+    def read_size(self) -> tuple[int, int]:
+        return upright_size(self.path)
 
     def open(self) -> Image.Image:
         return open_image(self.path)
@@ -81,6 +88,10 @@ class EmbeddedImage:
     def check(self) -> None:
         with name_image(self):
             check_image(self.data)
+
+    def read_size(self) -> tuple[int, int]:
+        with name_image(self):
+            return upright_size(self.data)
 
     def open(self) -> Image.Image:
         with name_image(self):
@@ -116,6 +127,10 @@ class Row:
     @property
     def num_characters(self) -> int:
         return sum(len(turn.text) for turn in self.turns)
+
+    def read_sizes(self) -> Iterator[tuple[int, int]]:
+        """Height and width of each image, read as they are asked for."""
+        return (image.read_size() for image in self.images)
 
 
 class ImageFinder:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from cobra.image import IMAGE_SUFFIXES, check_image, open_image
+from cobra.image import IMAGE_SUFFIXES, check_image, open_image, upright_size
 from train.data.rows import ImageFile, ImageFinder, name_image, short
 from vision_scan.errors import UserError
 
@@ -169,11 +169,18 @@ class ShardImage:
 
     def check(self) -> None:
         with name_image(self):
-            check_image(io.BufferedReader(_Slice(self.shard, self.offset, self.size)))
+            check_image(self._stream())
+
+    def read_size(self) -> tuple[int, int]:
+        with name_image(self):
+            return upright_size(self._stream())
 
     def open(self) -> Image.Image:
         with name_image(self):
             return open_image(self.read())
+
+    def _stream(self) -> io.BufferedReader:
+        return io.BufferedReader(_Slice(self.shard, self.offset, self.size))
 
 
 class TarSource:
