@@ -7,6 +7,7 @@ nearest to the star as it is the second or the last, so that where the marks sta
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,10 +19,10 @@ Cell = tuple[int, int]
 STEPS = ((0, 1), (1, 0), (0, -1), (-1, 0))
 COVER = 0.6  # of the cells are on some curve, about
 LENGTH_SPREAD = 0.2  # of a curve's length, up and down
-JITTER = 0.7  # pixels by which a walk leaves the middle of a cell
+JITTER = 0.6  # pixels by which a walk leaves the middle of a cell, but at its ends
 WIDTH = 3.0  # of a curve, in pixels, as the next
 DOT, MARK = 3.6, 5.6  # sides of squares of the same area
-STAR = 4.6  # radius
+STAR = 4.3  # radius
 GREYS = (110, 190)
 WHITE = (250, 250, 250)
 FINENESS = 4  # samples a pixel and direction
@@ -65,7 +66,8 @@ def draw_trace(
     colours = [answer, *rng.permutation(others)]
     pixels = empty(rng, canvas)
     grey = int(rng.integers(*GREYS))
-    bends = {cell: rng.uniform(-JITTER, JITTER, 2) * grid.unit for cell in grid.cells()}
+    ends = {cell for walk in walks for cell in (walk[0], walk[-1])}
+    bends = {cell: (cell not in ends) * rng.uniform(-JITTER, JITTER, 2) * grid.unit for cell in grid.cells()}
     nodes = [np.array([grid.centre(cell) + bends[cell] for cell in walk]) for walk in walks]
     pixels[_ink(canvas, [_smooth(points) for points in nodes], WIDTH * grid.unit)] = grey
     for number, (points, colour) in enumerate(zip(nodes, colours, strict=True)):
@@ -79,14 +81,14 @@ def draw_trace(
 
 
 def _walks(rng: np.random.Generator, grid: Grid, difficulty: Difficulty) -> list[list[Cell]]:
-    """Walks without common cells but for crossings, that from the star first.
+    """Walks without common cells but for crossings, that from the star first; no two ends side by side.
 
     Its end has a rank that is drawn first, in the order of the ends' distances from the star.
     """
     wanted = rng.integers(difficulty.num_curves)
     while True:
         walks = _grow_all(rng, grid, difficulty)
-        if walks is None:
+        if walks is None or _has_neighbours([cell for walk in walks for cell in (walk[0], walk[-1])]):
             continue
         walks = [walks[i] for i in rng.permutation(len(walks))]
         ends = np.array([walk[-1] for walk in walks])
@@ -94,6 +96,10 @@ def _walks(rng: np.random.Generator, grid: Grid, difficulty: Difficulty) -> list
         distances = np.hypot(*(ends - walks[0][0]).T) + ties
         if (distances < distances[0]).sum() == wanted:
             return walks
+
+
+def _has_neighbours(cells: Sequence[Cell]) -> bool:
+    return any(abs(y - b) + abs(x - a) == 1 for (y, x), (b, a) in combinations(cells, 2))
 
 
 def _grow_all(rng: np.random.Generator, grid: Grid, difficulty: Difficulty) -> list[list[Cell]] | None:

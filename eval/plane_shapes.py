@@ -20,7 +20,7 @@ COLOURS = {
 CELL = 8.0  # a cell's side on a canvas whose shorter side is 64; larger canvases scale it
 NUM_SHAPES = 8  # of a picture for colour and for count
 NUM_BYSTANDERS = 2  # of a picture for a relation, besides the two that it speaks of
-RELATION_GAP = 2  # fewest cells between the two, along the axis asked after
+FARTHEST = 5 / 8  # of the canvas, along the axis asked after: beyond, one shape's place tells the relation
 FREE_AREA = (60.0, 76.0)  # pixels that a shape that stands anywhere covers
 BOX_GAP = 1.5
 
@@ -119,19 +119,18 @@ def draw_colour(rng: np.random.Generator, canvas: tuple[int, int], answer: str) 
 def draw_relation(rng: np.random.Generator, canvas: tuple[int, int], answer: str) -> tuple[np.ndarray, str]:
     """Different shapes, each within a cell: two of them stand, or do not, as the question says.
 
-    Along the axis asked after their distance is uniform from `RELATION_GAP` cells to the whole
-    canvas; along the other their places are independent.
+    Their places are independent, but that they differ along the axis asked after, by `FARTHEST` of
+    the canvas at most, and do not touch.
     """
     names = [str(name) for name in rng.permutation(list(SHAPES))[: 2 + NUM_BYSTANDERS]]
     relation = list(RELATIONS)[rng.integers(len(RELATIONS))]
     axis, sign = RELATIONS[relation]
     grid = Grid(canvas)
-    distance = rng.integers(RELATION_GAP, grid.size[axis])
-    low = rng.integers(grid.size[axis] - distance)
-    along = [low + distance, low] if (sign > 0) == (answer == "yes") else [low, low + distance]
-    across = rng.integers(grid.size[1 - axis], size=2).tolist()
-    pairs = zip(along, across, strict=True) if axis == 0 else zip(across, along, strict=True)
-    pair = [(int(row), int(column)) for row, column in pairs]
+    distance = 0
+    while not 1 <= distance <= FARTHEST * grid.size[axis]:
+        pair = _free_cells(rng, grid, [], 2)
+        distance = abs(pair[0][axis] - pair[1][axis])
+    pair.sort(key=lambda cell: cell[axis], reverse=(sign > 0) == (answer == "yes"))
     places = pair + _free_cells(rng, grid, pair, NUM_BYSTANDERS)
     pixels = empty(rng, canvas)
     _paint_cells(rng, pixels, grid, names, rng.choice(list(COLOURS), len(names)), places)
