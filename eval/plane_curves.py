@@ -168,7 +168,7 @@ def _ink(canvas: tuple[int, int], curves: Sequence[np.ndarray], width: float) ->
     draw = ImageDraw.Draw(fine)
     for points in curves:
         line = [(float(x), float(y)) for y, x in FINENESS * points]
-        draw.line(line, fill=255, width=round(FINENESS * width), joint="curve")
+        draw.line(line, fill=255, width=round(FINENESS * width))
     return np.asarray(fine.reduce(FINENESS)) >= 128
 
 

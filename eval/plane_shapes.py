@@ -126,10 +126,10 @@ def draw_relation(rng: np.random.Generator, canvas: tuple[int, int], answer: str
     relation = list(RELATIONS)[rng.integers(len(RELATIONS))]
     axis, sign = RELATIONS[relation]
     grid = Grid(canvas)
-    distance = 0
-    while not 1 <= distance <= FARTHEST * grid.size[axis]:
+    while True:
         pair = _free_cells(rng, grid, [], 2)
-        distance = abs(pair[0][axis] - pair[1][axis])
+        if 1 <= abs(pair[0][axis] - pair[1][axis]) <= FARTHEST * grid.size[axis]:
+            break
     pair.sort(key=lambda cell: cell[axis], reverse=(sign > 0) == (answer == "yes"))
     places = pair + _free_cells(rng, grid, pair, NUM_BYSTANDERS)
     pixels = empty(rng, canvas)

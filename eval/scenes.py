@@ -252,13 +252,14 @@ def build(
     """
     check_counts(scenes, test_scenes, seed)
     check_canvas(canvas)
+    counts: dict[Split, int] = {"train": scenes, "test": test_scenes}
 
     def describe(asked: dict[str, list[Question]]) -> dict:
         return {
             "version": VERSION,
             "seed": seed,
             "canvas": list(canvas),
-            "scenes": {"train": scenes, "test": test_scenes},
+            "scenes": counts,
             "questions": {split: Counter(q.kind for q in asked[split]) for split in asked},
             "kinds": list(KINDS),
             "colours": list(COLOURS),
@@ -266,11 +267,9 @@ def build(
             "packages": {name: package_version(name) for name in PACKAGES},
         }
 
-    plan: list[tuple[Split, int]] = [("train", i) for i in range(scenes)]
-    plan += [("test", i) for i in range(test_scenes)]
     return write_set(
         output_dir,
-        plan,
+        [(split, index) for split in counts for index in range(counts[split])],
         functools.partial(_draw_scene, seed, canvas),
         describe,
         files=("align", "train", "test"),
