@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from eval import scene_commands
 from vision_scan.errors import CommandParser, UserError
 
 DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
@@ -41,28 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    scenes = _command(
-        commands, "scenes", _scenes, "draw digit scenes with questions, to train and to test on"
-    )
-    scenes.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty directory")
-    scenes.add_argument(
-        "--scenes", type=int, default=5000, metavar="N", help="scenes to train on (default 5000)"
-    )
-    scenes.add_argument(
-        "--test-scenes", type=int, default=400, metavar="N", help="scenes to test on (default 400)"
-    )
-    scenes.add_argument(
-        "--workers", type=int, metavar="N", help="processes that draw the same scenes (default: one a core)"
-    )
-    scenes.add_argument("--seed", type=int, default=0, help="other seeds give other scenes (default 0)")
-    scenes.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        default=(64, 64),
-        metavar=("H", "W"),
-        help="of a picture (default 64 64)",
-    )
+    about = "draw digit scenes with questions, to train and to test on"
+    scene_commands.add_scenes(_command(commands, "scenes", scene_commands.draw_scenes, about))
+    about = "draw the pictures of the study of scan orders, with a question each"
+    scene_commands.add_plane_scenes(_command(commands, "plane-scenes", scene_commands.draw_plane_scenes, about))
 
     tasks = _command(commands, "tasks", _tasks, "answer and score a benchmark")
     tasks.add_argument("--model", metavar="DIR", help="a model directory")
@@ -192,25 +175,6 @@ def _command(
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto (default float32)")
-
-
-def _scenes(options: argparse.Namespace) -> int:
-    from eval.environment import num_cores
-    from eval.progress import progress
-    from eval.scenes import build
-
-    with progress("scenes", max(1, options.scenes + options.test_scenes)) as advance:
-        build(
-            options.output,
-            options.scenes,
-            options.test_scenes,
-            options.seed,
-            tuple(options.size),
-            on_progress=lambda done, total: advance(1),
-            workers=num_cores() if options.workers is None else options.workers,
-        )
-    print(f"{options.output}: {options.scenes:,} scenes to train on, {options.test_scenes:,} to test on")
-    return DONE
 
 
 def _tasks(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ one turned round, so that the wording gives nothing away.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
@@ -131,7 +131,9 @@ def order_turns(rng: np.random.Generator, questions: Iterable[Question]) -> list
     return [turns[opening], *turns[:opening], *turns[opening + 1 :]]
 
 
-def guess_from_text(train: Iterable[Question], test: Iterable[Question]) -> dict[str, float]:
+def guess_from_text(
+    train: Iterable[Question], test: Iterable[Question], kinds: Sequence[str] = KINDS
+) -> dict[str, float]:
     """Accuracy per kind on `test` of the commonest answer that `train` gives to each question.
 
     It is what language alone can reach, so it stands for chance.
@@ -139,7 +141,7 @@ def guess_from_text(train: Iterable[Question], test: Iterable[Question]) -> dict
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for question in train:
         answers[question.text][question.answer] += 1
-    hits: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    hits: dict[str, list[bool]] = {kind: [] for kind in kinds}
     for question in test:
         guess = answers[question.text].most_common(1) if question.text in answers else []
         hits[question.kind].append(bool(guess) and guess[0][0] == question.answer)

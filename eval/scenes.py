@@ -10,28 +10,19 @@ near a border of the 3 x 3 cells that positions are named after; see scene_quest
 asked.
 """
 
-import contextlib
 import functools
-import json
-import math
-import multiprocessing
-import signal
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from eval.scene_files import MIN_SIDE, Drawn, Split, check_canvas, check_counts, llava_row, question_row, write_set
 from eval.scene_questions import KINDS, Digit, Question, ask, drill, guess_from_text, order_turns
 from vision_scan.errors import UserError
-
-Split = Literal["train", "test"]
 
 VERSION = 3  # of the pictures and questions that a seed stands for
 COLOURS = {
@@ -49,13 +40,11 @@ PHOTOGRAPHS = (
 PACKAGES = ("numpy", "pillow", "scikit-learn", "scikit-image")  # whose versions meta.json records
 EASY_DIGITS = 3  # scenes of at most so many are drilled
 MAX_DIGITS = 6
-MIN_SIDE = 64
 _MISSING = (
     "digit scenes need scikit-learn and scikit-image, which are not installed: "
     "pip install 'cobra-vlm[eval]'"
 )
 TEST_SHARE = 0.2  # of the scans
-SCENES_PER_TASK = 64  # of a process
 
 # Lengths in pixels of a canvas whose shorter side is 64; larger canvases scale them.
 HEIGHTS = {1: (16, 26), 2: (16, 26), 3: (15, 24), 4: (15, 22), 5: (14, 20), 6: (14, 18)}
@@ -84,7 +73,7 @@ def make_scene(
     Raises:
         UserError: if the canvas is too small, or scikit-learn or scikit-image is not installed.
     """
-    _check_canvas(canvas)
+    check_canvas(canvas)
     rng = np.random.default_rng([seed, ("train", "test").index(split), index])
     pixels = _background(rng, canvas)
     digits = _draw_digits(rng, pixels, split_scans(seed)[split])
@@ -104,11 +93,6 @@ def split_scans(seed: int) -> dict[Split, tuple[np.ndarray, ...]]:
         split["test"].append(np.sort(indices[:num_test]))
         split["train"].append(np.sort(indices[num_test:]))
     return {name: tuple(indices) for name, indices in split.items()}
-
-
-def _check_canvas(canvas: tuple[int, int]) -> None:
-    if min(canvas) < MIN_SIDE:
-        raise UserError(f"canvas {canvas[0]}x{canvas[1]}: both sides must be {MIN_SIDE} or more")
 
 
 @functools.cache
@@ -266,96 +250,47 @@ def build(
     Raises:
         UserError: if `output_dir` is not empty, or a number is out of range.
     """
-    if scenes < 1 or test_scenes < 1:
-        raise UserError(f"{scenes} scenes and {test_scenes} test scenes: each must be 1 or more")
-    if workers < 1:
-        raise UserError(f"{workers} workers: must be 1 or more")
-    if seed < 0:
-        raise UserError(f"seed {seed}: must be 0 or more")
-    _check_canvas(canvas)
-    output = Path(output_dir).resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output_dir} exists and is not an empty directory: name another")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        draft = Path(temporary) / "scenes"
-        counts: dict[Split, int] = {"train": scenes, "test": test_scenes}
-        meta = _write(draft, counts, seed, canvas, on_progress or (lambda done, total: None), workers)
-        draft.replace(output)
-    return meta
+    check_counts(scenes, test_scenes, seed)
+    check_canvas(canvas)
+    counts: dict[Split, int] = {"train": scenes, "test": test_scenes}
+
+    def describe(asked: dict[str, list[Question]]) -> dict:
+        return {
+            "version": VERSION,
+            "seed": seed,
+            "canvas": list(canvas),
+            "scenes": counts,
+            "questions": {split: Counter(q.kind for q in asked[split]) for split in asked},
+            "kinds": list(KINDS),
+            "colours": list(COLOURS),
+            "chance": guess_from_text(asked["train"], asked["test"]),
+            "packages": {name: package_version(name) for name in PACKAGES},
+        }
+
+    return write_set(
+        output_dir,
+        [(split, index) for split in counts for index in range(counts[split])],
+        functools.partial(_draw_scene, seed, canvas),
+        describe,
+        files=("align", "train", "test"),
+        on_progress=on_progress,
+        workers=workers,
+    )
 
 
-def _write(
-    draft: Path,
-    counts: dict[Split, int],
-    seed: int,
-    canvas: tuple[int, int],
-    on_progress: Callable[[int, int], None],
-    workers: int,
-) -> dict:
-    rows: dict[str, list[dict]] = {"align": [], "train": [], "test": []}
-    asked: dict[str, list[Question]] = {"train": [], "test": []}
-    plan = [(split, index) for split, count in counts.items() for index in range(count)]
-    for split in counts:
-        (draft / "images" / split).mkdir(parents=True)
-    with _pool(min(workers, math.ceil(len(plan) / SCENES_PER_TASK))) as draw_all:
-        drawn = draw_all(functools.partial(_draw_scene, draft / "images", seed, canvas), plan)
-        for done, ((split, _), (questions, new_rows)) in enumerate(zip(plan, drawn, strict=True), start=1):
-            asked[split] += questions
-            for file, some in new_rows.items():
-                rows[file] += some
-            on_progress(done, len(plan))
-    meta = {
-        "version": VERSION,
-        "seed": seed,
-        "canvas": list(canvas),
-        "scenes": counts,
-        "questions": {split: Counter(q.kind for q in asked[split]) for split in asked},
-        "kinds": list(KINDS),
-        "colours": list(COLOURS),
-        "chance": guess_from_text(asked["train"], asked["test"]),
-        "packages": {name: package_version(name) for name in PACKAGES},
-    }
-    for file, content in rows.items():
-        (draft / f"{file}.json").write_text(json.dumps(content), encoding="utf-8")
-    (draft / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    return meta
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[Callable]:
-    """A `map` over that many processes; what has not begun when the block fails is dropped."""
-    if workers == 1:
-        yield map
-        return
-    interrupts_are_for_us = signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), *interrupts_are_for_us)
-    try:
-        yield functools.partial(pool.map, chunksize=SCENES_PER_TASK)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _draw_scene(
-    images: Path, seed: int, canvas: tuple[int, int], place: tuple[Split, int]
-) -> tuple[list[Question], dict[str, list[dict]]]:
-    """Draws a scene into a file below `images`.
-
-    Returns:
-        the questions that stand in the data, and the scene's rows for each file of rows.
-    """
+def _draw_scene(seed: int, canvas: tuple[int, int], place: tuple[Split, int]) -> Drawn:
     split, index = place
     scene = make_scene(seed, split, index, canvas)
     name = f"{split}/{index:06d}"
-    Image.fromarray(scene.image).save(images / f"{name}.png", compress_level=1)
     if split == "test":
         questions = _first_of_each_kind(scene.questions)
-        return questions, {"test": [_test_row(name, question) for question in questions]}
+        rows = {"test": [question_row(name, question) for question in questions]}
+        return Drawn(name=name, image=scene.image, questions=questions, rows=rows)
     rng = np.random.default_rng([seed, 2, index])
     rows = {"train": [_train_row(name, scene, rng)]}
     if len(scene.digits) <= EASY_DIGITS:
-        rows["align"] = [_row(name, drill(rng, scene.digits, canvas))]
-    return list(scene.questions), rows
+        rows["align"] = [llava_row(name, drill(rng, scene.digits, canvas))]
+    return Drawn(name=name, image=scene.image, questions=list(scene.questions), rows=rows)
 
 
 def _first_of_each_kind(questions: Iterable[Question]) -> list[Question]:
@@ -363,18 +298,6 @@ def _first_of_each_kind(questions: Iterable[Question]) -> list[Question]:
     for question in questions:
         first.setdefault(question.kind, question)
     return list(first.values())
-
-
-def _row(name: str, turns: Iterable[tuple[str, str]]) -> dict:
-    """A LLaVA row; the picture stands in front of the first question."""
-    (question, answer), *others = turns
-    pairs = [(f"<image>\n{question}", answer), *others]
-    conversations = [
-        {"from": sender, "value": text}
-        for pair in pairs
-        for sender, text in zip(("human", "gpt"), pair, strict=True)
-    ]
-    return {"id": name, "image": f"{name}.png", "conversations": conversations}
 
 
 def _train_row(name: str, scene: Scene, rng: np.random.Generator) -> dict:
@@ -386,9 +309,4 @@ def _train_row(name: str, scene: Scene, rng: np.random.Generator) -> dict:
         box = [round(v, 4) for v in (x0 / width, y0 / height, x1 / width, y1 / height)]
         labels = {"digit": str(digit.value), "colour": digit.colour, "place": digit.cell(canvas)}
         regions.append({"box": box, "labels": labels})
-    return {**_row(name, turns), "regions": regions}
-
-
-def _test_row(name: str, question: Question) -> dict:
-    row = _row(name, [(question.text, question.answer)])
-    return {**row, "id": f"{name}/{question.kind}", "kind": question.kind}
+    return {**llava_row(name, turns), "regions": regions}

@@ -41,6 +41,7 @@ SKIPPED = ("make ", "bash benchmarks/", "pip install ", "torchrun ", "deepspeed 
 SHORTER = {
     "python -m train --recipe": "--set train.steps=2 --set train.batch_size=2",
     "python -m eval scenes": "--scenes 2 --test-scenes 1",
+    "python -m eval plane-scenes": "--train 2 --test 1",
     "python -m eval efficiency": "--shortest-context 32 --longest-context 64 --rounds 1 --prefill-rounds 1",
 }
 PROGRAMS = {"cobra": cobra.cli.main, "train": train.__main__.main, "eval": eval.__main__.main}

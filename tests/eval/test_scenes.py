@@ -13,7 +13,7 @@ from vision_scan.errors import UserError
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
-from eval import scenes
+from eval import scene_files, scenes
 from eval.scene_questions import CELLS, KINDS, RELATION_GAP, drill, guess_from_text, order_turns
 from eval.scenes import COLOURS, build, make_scene, split_scans
 
@@ -309,7 +309,7 @@ def test_build_refuses_numbers_out_of_range(tmp_path, wrong):
 
 
 def test_build_does_not_depend_on_the_number_of_processes(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(scenes, "SCENES_PER_TASK", 3)
+    monkeypatch.setattr(scene_files, "SCENES_PER_TASK", 3)
     calls = []
     build(tmp_path / "two", 12, 8, seed=3, on_progress=lambda *call: calls.append(call), workers=2)
     assert calls == [(done, 20) for done in range(1, 21)]
@@ -322,7 +322,7 @@ def test_build_does_not_depend_on_the_number_of_processes(data_dir, tmp_path, mo
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 def test_build_leaves_nothing_when_it_is_cut_short(tmp_path, monkeypatch, failure, workers):
-    monkeypatch.setattr(scenes, "SCENES_PER_TASK", 1)
+    monkeypatch.setattr(scene_files, "SCENES_PER_TASK", 1)
 
     def fail(done, total):
         if done == 3:
