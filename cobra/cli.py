@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
 
     add("doctor", run_doctor, "print what this installation can do", "cobra doctor")
 
+    _add_scan_commands(commands, add)
+    return parser
+
+
+def _add_scan_commands(commands, add: Callable[..., argparse.ArgumentParser]) -> None:
     scan = commands.add_parser("scan", help="list and draw scan orders", epilog="example: cobra scan list")
     orders = scan.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add("list", run_scan_list, "list the scan orders", "cobra scan list", orders)
@@ -102,7 +107,6 @@ def _parser() -> argparse.ArgumentParser:
     for command in (show, compare):
         command.add_argument("--grid", default="8x8", metavar="HxW", help="rows x columns (default: 8x8)")
         command.add_argument("--png", metavar="FILE", help="draw into this file")
-    return parser
 
 
 def _add_model_options(command: argparse.ArgumentParser) -> None:

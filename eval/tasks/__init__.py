@@ -1,11 +1,12 @@
-"""Benchmarks: one file each, listed here."""
+"""Benchmarks, by name."""
 
-from eval.tasks import digit_scenes, plane_scenes
+from eval import plane_scenes, scene_questions
+from eval.tasks.drawn_scenes import DrawnScenes
 from eval.tasks.task import Sample, Task
 
 __all__ = ["TASKS", "Sample", "Task"]
 
 TASKS: dict[str, Task] = {
-    "digit_scenes": digit_scenes,
-    "plane_scenes": plane_scenes,
+    "digit_scenes": DrawnScenes(kinds=scene_questions.KINDS, command="scenes"),
+    "plane_scenes": DrawnScenes(kinds=tuple(plane_scenes.KINDS), command="plane-scenes"),
 }

@@ -18,7 +18,7 @@ class Sample:
 
 
 class Task(Protocol):
-    """A module of this package: reads a benchmark's files and scores answers as it does."""
+    """A benchmark: reads a benchmark's files and scores answers as it does."""
 
     @property
     def VERSION(self) -> int:
