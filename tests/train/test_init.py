@@ -79,6 +79,6 @@ def test_towers_come_from_files(data: Path, tmp_path: Path) -> None:
     begun = build_model(config, load(config))
     found = begun.vision_encoder.tower.blocks[0].attn.qkv.weight
     assert torch.equal(found, tower.blocks[0].attn.qkv.weight)
-    with pytest.raises(UserError, match="2 tower files for 1 timm towers"):
+    with pytest.raises(UserError, match="2 tower files for 1 pretrained towers"):
         config = small_config(data, *changes, "init.towers=a.safetensors,b.safetensors")
         build_model(config, load(config))
