@@ -25,7 +25,6 @@ ORDERS = [
     "snake_row_tl",
     "snake_col_br",
     "hilbert",
-    "es2d",
     "local",
 ]
 GRIDS = [(2, 3), (3, 2), (1, 5), (5, 7)]
