@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Literal, NoReturn, TypeVar
@@ -20,7 +21,7 @@ from cobra.lm.precision import has_native_bf16
 from vision_scan.errors import UserError
 
 MASTER_PORTS = 20000, 10000  # of Slurm jobs: the first, and how many; a fixed one would clash on a shared node
-
+LEAVING_SECONDS = 5.0  # the first process waits at most so long for others that are leaving too
 
 T = TypeVar("T")
 
@@ -169,7 +170,22 @@ def leave(status: int) -> NoReturn:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
+    _wait_for_the_others()
     os._exit(status)
+
+
+def _wait_for_the_others() -> None:
+    """The first process holds what the others make their connections through. If it went while one of them is still
+    at that, that one would end with an error of the network and not with the line that all of them have."""
+    if not dist.is_initialized():
+        return
+    store = dist.distributed_c10d._get_default_store()
+    until = time.monotonic() + LEAVING_SECONDS
+    with contextlib.suppress(RuntimeError):  # somebody is gone already
+        gone = store.add("cobra/leaving", 1)
+        while dist.get_rank() == 0 and gone < dist.get_world_size() and time.monotonic() < until:
+            time.sleep(0.05)
+            gone = store.add("cobra/leaving", 0)
 
 
 def gather(item: Any) -> list[Any]:

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,21 @@ def end(workers: Any, seconds: float = 60) -> list[tuple[int, str]]:
     finally:
         for worker in workers:
             worker.kill()
+
+
+def test_first_process_leaves_last() -> None:
+    """It holds the store through which the others make their groups, and a refused run ends on all of them at once."""
+    script = (
+        "import time, torch; import torch.distributed as dist; from train import processes\n"
+        "rank, _ = processes.join_processes('deepspeed', torch.device('cpu'))\n"
+        "if rank:\n"
+        "    time.sleep(1)\n"
+        "    dist.distributed_c10d._get_default_store().add('late', 1)\n"
+        "processes.leave(2)\n"
+    )
+    ended = end(launch([sys.executable, "-c", script], 2))
+    assert [status for status, _ in ended] == [2, 2], ended
+    assert all("Error" not in said for _, said in ended)
 
 
 def test_dead_process_is_noticed_by_the_other(data: Path, tmp_path: Path) -> None:
