@@ -2,7 +2,8 @@
 
 Every curve is a self-avoiding walk over the cells of a grid, made smooth. The curve from the star is
 one of them drawn like the others, all with equal lengths' distribution, and its end is as often the
-nearest to the star as it is the second or the last, so that where the marks stand tells nothing.
+nearest to the star as it is the second or the last, so that where the marks stand tells nothing; but for short
+curves to practise on, whose ends are near.
 """
 
 from collections.abc import Sequence
@@ -12,19 +13,21 @@ from itertools import combinations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from eval.plane_shapes import COLOURS, Grid, empty, paint
+from eval.plane_shapes import CELL, COLOURS, Grid, Picture, empty, paint
 from vision_scan.errors import UserError
 
 Cell = tuple[int, int]
-STEPS = ((0, 1), (1, 0), (0, -1), (-1, 0))
-COVER = 0.6  # of the cells are on some curve, about
+STEPS = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}
+COVER = 0.6  # of the cells are on some curve, about, unless its length is given
 LENGTH_SPREAD = 0.2  # of a curve's length, up and down
 JITTER = 0.6  # pixels by which a walk leaves the middle of a cell, but at its ends
 WIDTH = 3.0  # of a curve, in pixels, as the next
+FEWEST_RANKED = 4  # cells of a curve whose end can be farther from its beginning than another's
 DOT, MARK = 3.6, 5.6  # sides of squares of the same area
 STAR = 4.3  # radius
 GREYS = (110, 190)
 WHITE = (250, 250, 250)
+MOST_COVER = 0.7  # of the cells that curves may be asked to take
 FINENESS = 4  # samples a pixel and direction
 
 
@@ -36,6 +39,8 @@ class Difficulty:
         num_curves: 2 to 4; the more, the shorter each is and the more answers there are.
         wiggle: in 0..1, how often a curve turns where it could go on.
         crossing: whether a curve may go straight across another.
+        cells: the fewest and the most cells of a curve; None: all together cover about 0.6 of the grid. Of at most 3,
+            the right mark is mostly the nearest to the star.
     Raises:
         UserError: if a value is out of range.
     """
@@ -43,12 +48,24 @@ class Difficulty:
     num_curves: int = 3
     wiggle: float = 0.4
     crossing: bool = False
+    cells: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_curves <= len(COLOURS):
             raise UserError(f"{self.num_curves} curves: must be 2 to {len(COLOURS)}")
         if not 0 <= self.wiggle <= 1:
             raise UserError(f"wiggle {self.wiggle}: must be 0 to 1")
+        if self.cells is not None and not 2 <= self.cells[0] <= self.cells[1]:
+            raise UserError(f"curves of {self.cells[0]} to {self.cells[1]} cells: must be 2 or more, the lower first")
+
+    def check_room(self, grid: Grid) -> None:
+        """Raises UserError if curves of so many cells hardly fit a grid."""
+        most = int(MOST_COVER * len(grid.cells())) // self.num_curves
+        if self.cells is not None and self.cells[1] > most:
+            raise UserError(
+                f"{self.num_curves} curves of up to {self.cells[1]} cells: on this canvas, up to {most} fit; ask for "
+                "fewer, or a larger picture"
+            )
 
     @property
     def colours(self) -> tuple[str, ...]:
@@ -58,7 +75,7 @@ class Difficulty:
 
 def draw_trace(
     rng: np.random.Generator, canvas: tuple[int, int], answer: str, difficulty: Difficulty
-) -> tuple[np.ndarray, str]:
+) -> Picture:
     """Grey curves, each from a white mark to a coloured one; that from the star reaches `answer`."""
     grid = Grid(canvas)
     walks = _walks(rng, grid, difficulty)
@@ -77,7 +94,23 @@ def draw_trace(
         else:
             paint(pixels, "circle", WHITE, (top, left), DOT * grid.unit)
         paint(pixels, "circle", COLOURS[str(colour)], (y, x), MARK * grid.unit)
-    return pixels, "Which colour does the line from the star reach?"
+    regions = [
+        grid.region(grid.centre(cell), (CELL * grid.unit / 2,) * 2, labels)
+        for number, (walk, colour) in enumerate(zip(walks, colours, strict=True))
+        for cell, labels in _labels(walk, str(colour), "dot" if number else "star")
+    ]
+    return Picture(pixels, "Which colour does the line from the star reach?", regions)
+
+
+def _labels(walk: list[Cell], colour: str, beginning: str) -> list[tuple[Cell, dict[str, str]]]:
+    """The cells of a walk: to which sides its line goes on from each, and what marks its ends."""
+    labels: list[dict[str, str]] = [{} for _ in walk]
+    for place, cell in enumerate(walk):
+        for other in (*walk[max(place - 1, 0) : place], *walk[place + 1 : place + 2]):
+            side = next(name for name, step in STEPS.items() if (cell[0] + step[0], cell[1] + step[1]) == other)
+            labels[place][side] = "line"
+    labels[0]["shape"], labels[-1]["colour"] = beginning, colour
+    return list(zip(walk, labels, strict=True))
 
 
 def _walks(rng: np.random.Generator, grid: Grid, difficulty: Difficulty) -> list[list[Cell]]:
@@ -86,20 +119,26 @@ def _walks(rng: np.random.Generator, grid: Grid, difficulty: Difficulty) -> list
     Its end has a rank that is drawn first, in the order of the ends' distances from the star.
     """
     wanted = rng.integers(difficulty.num_curves)
+    is_ranked = difficulty.cells is None or difficulty.cells[1] >= FEWEST_RANKED
     while True:
         walks = _grow_all(rng, grid, difficulty)
-        if walks is None or _has_neighbours([cell for walk in walks for cell in (walk[0], walk[-1])]):
+        if walks is None or _have_near_ends(walks):
             continue
         walks = [walks[i] for i in rng.permutation(len(walks))]
         ends = np.array([walk[-1] for walk in walks])
         ties = rng.uniform(0, 1e-3, len(ends))
         distances = np.hypot(*(ends - walks[0][0]).T) + ties
-        if (distances < distances[0]).sum() == wanted:
+        if not is_ranked or (distances < distances[0]).sum() == wanted:
             return walks
 
 
-def _has_neighbours(cells: Sequence[Cell]) -> bool:
-    return any(abs(y - b) + abs(x - a) == 1 for (y, x), (b, a) in combinations(cells, 2))
+def _have_near_ends(walks: Sequence[list[Cell]]) -> bool:
+    """Whether two ends are side by side, other than those of one line of two cells."""
+    ends = [(number, cell) for number, walk in enumerate(walks) for cell in (walk[0], walk[-1])]
+    return any(
+        abs(y - b) + abs(x - a) == 1 and not (one == other and len(walks[one]) == 2)
+        for (one, (y, x)), (other, (b, a)) in combinations(ends, 2)
+    )
 
 
 def _grow_all(rng: np.random.Generator, grid: Grid, difficulty: Difficulty) -> list[list[Cell]] | None:
@@ -109,7 +148,10 @@ def _grow_all(rng: np.random.Generator, grid: Grid, difficulty: Difficulty) -> l
     straight: dict[Cell, int] = {}  # cells that a walk goes straight through -> axis, 0 along a column
     walks: list[list[Cell]] = []
     for _ in range(difficulty.num_curves):
-        length = round(mean * rng.uniform(1 - LENGTH_SPREAD, 1 + LENGTH_SPREAD))
+        if difficulty.cells is None:
+            length = round(mean * rng.uniform(1 - LENGTH_SPREAD, 1 + LENGTH_SPREAD))
+        else:
+            length = int(rng.integers(difficulty.cells[0], difficulty.cells[1], endpoint=True))
         crossable = straight if difficulty.crossing else {}
         tries = (_grow(rng, free, crossable, length, difficulty.wiggle) for _ in range(10))
         walk = next((walk for walk in tries if walk), None)
@@ -134,7 +176,7 @@ def _grow(
     heading: Cell | None = None
     while len(walk) < length:
         ways: dict[Cell, list[Cell]] = {}
-        for step in STEPS:
+        for step in STEPS.values():
             cell, beyond = ((walk[-1][0] + n * step[0], walk[-1][1] + n * step[1]) for n in (1, 2))
             if cell in free and cell not in walk:
                 ways[step] = [cell]

@@ -15,14 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from eval.plane_curves import Difficulty, draw_trace
-from eval.plane_shapes import COLOURS, draw_colour, draw_count, draw_relation
-from eval.scene_files import MIN_SIDE, Drawn, Split, check_canvas, check_counts, llava_row, question_row, write_set
+from eval.plane_shapes import COLOURS, MIN_SIDE, Grid, Picture, draw_colour, draw_count, draw_relation
+from eval.scene_files import Drawn, Split, check_canvas, check_counts, llava_row, question_row, write_set
 from eval.scene_questions import Question, guess_from_text
 from vision_scan.errors import UserError, choose
 
 VERSION = 1  # of the pictures and questions that a seed stands for
 PACKAGES = ("numpy", "pillow")  # whose versions meta.json records
 DEFAULT = Difficulty()
+CANVAS = 64, 64
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Kind:
     """A kind of question: its answers, and what draws picture and question for one of them."""
 
     answers: Callable[[Difficulty], Sequence[str]]
-    draw: Callable[[np.random.Generator, tuple[int, int], str, Difficulty], tuple[np.ndarray, str]]
+    draw: Callable[[np.random.Generator, tuple[int, int], str, Difficulty], Picture]
 
 
 KINDS: Mapping[str, Kind] = {
@@ -43,10 +44,11 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlaneScene:
-    """A picture (height, width, 3) uint8 and its question."""
+    """A picture (height, width, 3) uint8, its question, and what stands where (see Picture)."""
 
     image: np.ndarray
     question: Question
+    regions: list[dict]
 
 
 def make_scene(
@@ -54,22 +56,23 @@ def make_scene(
     split: Split,
     kind: str,
     index: int,
-    canvas: tuple[int, int] = (MIN_SIDE, MIN_SIDE),
+    canvas: tuple[int, int] = CANVAS,
     difficulty: Difficulty = DEFAULT,
 ) -> PlaneScene:
-    """Draws picture `index` of a kind; canvas is (height, width) in pixels, each at least 64.
+    """Draws picture `index` of a kind; canvas is (height, width) in pixels, each at least 48.
 
     Raises:
         UserError: if the canvas is too small or the kind unknown.
     """
-    check_canvas(canvas)
+    check_canvas(canvas, MIN_SIDE)
     chosen = choose("kind", kind, KINDS)
     stream = [seed, ("train", "test").index(split), list(KINDS).index(kind)]
     answers = chosen.answers(difficulty)
     run, place = divmod(index, len(answers))
     answer = str(np.random.default_rng([*stream, 0, run]).permutation(answers)[place])
-    image, text = chosen.draw(np.random.default_rng([*stream, 1, index]), canvas, answer, difficulty)
-    return PlaneScene(image=image, question=Question(kind=kind, text=text, answer=answer))
+    picture = chosen.draw(np.random.default_rng([*stream, 1, index]), canvas, answer, difficulty)
+    question = Question(kind=kind, text=picture.question, answer=answer)
+    return PlaneScene(image=picture.pixels, question=question, regions=picture.regions)
 
 
 def build(
@@ -79,7 +82,7 @@ def build(
     seed: int,
     *,
     kinds: Sequence[str] = tuple(KINDS),
-    canvas: tuple[int, int] = (MIN_SIDE, MIN_SIDE),
+    canvas: tuple[int, int] = CANVAS,
     difficulty: Difficulty = DEFAULT,
     on_progress: Callable[[int, int], None] | None = None,
     workers: int = 1,
@@ -87,7 +90,7 @@ def build(
     """Writes a data set of plane scenes; nothing is left behind if it does not end well.
 
     `output_dir` receives images/{train,test}/KIND/NNNNNN.png; train.json and test.json (LLaVA rows of one
-    question, kinds interleaved; those of test.json with their "kind") and meta.json.
+    question, kinds interleaved; those of train.json with "regions", of test.json with their "kind") and meta.json.
 
     Args:
         train, test: pictures of each kind, each at least 1.
@@ -103,7 +106,9 @@ def build(
         UserError: if `output_dir` is not empty, a kind is unknown or named twice, or a number is out of range.
     """
     check_counts(train, test, seed)
-    check_canvas(canvas)
+    check_canvas(canvas, MIN_SIDE)
+    if "trace" in kinds:
+        difficulty.check_room(Grid(canvas))
     for kind in kinds:
         choose("kind", kind, KINDS)
     if not kinds or len(set(kinds)) < len(kinds):
@@ -141,5 +146,8 @@ def _draw_scene(
     scene = make_scene(seed, split, kind, index, canvas, difficulty)
     question = scene.question
     name = f"{split}/{kind}/{index:06d}"
-    row = question_row(name, question) if split == "test" else llava_row(name, [(question.text, question.answer)])
+    if split == "test":
+        row = question_row(name, question)
+    else:
+        row = {**llava_row(name, [(question.text, question.answer)]), "regions": scene.regions}
     return Drawn(name=name, image=scene.image, questions=[question], rows={split: [row]})

@@ -6,19 +6,21 @@ that neither ink nor a histogram of colours tells which shapes are there.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from eval.scene_files import MIN_SIDE
-
+MIN_SIDE = 48  # of a canvas, in pixels: 6 cells
 COLOURS = {
     "red": (240, 45, 45),
     "green": (50, 215, 70),
     "blue": (70, 120, 255),
     "yellow": (250, 225, 40),
 }
-CELL = 8.0  # a cell's side on a canvas whose shorter side is 64; larger canvases scale it
-NUM_SHAPES = 8  # of a picture for colour and for count
+CELL = 8.0  # a cell's side on a canvas whose shorter side is at most 64; larger canvases scale it
+SCALED_FROM = 64
+NUM_SHAPES = 8  # of a picture for colour and for count; half of them for colour where there is no room for all apart
+ROOMY = 64  # cells
 NUM_BYSTANDERS = 2  # of a picture for a relation, besides the two that it speaks of
 FARTHEST = 5 / 8  # of the canvas, along the axis asked after: beyond, one shape's place tells the relation
 FREE_AREA = (60.0, 76.0)  # pixels that a shape that stands anywhere covers
@@ -58,16 +60,25 @@ RELATIONS = {  # axis (0: rows), and the sign of subject minus other along it
 }
 
 
+class Picture(NamedTuple):
+    """A picture (height, width, 3) uint8, the question about it, and what stands where: boxes in fractions of the
+    picture with their labels, as rows for a vision tower have them."""
+
+    pixels: np.ndarray
+    question: str
+    regions: list[dict]
+
+
 @dataclass(frozen=True)
 class Grid:
-    """Square cells over a canvas of (height, width): 8 along its shorter side, whole ones only."""
+    """Square cells over a canvas (height, width), whole ones only: 8 along its shorter side, or fewer of 8 pixels."""
 
     canvas: tuple[int, int]
 
     @property
     def unit(self) -> float:
-        """Pixels for each pixel of a canvas whose shorter side is 64."""
-        return min(self.canvas) / MIN_SIDE
+        """Pixels for each pixel of a canvas whose shorter side is at most 64."""
+        return max(1.0, min(self.canvas) / SCALED_FROM)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -83,6 +94,13 @@ class Grid:
         """(y, x) of the middle of a cell (row, column), in pixels."""
         side = CELL * self.unit
         return (cell[0] + 0.5) * side, (cell[1] + 0.5) * side
+
+    def region(self, centre: tuple[float, float], half: tuple[float, float], labels: dict[str, str]) -> dict:
+        """The box of half a height and half a width around a centre (y, x), in pixels, and what stands in it."""
+        height, width = self.canvas
+        (y, x), (b, a) = centre, half
+        box = [(x - a) / width, (y - b) / height, (x + a) / width, (y + b) / height]
+        return {"box": [round(min(max(float(edge), 0.0), 1.0), 4) for edge in box], "labels": labels}
 
 
 def empty(rng: np.random.Generator, canvas: tuple[int, int]) -> np.ndarray:
@@ -100,23 +118,24 @@ def paint(
     pixels[SHAPES[name].inside(x, y)] = colour
 
 
-def draw_colour(rng: np.random.Generator, canvas: tuple[int, int], answer: str) -> tuple[np.ndarray, str]:
-    """One square of colour `answer` among other shapes, each within a cell; every colour twice.
+def draw_colour(rng: np.random.Generator, canvas: tuple[int, int], answer: str) -> Picture:
+    """One square of colour `answer` among other shapes, each within a cell; every colour equally often.
 
     Cells are patches for a model whose patch is an eighth of the shorter side: one patch shows what
     is asked after, and no two have to be joined.
     """
-    names = ["square", *_others(rng, "square")]
-    colours = [colour for colour in COLOURS for _ in range(NUM_SHAPES // len(COLOURS))]
-    colours.remove(answer)
     grid = Grid(canvas)
-    places = _free_cells(rng, grid, [], NUM_SHAPES)
+    num_shapes = NUM_SHAPES if len(grid.cells()) >= ROOMY else NUM_SHAPES // 2
+    names = ["square", *_others(rng, "square")][:num_shapes]
+    colours = [colour for colour in COLOURS for _ in range(num_shapes // len(COLOURS))]
+    colours.remove(answer)
+    places = _free_cells(rng, grid, [], num_shapes)
     pixels = empty(rng, canvas)
-    _paint_cells(rng, pixels, grid, names, [answer, *rng.permutation(colours)], places)
-    return pixels, "What colour is the square?"
+    regions = _paint_cells(rng, pixels, grid, names, [answer, *rng.permutation(colours)], places)
+    return Picture(pixels, "What colour is the square?", regions)
 
 
-def draw_relation(rng: np.random.Generator, canvas: tuple[int, int], answer: str) -> tuple[np.ndarray, str]:
+def draw_relation(rng: np.random.Generator, canvas: tuple[int, int], answer: str) -> Picture:
     """Different shapes, each within a cell: two of them stand, or do not, as the question says.
 
     Their places are independent, but that they differ along the axis asked after, by `FARTHEST` of
@@ -133,24 +152,27 @@ def draw_relation(rng: np.random.Generator, canvas: tuple[int, int], answer: str
     pair.sort(key=lambda cell: cell[axis], reverse=(sign > 0) == (answer == "yes"))
     places = pair + _free_cells(rng, grid, pair, NUM_BYSTANDERS)
     pixels = empty(rng, canvas)
-    _paint_cells(rng, pixels, grid, names, rng.choice(list(COLOURS), len(names)), places)
-    return pixels, f"Is the {names[0]} {relation} the {names[1]}?"
+    regions = _paint_cells(rng, pixels, grid, names, rng.choice(list(COLOURS), len(names)), places)
+    return Picture(pixels, f"Is the {names[0]} {relation} the {names[1]}?", regions)
 
 
-def draw_count(rng: np.random.Generator, canvas: tuple[int, int], answer: str) -> tuple[np.ndarray, str]:
+def draw_count(rng: np.random.Generator, canvas: tuple[int, int], answer: str) -> Picture:
     """`answer` circles among other shapes, together always `NUM_SHAPES`, anywhere but apart."""
     names = (["circle"] * int(answer) + _others(rng, "circle"))[:NUM_SHAPES]
-    unit = Grid(canvas).unit
+    grid = Grid(canvas)
+    unit = grid.unit
     sides = unit * np.sqrt(rng.uniform(*FREE_AREA, NUM_SHAPES))
     halves = [
         (side * SHAPES[name].half_height, side * SHAPES[name].half_width)
         for name, side in zip(names, sides, strict=True)
     ]
     centres = _place(rng, halves, canvas, BOX_GAP * unit)
-    pixels = empty(rng, canvas)
-    for name, side, centre in zip(names, sides, centres, strict=True):
-        paint(pixels, name, COLOURS[rng.choice(list(COLOURS))], centre, side)
-    return pixels, "How many circles are there?"
+    pixels, regions = empty(rng, canvas), []
+    for name, side, centre, half in zip(names, sides, centres, halves, strict=True):
+        colour = str(rng.choice(list(COLOURS)))
+        paint(pixels, name, COLOURS[colour], centre, side)
+        regions.append(grid.region(centre, half, {"shape": name, "colour": colour}))
+    return Picture(pixels, "How many circles are there?", regions)
 
 
 def _others(rng: np.random.Generator, name: str) -> list[str]:
@@ -183,14 +205,18 @@ def _paint_cells(
     names: Iterable[str],
     colours: Iterable[str],
     places: Iterable[tuple[int, int]],
-) -> None:
-    """Paints each shape somewhere within its cell (row, column), symmetric in whole pixels."""
+) -> list[dict]:
+    """Paints each shape somewhere within its cell (row, column), symmetric in whole pixels. Returns their regions."""
+    regions = []
     for name, colour, cell in zip(names, colours, places, strict=True):
         side = grid.unit * CELL_SIDES[name]
         halves = SHAPES[name].half_height, SHAPES[name].half_width
         slack = [CELL * grid.unit / 2 - side * half for half in halves]
         y, x = (round(c + rng.uniform(-s, s)) for c, s in zip(grid.centre(cell), slack, strict=True))
         paint(pixels, name, COLOURS[colour], (y, x), side)
+        half = (CELL * grid.unit / 2,) * 2
+        regions.append(grid.region(grid.centre(cell), half, {"shape": name, "colour": str(colour)}))
+    return regions
 
 
 def _place(

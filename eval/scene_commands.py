@@ -50,6 +50,9 @@ def add_plane_scenes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wiggle", type=float, default=0.4, metavar="P", help="how often curves turn, 0 to 1 (default 0.4)"
     )
+    parser.add_argument(
+        "--cells", type=int, nargs=2, metavar=("LO", "HI"), help="of a curve (default: as many as fill the grid)"
+    )
     parser.add_argument("--crossing", action="store_true", help="curves may cross, which is harder")
     _add_common(parser)
 
@@ -69,7 +72,10 @@ def draw_plane_scenes(options: argparse.Namespace) -> int:
             kinds=kinds,
             canvas=tuple(options.size),
             difficulty=Difficulty(
-                num_curves=options.curves, wiggle=options.wiggle, crossing=options.crossing
+                num_curves=options.curves,
+                wiggle=options.wiggle,
+                crossing=options.crossing,
+                cells=None if options.cells is None else tuple(options.cells),
             ),
             on_progress=lambda done, total: advance(1),
             workers=_workers(options),

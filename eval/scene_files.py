@@ -46,10 +46,10 @@ def check_counts(scenes: int, test_scenes: int, seed: int) -> None:
         raise UserError(f"seed {seed}: must be 0 or more")
 
 
-def check_canvas(canvas: tuple[int, int]) -> None:
-    """Raises UserError if a side of the canvas (height, width) is below `MIN_SIDE` pixels."""
-    if min(canvas) < MIN_SIDE:
-        raise UserError(f"canvas {canvas[0]}x{canvas[1]}: both sides must be {MIN_SIDE} or more")
+def check_canvas(canvas: tuple[int, int], least: int = MIN_SIDE) -> None:
+    """Raises UserError if a side of the canvas (height, width) is below `least` pixels."""
+    if min(canvas) < least:
+        raise UserError(f"canvas {canvas[0]}x{canvas[1]}: both sides must be {least} or more")
 
 
 def write_set(

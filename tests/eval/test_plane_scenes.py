@@ -278,7 +278,7 @@ def test_crossing_curves_go_straight_on():
 
 @pytest.mark.parametrize(
     ("kind", "canvas"),
-    [(kind, canvas) for kind in KINDS for canvas in [(64, 112), (96, 64)]]
+    [(kind, canvas) for kind in KINDS for canvas in [(64, 112), (96, 64), (48, 48), (48, 80)]]
     + [(kind, (150, 100)) for kind in ("count", "trace")],
     ids=str,
 )
@@ -297,7 +297,8 @@ def test_build_writes_rows_that_fit_their_pictures(data_dir):
     assert sorted(p.name for p in data_dir.iterdir()) == ["images", "meta.json", "test.json", "train.json"]
     rows = read(data_dir / "train.json")
     assert [row["id"] for row in rows[:5]] == [*(f"train/{kind}/000000" for kind in KINDS), "train/colour/000001"]
-    question = make_scene(3, "train", "count", 2).question
+    scene = make_scene(3, "train", "count", 2)
+    question = scene.question
     assert rows[2 * 4 + 2] == {
         "id": "train/count/000002",
         "image": "train/count/000002.png",
@@ -305,6 +306,7 @@ def test_build_writes_rows_that_fit_their_pictures(data_dir):
             {"from": "human", "value": f"<image>\n{question.text}"},
             {"from": "gpt", "value": question.answer},
         ],
+        "regions": scene.regions,
     }
     meta = read(data_dir / "meta.json")
     assert meta["questions"] == {"train": dict.fromkeys(KINDS, 6), "test": dict.fromkeys(KINDS, 4)}
@@ -374,7 +376,9 @@ def test_command_draws(tmp_path, capsys):
         (["--wiggle", "nan"], "wiggle nan: must be 0 to 1"),
         (["--train", "0"], "must be 1 or more"),
         (["--seed", "-1"], "seed -1: must be 0 or more"),
-        (["--size", "63", "64"], "canvas 63x64"),
+        (["--size", "47", "64"], "canvas 47x64"),
+        (["--cells", "1", "4"], "curves of 1 to 4 cells"),
+        (["--cells", "4", "30"], "up to 14 fit"),
         (["--workers", "0"], "0 workers: must be 1 or more"),
         (["--size", "64x64"], "--size"),
     ],
