@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vision_scan.errors import UserError, choose
+from vision_scan.orders import sequential_order
 
 from .connector import ConnectorConfig, FusedMLPConfig, KeepsGrid, MSCConfig, VSSL2Config
 from .connector import MLPConfig as MLPConnectorConfig
@@ -28,6 +29,7 @@ class CobraConfig:
         template: how a conversation is written, a name of `prompt.TEMPLATES`.
         weights: how the language model's projections are stored, see quantize.py.
         token_reduction: fewer tokens of a tile than the connector would make, see token_reduction.py.
+        reading_order: the scan order in which the language model gets the tokens of a tile, one of a single list.
     """
 
     image: ImageConfig
@@ -37,6 +39,7 @@ class CobraConfig:
     template: str = "compact"
     weights: Literal["plain", "int8", "int4"] = "plain"
     token_reduction: TokenReductionConfig | None = None
+    reading_order: str = "raster"
 
     def __post_init__(self) -> None:
         choose("template", self.template, TEMPLATES)
@@ -44,6 +47,8 @@ class CobraConfig:
             self.token_reduction.check(self.grid, self.connector)
         if self.image.tiles is not None:
             self._check_tiles()
+        if self.reading_order != "raster":
+            self._check_reading_order()
         self.tokens_per_tile  # noqa: B018 (an image smaller than a patch fails here)
 
     @property
@@ -82,6 +87,20 @@ class CobraConfig:
             raise UserError(
                 f"image.tiles puts the tokens of tiles together as one map, so there must be one of each cell; {what} "
                 "makes fewer: take a connector such as mlp or msc and no token_reduction, or image.tiles=none"
+            )
+
+    def _check_reading_order(self) -> None:
+        num_lists = len(sequential_order(self.reading_order))
+        if num_lists > 1:
+            raise UserError(
+                f"reading_order {self.reading_order!r} has {num_lists} lists, and the language model reads one "
+                "sequence: take an order of one list, for instance hilbert"
+            )
+        has_map = isinstance(self.connector, KeepsGrid) and self.token_reduction is None
+        if not has_map or self.image.tiles is not None:
+            raise UserError(
+                f"reading_order {self.reading_order!r} needs one token of each cell of one tile: take a connector such "
+                "as mlp or msc, no token_reduction and image.tiles=none; or reading_order=raster"
             )
 
 

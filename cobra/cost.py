@@ -21,10 +21,10 @@ from vision_scan.modules import SS2D
 from .config import CobraConfig
 from .connector.ldp import PEG
 from .connector.mqt import MQTConnector
-from .connector.msc import ScanMixer
 from .lm.mixer import LayerCost
 from .lm.stack import LMConfig
 from .model import Cobra
+from .scan_block import ScanMixer
 from .tokenizer import Tokenizer
 from .towers import HIERARCHICAL, Tower
 from .towers.tower import empty_model
@@ -192,7 +192,7 @@ def _products(module: nn.Module) -> int:
 def _scan_operations(module: nn.Module, height: int, width: int) -> int:
     """Of the scan in a module, over all its visiting lists; per element of the state 5 in Mamba-2, 7 in Mamba."""
     if isinstance(module, ScanMixer):
-        elements = 5 * module.d_inner * module.config.d_state
+        elements = 5 * module.d_inner // module.shares * module.config.d_state
     elif isinstance(module, SS2D):
         elements = 7 * module.conv2d.out_channels * module.d_state
     else:
@@ -210,7 +210,8 @@ def _small_tower(encoder: SmallEncoder, height: int, width: int) -> Work:
             weights += positions * _products(conv)
     tokens = height * width
     attention = 4 * tokens**2 * encoder.d_model * len(encoder.blocks)
-    return Work(weights + tokens * _products(encoder.blocks), attention)
+    scans = sum(_scan_operations(module, height, width) for module in encoder.scans.modules())
+    return Work(weights + tokens * (_products(encoder.blocks) + _products(encoder.scans)), attention + scans)
 
 
 def _timm_tower(encoder: TimmEncoder, height: int, width: int) -> Work:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+import vision_scan
 from vision_scan.errors import UserError, choose
 
 from . import generate as generation
@@ -81,7 +82,12 @@ class Cobra(nn.Module):
         """Tiles to tokens: (n, 3, height, width) -> (n, tokens_per_tile, d_model)."""
         reduction = self.config.token_reduction
         if reduction is None:
-            return self.connector(self.vision_encoder(pixel_values).to(self.dtype))
+            features = self.vision_encoder(pixel_values).to(self.dtype)
+            tokens = self.connector(features)
+            if self.config.reading_order == "raster":
+                return tokens
+            order = vision_scan.order(self.config.reading_order, *features.shape[1:3]).to(tokens.device)
+            return tokens[:, order[0]]
         features, attention = self.vision_encoder(pixel_values, return_attention=True)
         features = features.to(self.dtype)
         if reduction.behind == "connector":

@@ -49,7 +49,7 @@ def describe_environment(device: str = "cpu") -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _commit(),
+        "commit": commit(),
         "backend": vision_scan.backend_report(),
     }
 
@@ -68,7 +68,8 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Of this checkout, "+changes" behind it if it is not clean; None outside git."""
     def git(*arguments: str) -> str:
         root = Path(__file__).parents[1]
         return subprocess.run(

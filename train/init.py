@@ -1,11 +1,13 @@
 """What a run begins with: the model, its tokenizer, the objective."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import cobra
 import cobra.checkpoint
@@ -65,17 +67,37 @@ def _build_base(config: RunConfig, rows: Dataset) -> Cobra:
     vocab_size = max(model_config.lm.vocab_size, tokenizer.vocab_size)
     model_config = replace(model_config, lm=replace(model_config.lm, vocab_size=vocab_size))
     taken = config.init.parts if source is not None else ()
+    keeps_lm = "lm" in taken and not config.init.fresh
     model = cobra.build(
-        model_config, seed=config.train.seed, tokenizer=tokenizer, lm_device="meta" if "lm" in taken else None
+        model_config, seed=config.train.seed, tokenizer=tokenizer, lm_device="meta" if keeps_lm else None
     )
     model.lm.scale_residual(config.init.residual)
     if source is not None:
         tensors = cobra.checkpoint.read_tensors(source, config.init.parts)
+        tensors = _keep_fresh(model, tensors, config.init.fresh)
         cobra.checkpoint.assign_tensors(model, tensors, source, config.init.parts)
         model.float()  # whatever they are stored in
     if config.init.towers:
         load_tower_weights(model.vision_encoder, config.init.towers)
     return model
+
+
+def _keep_fresh(model: Cobra, tensors: dict[str, Tensor], modules: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors to be assigned, those of some modules replaced by the model's own random ones.
+
+    Raises:
+        UserError: if a module is not the model's.
+    """
+    for module in modules:
+        own = {
+            name: tensor.detach().clone()
+            for name, tensor in cobra.checkpoint.named_tensors(model).items()
+            if name.startswith(f"{module}.")
+        }
+        if not own:
+            raise UserError(f"init.fresh: the model has no module {module!r}; give names such as vision_encoder.scans")
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{module}.")} | own
+    return tensors
 
 
 def _inject(model: Cobra, config: RunConfig, settings: LoraSettings) -> None:

@@ -61,6 +61,9 @@ class InitSettings:
     """A model directory; None: random weights."""
     parts: tuple[Part, ...] = PARTS
     """The parts taken from `path`, each whole; the others begin at random."""
+    fresh: tuple[str, ...] = ()
+    """Modules of those parts that begin at random all the same, "vision_encoder.scans": what the model at `path` has
+    not, or what it should learn anew."""
     tokenizer: bool = True
     """Whether the tokenizer of `path` is taken too; the settings under `tokenizer` are then not
     used."""

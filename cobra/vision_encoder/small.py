@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cobra.image import ImageConfig
+from cobra.scan_block import ScanBlock, ScanBlocksConfig
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
 
@@ -17,13 +18,24 @@ from .patches import PatchAttention, patch_grid
 
 @dataclass(frozen=True, kw_only=True)
 class SmallEncoderConfig:
-    """A trainable tower of about a million parameters; patch_size is a power of two."""
+    """A trainable tower of about a million parameters.
+
+    Attributes:
+        patch_size: a power of two.
+        depth: blocks of attention.
+        positions: whether features say which row and column they are of.
+        stem: what makes features of pixels: convolutions that overlap, or linear maps of each patch alone.
+        scan: blocks behind those of attention, which read the grid along a scan order; None: there are none.
+    """
 
     kind: Literal["small"] = "small"
     patch_size: int = 8
     d_model: int = 128
     depth: int = 1
     num_heads: int = 4
+    positions: bool = True
+    stem: Literal["conv", "patch"] = "conv"
+    scan: ScanBlocksConfig | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "d_model", "num_heads")
@@ -42,9 +54,10 @@ class SmallEncoderConfig:
 
 
 class SmallEncoder(nn.Module):
-    """Convolutions to the patch grid, then a few global attention blocks; any image size.
+    """From pixels to the patch grid, then a few global attention blocks and scan blocks; any image size.
 
-    Convolutions in front of the attention blocks: Xiao et al. 2021 (arXiv:2106.14881).
+    Convolutions in front of the attention blocks: Xiao et al. 2021 (arXiv:2106.14881). Without blocks, a feature of the
+    stem "patch" is of its patch alone.
     """
 
     Config = SmallEncoderConfig
@@ -53,15 +66,14 @@ class SmallEncoder(nn.Module):
         super().__init__()
         self.d_model = config.d_model
         self.patch_size = config.patch_size
-        steps = int(math.log2(config.patch_size))
-        widths = [3, *(max(config.d_model >> (steps - step), 16) for step in range(1, steps + 1))]
-        stem: list[nn.Module] = []
-        for before, after in itertools.pairwise(widths):
-            stem += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(1, after), nn.GELU()]
-            stem.append(ResidualConv(after))
-        self.stem = nn.Sequential(*stem, nn.Conv2d(widths[-1], config.d_model, 1))
+        self.positions = config.positions
+        self.stem = (_convolutions if config.stem == "conv" else _patch_maps)(config)
         self.blocks = nn.ModuleList(
             EncoderBlock(config.d_model, config.num_heads) for _ in range(config.depth)
+        )
+        scan = config.scan
+        self.scans = nn.ModuleList(
+            ScanBlock(scan, config.d_model, depth) for depth in range(0 if scan is None else scan.depth)
         )
         self.norm = nn.LayerNorm(config.d_model)
 
@@ -75,17 +87,39 @@ class SmallEncoder(nn.Module):
         height, width = patch_grid(*pixel_values.shape[-2:], self.patch_size)
         pixels = pixel_values[..., : height * self.patch_size, : width * self.patch_size]
         x = self.stem((pixels.to(self.norm.weight.dtype) - 0.5) / 0.25).movedim(1, -1)
-        positions = position_grid(height, width, self.d_model, x.device).to(x.dtype)
+        positions = position_grid(height, width, self.d_model, x.device).to(x.dtype) if self.positions else 0.0
         tokens = (x + positions).flatten(1, 2)
         before = tokens
         for block in self.blocks:
             before, tokens = tokens, block(tokens)
+        x = tokens.unflatten(1, (height, width))
+        for scan in self.scans:
+            x = scan(x)
         # Once more behind the norm: a tower that was trained on what stands in a patch need not keep where.
-        features = self.norm(tokens).unflatten(1, (height, width)) + positions
+        features = self.norm(x) + positions
         if not return_attention:
             return features
         q, k, _ = self.blocks[-1].heads(before.detach())
         return features, PatchAttention.of(q, k)
+
+
+def _convolutions(config: SmallEncoderConfig) -> nn.Sequential:
+    """Halves the picture until a patch is a pixel."""
+    steps = int(math.log2(config.patch_size))
+    widths = [3, *(max(config.d_model >> (steps - step), 16) for step in range(1, steps + 1))]
+    stem: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        stem += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(1, after), nn.GELU()]
+        stem.append(ResidualConv(after))
+    return nn.Sequential(*stem, nn.Conv2d(widths[-1], config.d_model, 1))
+
+
+def _patch_maps(config: SmallEncoderConfig) -> nn.Sequential:
+    """Three linear maps of each patch."""
+    d, side = config.d_model, config.patch_size
+    return nn.Sequential(
+        nn.Conv2d(3, 2 * d, side, stride=side), nn.GELU(), nn.Conv2d(2 * d, 2 * d, 1), nn.GELU(), nn.Conv2d(2 * d, d, 1)
+    )
 
 
 class ResidualConv(nn.Module):
