@@ -149,6 +149,23 @@ def test_info_counts_parameters(capsys, name):
     assert "attention" in out if name == "transformer-tiny" else "4 mamba2" in out
 
 
+def test_info_compares_twins(capsys, directory):
+    names = ["tiny", "transformer-tiny", "window-tiny", "hybrid-tiny", directory]
+    status, out, _ = run(capsys, "info", *names)
+    table = [line.split() for line in out.splitlines()]
+    assert status == 0 and [line[0] for line in table if line and line[0] in names] == names * 3
+    counts = {line[0]: line[1] for line in table[1:6]}
+    for name in names[:-1]:
+        assert counts[name] == f"{sum(p.numel() for p in cobra.build(name).lm.parameters()):,}"
+    assert "3 attention (window 48), 3 mlp" in out and "3 mamba2, 1 attention, 1 mlp" in out
+    (wide,) = (index for index, line in enumerate(table) if line[:3] == ["state", "bytes,", "float32"])
+    tiny, full, window, hybrid, _ = table[wide + 1 :]
+    assert int(window[3].replace(",", "")) == cobra.build("window-tiny").lm.allocate_state(1).nbytes
+    assert window[1:] == [window[1]] * 3 and tiny[1:] == [tiny[1]] * 3
+    assert full[1] != full[2] and hybrid[1] != hybrid[2]
+    assert "did you mean 'tiny'" in fails(capsys, "info", "tiny", "tinny")
+
+
 def test_info_reads_directories_and_names_mistakes(capsys, directory, tmp_path):
     assert "1 mamba2" in run(capsys, "info", directory)[1]
     assert "did you mean 'tiny'" in fails(capsys, "info", "tinny")
