@@ -2,8 +2,14 @@
 
 import argparse
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from vision_scan.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+D_MODEL = 32  # channels of the blocks whose receptive fields are looked at
 
 
 def add_scan_commands(commands, add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -32,7 +38,20 @@ def add_scan_commands(commands, add: Callable[..., argparse.ArgumentParser]) -> 
         orders,
     )
     compare.add_argument("orders", metavar="ORDER", nargs="*", help="default: all")
-    for command in (show, compare):
+    receptive = add(
+        "receptive",
+        run_scan_receptive,
+        "print how much of a grid a cell sees through scans along orders, or draw it",
+        "cobra scan receptive raster cross4 hilbert --grid 6x9 --png fields.png",
+        orders,
+    )
+    receptive.add_argument("orders", metavar="ORDER", nargs="+", help="as of show; those with a sequence")
+    receptive.add_argument("--cell", metavar="R,C", help="row and column, from 0 (default: the centre)")
+    about = "blocks behind one another, each with its turn of an order (default: 1)"
+    receptive.add_argument("--layers", type=int, default=1, metavar="N", help=about)
+    receptive.add_argument("--samples", type=int, default=32, metavar="N", help="random inputs (default: 32)")
+    receptive.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and inputs (default: 0)")
+    for command in (show, compare, receptive):
         command.add_argument("--grid", default="8x8", metavar="HxW", help="rows x columns (default: 8x8)")
         command.add_argument("--png", metavar="FILE", help="draw into this file")
 
@@ -85,6 +104,48 @@ def run_scan_compare(arguments: argparse.Namespace) -> None:
         )
 
 
+def run_scan_receptive(arguments: argparse.Namespace) -> None:
+    """`cobra scan receptive`"""
+    from vision_scan.receptive import effective_share, reached_share
+
+    grid = _read_grid(arguments.grid)
+    cell = (grid[0] // 2, grid[1] // 2) if arguments.cell is None else _read_cell(arguments.cell, *grid)
+    fields = {name: _field_of_scans(name, *grid, cell, arguments) for name in arguments.orders}
+    if arguments.png:
+        from vision_scan.draw import draw_receptive_fields
+
+        draw_receptive_fields(fields, arguments.png, at=cell)
+        print(arguments.png)
+        return
+    width = max(map(len, ["order", *fields]))
+    print(f"{'order':<{width}}  seen  effective")
+    for name, field in fields.items():
+        print(f"{name:<{width}}  {reached_share(field):>4.0%}  {effective_share(field):>9.0%}")
+
+
+def _field_of_scans(
+    order: str, height: int, width: int, cell: tuple[int, int], arguments: argparse.Namespace
+) -> "Tensor":
+    """The receptive field of VMamba's blocks with random weights, x + scan(norm(x)): without the convolution, which
+    sees the cells around whatever the order, and without skip, gate and MLP, which see the cell itself."""
+    import torch
+
+    from vision_scan import SS2DConfig, VSSBlock
+    from vision_scan.receptive import receptive_field
+
+    if arguments.layers < 1:
+        raise UserError(f"--layers {arguments.layers}: give 1 or more")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(arguments.seed)
+        config = SS2DConfig(d_conv=1, has_gate=False)
+        blocks = [VSSBlock(config, D_MODEL, order, mlp_ratio=0, depth=depth) for depth in range(arguments.layers)]
+    for block in blocks:
+        torch.nn.init.zeros_(block.op.Ds)
+    return receptive_field(
+        torch.nn.Sequential(*blocks), height, width, D_MODEL, cell, arguments.samples, arguments.seed
+    )
+
+
 def _or_dash(measure: float) -> str:
     return f"{measure:.2f}" if measure else "-"  # no two neighbours are in one list
 
@@ -94,3 +155,10 @@ def _read_grid(text: str) -> tuple[int, int]:
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise UserError(f"--grid {text}: give rows x columns, for instance 6x9")
     return int(height), int(width)
+
+
+def _read_cell(text: str, height: int, width: int) -> tuple[int, int]:
+    row, _, column = text.partition(",")
+    if not (row.isdecimal() and column.isdecimal() and int(row) < height and int(column) < width):
+        raise UserError(f"--cell {text}: give row,column from 0,0 to {height - 1},{width - 1}")
+    return int(row), int(column)

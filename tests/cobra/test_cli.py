@@ -207,6 +207,29 @@ def test_scan_compare_prints_measures_and_draws(capsys, tmp_path):
     assert "did you mean 'hilbert'" in fails(capsys, "scan", "compare", "raster", "hilbrt")
 
 
+def test_scan_receptive_prints_shares_and_draws(capsys, tmp_path):
+    options = ["--grid", "3x5", "--samples", "2"]
+    _, out, _ = run(capsys, "scan", "receptive", "raster", "cross4", "es2d", *options, "--cell", "0,4")
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[0] for row in rows] == ["order", "raster", "cross4", "es2d"]
+    assert [row[1] for row in rows[1:]] == ["33%", "100%", "20%"]  # a row of three, all, three of fifteen
+    assert run(capsys, "scan", "receptive", "raster", "cross4", "es2d", *options, "--cell", "0,4")[1] == out
+    _, turns, _ = run(capsys, "scan", "receptive", "nd_cycle", *options, "--cell", "0,0", "--layers", "2")
+    assert turns.split()[4] == "100%"
+    path = tmp_path / "fields.png"
+    assert run(capsys, "scan", "receptive", "raster", "column", *options, "--png", str(path))[1] == f"{path}\n"
+    assert Image.open(path).format == "PNG"
+    for arguments, told in (
+        (["hilbrt"], "did you mean 'hilbert'"),
+        (["noncausal"], "no sequence"),
+        (["raster", "--cell", "3,0"], "from 0,0 to 2,4"),
+        (["raster", "--cell", "1x1"], "--cell 1x1"),
+        (["raster", "--layers", "0"], "--layers 0"),
+        (["raster", "--samples", "0"], "samples"),
+    ):
+        assert told in fails(capsys, "scan", "receptive", *options, *arguments)
+
+
 def test_scan_show_names_the_mistake(capsys):
     assert "did you mean 'hilbert'" in fails(capsys, "scan", "show", "hilbrt")
     for grid in ("3", "0x4", "axb", "3x4x5"):
