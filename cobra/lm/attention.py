@@ -190,8 +190,10 @@ class Attention(nn.Module):
             key_positions = torch.cat([state["position"], positions], 1)
             key_runs = torch.cat([torch.zeros_like(state["position"]), runs], 1)
         window = self.config.window
-        whole = window is None or segments.seq_idx is not None  # padding takes a window's tokens further apart
-        bands = [(slice(None), slice(None))] if whole else _bands(q.shape[2], keys.shape[2] - k.shape[2], window)
+        if window is None or segments.seq_idx is not None:  # padding takes a window's tokens further apart
+            bands = [(slice(None), slice(None))]
+        else:
+            bands = _bands(q.shape[2], keys.shape[2] - k.shape[2], window)
         parts = [
             self._attend_band(
                 q[:, :, queries], keys[:, :, seen], values[:, :, seen],
