@@ -6,19 +6,22 @@ import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from cobra.scan_commands import add_scan_commands
 from vision_scan.errors import CommandParser, UserError, choose
 
 if TYPE_CHECKING:
+    from cobra.config import CobraConfig
     from cobra.lm.state import State
 
 _NOT_YET = {
     "PDF": (".pdf",),
     "video": (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"),
 }
+INFO_CONTEXTS = (256, 4096, 65536)
 CHAT_HELP = "commands: /image PATH reads images, /reset forgets all, /quit or Ctrl-D ends"
 
 
@@ -76,37 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert_options(convert)
 
     info = add("info", run_info, "print what a model consists of and costs", "cobra info mamba2-130m")
-    info.add_argument("model", metavar="DIR|PRESET", help="a model directory, or the name of a preset")
+    about = "a model directory, or the name of a preset; several are compared"
+    info.add_argument("models", nargs="+", metavar="DIR|PRESET", help=about)
 
     add("doctor", run_doctor, "print what this installation can do", "cobra doctor")
 
-    _add_scan_commands(commands, add)
+    add_scan_commands(commands, add)
     return parser
-
-
-def _add_scan_commands(commands, add: Callable[..., argparse.ArgumentParser]) -> None:
-    scan = commands.add_parser("scan", help="list and draw scan orders", epilog="example: cobra scan list")
-    orders = scan.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    add("list", run_scan_list, "list the scan orders", "cobra scan list", orders)
-    show = add(
-        "show",
-        run_scan_show,
-        "print in which order the cells of a grid are read, or draw it",
-        "cobra scan show hilbert --grid 6x9 --png hilbert.png",
-        orders,
-    )
-    show.add_argument("order", metavar="ORDER", help="its name, options in brackets: random(seed=1)")
-    compare = add(
-        "compare",
-        run_scan_compare,
-        "print how far orders take neighbours apart, or draw orders below one another",
-        "cobra scan compare raster hilbert 'local(window=3)' --grid 9x9",
-        orders,
-    )
-    compare.add_argument("orders", metavar="ORDER", nargs="*", help="default: all")
-    for command in (show, compare):
-        command.add_argument("--grid", default="8x8", metavar="HxW", help="rows x columns (default: 8x8)")
-        command.add_argument("--png", metavar="FILE", help="draw into this file")
 
 
 def _add_model_options(command: argparse.ArgumentParser) -> None:
@@ -209,31 +188,66 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 def run_info(arguments: argparse.Namespace) -> None:
     """`cobra info`"""
+    configs = {name: _read_config(name) for name in arguments.models}
+    if len(configs) > 1:
+        _compare_language_models(configs)
+    else:
+        _describe(*configs.values())
+
+
+def _read_config(name: str) -> "CobraConfig":
+    """Of a preset or of a model directory."""
     from cobra.checkpoint import read_config
     from cobra.config import PRESETS
+
+    if name not in PRESETS and not Path(name).exists():
+        choose("preset or model directory", name, PRESETS)
+    return PRESETS[name] if name in PRESETS else read_config(name)
+
+
+def _describe(config: "CobraConfig") -> None:
     from cobra.cost import LMCost, count_parts
 
-    is_preset = arguments.model in PRESETS
-    if not is_preset and not Path(arguments.model).exists():
-        choose("preset or model directory", arguments.model, PRESETS)
-    config = PRESETS[arguments.model] if is_preset else read_config(arguments.model)
-    kinds = Counter(layer.kind for layer in config.lm.layers)
-    layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     size, most = f"{config.image.height} x {config.image.width}", config.largest_layout
     tokens = f"{config.tokens_per_tile} tokens"
     print(f"image    {size}, {tokens}")
     if config.image.tiles is not None:
         print(f"tiles    of that size, at most {most.num_tiles} and {most.num_tokens} tokens of an image")
-    print(f"layers   {layers}; d_model {config.lm.d_model}, vocabulary {config.lm.vocab_size}")
+    print(f"layers   {_layers(config)}; d_model {config.lm.d_model}, vocabulary {config.lm.vocab_size}")
     print("\npart               parameters")
     parts = count_parts(config)
     for name, count in {**parts, "total": sum(parts.values())}.items():
         print(f"{name:<16}{count:>13,}")
     print("\ncontext   state bytes (16-bit)   FLOPs to read it   FLOPs of the next token")
     cost = LMCost(config.lm)
-    for context in (256, 4096, 65536):
+    for context in INFO_CONTEXTS:
         read, step = cost.prefill_flops(context), cost.decode_flops(context)
         print(f"{context:>7}{cost.state_bytes(context):>23,}{read:>19.3g}{step:>26.3g}")
+
+
+def _compare_language_models(configs: Mapping[str, "CobraConfig"]) -> None:
+    """Twins below one another: what is alike, and what a row keeps at a few lengths of context."""
+    from cobra.cost import LMCost
+
+    width = max(map(len, ["state bytes, bfloat16", *configs]))
+    print(f"{'language model':<{width}}     parameters  layers")
+    for name, config in configs.items():
+        print(f"{name:<{width}}  {LMCost(config.lm).parameters:>13,}  {_layers(config)}")
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):
+        lengths = "".join(f"{context:>15,}" for context in INFO_CONTEXTS)
+        print(f"\n{f'state bytes, {dtype}':<{width}}{lengths} tokens")
+        for name, config in configs.items():
+            cost = LMCost(config.lm)
+            states = "".join(f"{cost.state_bytes(context, size):>15,}" for context in INFO_CONTEXTS)
+            print(f"{name:<{width}}{states}")
+
+
+def _layers(config: "CobraConfig") -> str:
+    """How many there are of each kind: "18 mamba2, 6 attention, 6 mlp"."""
+    kinds = Counter((layer.kind, getattr(layer, "window", None)) for layer in config.lm.layers)
+    return ", ".join(
+        f"{count} {kind}" + (f" (window {window})" if window else "") for (kind, window), count in kinds.items()
+    )
 
 
 def run_doctor(arguments: argparse.Namespace) -> None:
@@ -241,65 +255,6 @@ def run_doctor(arguments: argparse.Namespace) -> None:
     from cobra.doctor import report
 
     print("\n".join(report()))
-
-
-def run_scan_list(arguments: argparse.Namespace) -> None:
-    """`cobra scan list`"""
-    from vision_scan import SCAN_ORDERS
-
-    for name, order in SCAN_ORDERS.items():
-        about = (order.__doc__ or "").strip().partition("\n")[0]
-        print(f"{name:<16} {about}".rstrip())
-
-
-def run_scan_show(arguments: argparse.Namespace) -> None:
-    """`cobra scan show`"""
-    import vision_scan
-
-    order = vision_scan.order(arguments.order, *_read_grid(arguments.grid))
-    if arguments.png:
-        from vision_scan.draw import draw_order
-
-        draw_order(order, arguments.png)
-        print(arguments.png)
-        return
-    digits = len(str(order.height * order.width - 1))
-    for index, ranks in enumerate(order.inverse.unflatten(1, (order.height, order.width)).tolist()):
-        print(f"list {index}: the position of each cell in the sequence")
-        for row in ranks:
-            print(" ".join(f"{rank if rank >= 0 else '.':>{digits}}" for rank in row))
-
-
-def run_scan_compare(arguments: argparse.Namespace) -> None:
-    """`cobra scan compare`"""
-    import vision_scan
-
-    grid = _read_grid(arguments.grid)
-    orders = [vision_scan.order(name, *grid) for name in arguments.orders or vision_scan.SCAN_ORDERS]
-    if arguments.png:
-        from vision_scan.draw import draw_orders
-
-        draw_orders(orders, arguments.png)
-        print(arguments.png)
-        return
-    width = max(len(order.name) for order in orders)
-    print(f"{'order':<{width}}  lists  mean step  max step  mean gap  distortion  dilation")
-    for order in orders:
-        print(
-            f"{order.name:<{width}}  {len(order):>5}  {order.mean_step:>9.2f}  {order.max_step:>8}  "
-            f"{_or_dash(order.mean_gap):>8}  {order.distortion:>10.1f}  {order.dilation:>8.2f}"
-        )
-
-
-def _or_dash(measure: float) -> str:
-    return f"{measure:.2f}" if measure else "-"  # no two neighbours are in one list
-
-
-def _read_grid(text: str) -> tuple[int, int]:
-    height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise UserError(f"--grid {text}: give rows x columns, for instance 6x9")
-    return int(height), int(width)
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:

@@ -17,6 +17,7 @@ from .lm.stack import LMConfig
 from .prompt import TEMPLATES
 from .tiles import TileLayout
 from .token_reduction import TokenReductionConfig
+from .twins import hybrid_twin, transformer_twin, window_twin
 from .vision_encoder import FusedEncoderConfig, SmallEncoderConfig, TimmEncoderConfig, VisionEncoderConfig
 
 
@@ -104,27 +105,6 @@ class CobraConfig:
             )
 
 
-def transformer_twin(
-    lm: LMConfig, attention: AttentionConfig | None = None, pairs: int | None = None
-) -> LMConfig:
-    """The transformer of the same width and parameter count as a stack of layers: pairs of attention and a
-    gated feed-forward layer that takes up the remaining parameters, to within two per mille.
-
-    Args:
-        attention: None: a query head per 64 channels, a third as many for keys and values.
-        pairs: None: one for every two layers.
-    """
-    if attention is None:
-        num_heads = lm.d_model // 64
-        num_kv_heads = max(count for count in range(1, num_heads // 3 + 2) if num_heads % count == 0)
-        attention = AttentionConfig(num_heads=num_heads, num_kv_heads=num_kv_heads)
-    pairs = pairs or len(lm.layers) // 2
-    budget = sum(layer.cost(lm.d_model).parameters for layer in lm.layers) / pairs
-    d_ff = round((budget - attention.cost(lm.d_model).parameters) / (3 * lm.d_model))
-    d_ff -= d_ff % 8 if lm.d_model >= 512 else d_ff % 2
-    return replace(lm, layers=(attention, MLPConfig(d_ff=d_ff)) * pairs)
-
-
 TINY_TOWER = SmallEncoderConfig(patch_size=8, d_model=128, depth=1, num_heads=4)
 TINY_MIXER = Mamba2Config(d_state=16, headdim=64, expand=1, chunk_size=64)
 
@@ -207,14 +187,36 @@ _LLAVA = CobraConfig(
     template="vicuna_v1",
 )
 
+
+def _twins_of(
+    size: str,
+    config: CobraConfig,
+    attention: AttentionConfig | None = None,
+    pairs: int | None = None,
+    activation_bytes: int = 2,
+) -> dict[str, CobraConfig]:
+    """The three twins of a model by name; they differ from it in the layers of the language model alone. Windows are
+    matched for models that run in bfloat16, except that of `tiny`, which is trained and run in float32."""
+    lms = {
+        "transformer": transformer_twin(config.lm, attention, pairs),
+        "window": window_twin(config.lm, attention, pairs, activation_bytes),
+        "hybrid": hybrid_twin(config.lm, attention),
+    }
+    return {f"{kind}-{size}": replace(config, lm=lm) for kind, lm in lms.items()}
+
+
 PRESETS: dict[str, CobraConfig] = {
     "tiny": _TINY,
-    "transformer-tiny": replace(_TINY, lm=transformer_twin(_TINY.lm, TINY_ATTENTION, pairs=3)),
+    **_twins_of("tiny", _TINY, TINY_ATTENTION, pairs=3, activation_bytes=4),
     **{f"mamba-{size}": replace(_TINY, lm=lm) for size, lm in _MAMBA1_LMS.items()},
     **{f"mamba2-{size}": replace(_TINY, lm=lm) for size, lm in _MAMBA2_LMS.items()},
-    **{f"transformer-{size}": replace(_TINY, lm=transformer_twin(lm)) for size, lm in _MAMBA2_LMS.items()},
+    **{
+        name: twin
+        for size, lm in _MAMBA2_LMS.items()
+        for name, twin in _twins_of(size, replace(_TINY, lm=lm)).items()
+    },
     "cobra-3b": _COBRA,
-    "transformer-3b": replace(_COBRA, lm=transformer_twin(_COBRA.lm)),
+    **_twins_of("3b", _COBRA),
     # ML-Mamba's connector as its code has it, and as the paper's figures draw it (four directions).
     "ml-mamba-3b": _ML_MAMBA,
     "ml-mamba-3b-drawn": replace(

@@ -65,7 +65,8 @@ def tiny_align() -> RunConfig:
 
 
 def tiny() -> RunConfig:
-    """Finetunes everything on conversations. Its twin: `--set model.preset=transformer-tiny`."""
+    """Finetunes everything on conversations. Its twins: `--set model.preset=transformer-tiny`, `window-tiny` or
+    `hybrid-tiny`."""
     return RunConfig(
         recipe="tiny",
         data=DataSettings(length_group=4),

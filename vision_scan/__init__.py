@@ -18,12 +18,13 @@ from .ops import (
 )
 from .ordered_mixer import OrderedMixer
 from .orders import SCAN_ORDERS, ScanOrder, order
-from .orders.stacks import order_tiles, order_video
+from .orders.stacks import VOLUME_ORDERS, order_tiles, order_video, order_volume
 from .scan import merge_2d, scan_2d
 
 __all__ = [
     "SCAN_ORDERS",
     "SS2D",
+    "VOLUME_ORDERS",
     "OrderedMixer",
     "SS2DConfig",
     "ScanOrder",
@@ -38,6 +39,7 @@ __all__ = [
     "order",
     "order_tiles",
     "order_video",
+    "order_volume",
     "real_and_runs",
     "scan_2d",
     "selective_scan",

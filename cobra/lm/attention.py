@@ -22,6 +22,8 @@ from .decode import UnservableError, stored
 from .mixer import LayerCost, LayerState, Segments
 from .precision import Projection, RMSNorm
 
+LEAST_BAND = 256  # queries that read through a window at a time, at least: fewer would leave a processor idle
+
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling:
@@ -187,14 +189,30 @@ class Attention(nn.Module):
             keys, values = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
             key_positions = torch.cat([state["position"], positions], 1)
             key_runs = torch.cat([torch.zeros_like(state["position"]), runs], 1)
+        window = self.config.window
+        if window is None or segments.seq_idx is not None:  # padding takes a window's tokens further apart
+            bands = [(slice(None), slice(None))]
+        else:
+            bands = _bands(q.shape[2], keys.shape[2] - k.shape[2], window)
+        parts = [
+            self._attend_band(
+                q[:, :, queries], keys[:, :, seen], values[:, :, seen],
+                (positions[:, queries], runs[:, queries]), (key_positions[:, seen], key_runs[:, seen]),
+            )
+            for queries, seen in bands
+        ]  # fmt: skip
+        return torch.cat(parts, 2), self._place(state, k, v, positions, runs, longest)
+
+    def _attend_band(self, q, k, v, query_places, key_places) -> Tensor:
+        """Attention by the positions and runs of queries and of keys, each (batch, length)."""
+        (positions, runs), (key_positions, key_runs) = query_places, key_places
         gap = positions[:, :, None] - key_positions[:, None, :]
         seen = (gap >= 0) & (key_positions[:, None, :] >= 0) & (runs[:, :, None] == key_runs[:, None, :])
         if self.config.window is not None:
             seen &= gap < self.config.window
         padding = (positions < 0)[:, :, None]
-        y = attend(q, keys, values, (seen | padding)[:, None])  # a row of no keys would be NaN
-        y = torch.where(padding[:, None], 0.0, y)
-        return y, self._place(state, k, v, positions, runs, longest)
+        y = attend(q, k, v, (seen | padding)[:, None])  # a row of no keys would be NaN
+        return torch.where(padding[:, None], 0.0, y)
 
     def _place(self, state, k, v, positions, runs, longest) -> LayerState:
         """A cache of at least `longest` positions with the old keys of the last segment and the new ones."""
@@ -222,6 +240,22 @@ class Attention(nn.Module):
             .scatter(1, target, positions)[:, :slots]
             .contiguous(),
         }
+
+
+def _bands(seqlen: int, cached: int, window: int) -> list[tuple[slice, slice]]:
+    """Which keys a piece of the queries can see through a window, so that work and memory go with seqlen x window.
+
+    Args:
+        seqlen: queries, none of them padding; their own keys stand behind the cached ones.
+        cached: slots of the cache, in any order.
+    """
+    piece = max(window, LEAST_BAND)
+    bands = []
+    for start in range(0, seqlen, piece):
+        stop = min(start + piece, seqlen)
+        first = cached + start - window + 1 if start >= window else 0  # from there on no cached key is seen
+        bands.append((slice(start, stop), slice(first, cached + stop)))
+    return bands
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:

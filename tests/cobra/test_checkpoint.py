@@ -58,7 +58,7 @@ def equal(one, other):
     )
 
 
-@pytest.mark.parametrize("name", ["tiny", "transformer-tiny"])
+@pytest.mark.parametrize("name", ["tiny", "transformer-tiny", "window-tiny", "hybrid-tiny"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_and_load_give_the_same_model(tmp_path, name, tied):
     config = small(name)

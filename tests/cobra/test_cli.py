@@ -149,6 +149,23 @@ def test_info_counts_parameters(capsys, name):
     assert "attention" in out if name == "transformer-tiny" else "4 mamba2" in out
 
 
+def test_info_compares_twins(capsys, directory):
+    names = ["tiny", "transformer-tiny", "window-tiny", "hybrid-tiny", directory]
+    status, out, _ = run(capsys, "info", *names)
+    table = [line.split() for line in out.splitlines()]
+    assert status == 0 and [line[0] for line in table if line and line[0] in names] == names * 3
+    counts = {line[0]: line[1] for line in table[1:6]}
+    for name in names[:-1]:
+        assert counts[name] == f"{sum(p.numel() for p in cobra.build(name).lm.parameters()):,}"
+    assert "3 attention (window 48), 3 mlp" in out and "3 mamba2, 1 attention, 1 mlp" in out
+    (wide,) = (index for index, line in enumerate(table) if line[:3] == ["state", "bytes,", "float32"])
+    tiny, full, window, hybrid, _ = table[wide + 1 :]
+    assert int(window[3].replace(",", "")) == cobra.build("window-tiny").lm.allocate_state(1).nbytes
+    assert window[1:] == [window[1]] * 3 and tiny[1:] == [tiny[1]] * 3
+    assert full[1] != full[2] and hybrid[1] != hybrid[2]
+    assert "did you mean 'tiny'" in fails(capsys, "info", "tiny", "tinny")
+
+
 def test_info_reads_directories_and_names_mistakes(capsys, directory, tmp_path):
     assert "1 mamba2" in run(capsys, "info", directory)[1]
     assert "did you mean 'tiny'" in fails(capsys, "info", "tinny")
@@ -188,6 +205,29 @@ def test_scan_compare_prints_measures_and_draws(capsys, tmp_path):
     assert run(capsys, "scan", "compare", "raster", "cross4", "--grid", "3x5", "--png", str(path))[0] == 0
     assert Image.open(path).format == "PNG"
     assert "did you mean 'hilbert'" in fails(capsys, "scan", "compare", "raster", "hilbrt")
+
+
+def test_scan_receptive_prints_shares_and_draws(capsys, tmp_path):
+    options = ["--grid", "3x5", "--samples", "2"]
+    _, out, _ = run(capsys, "scan", "receptive", "raster", "cross4", "es2d", *options, "--cell", "0,4")
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[0] for row in rows] == ["order", "raster", "cross4", "es2d"]
+    assert [row[1] for row in rows[1:]] == ["33%", "100%", "20%"]  # a row of three, all, three of fifteen
+    assert run(capsys, "scan", "receptive", "raster", "cross4", "es2d", *options, "--cell", "0,4")[1] == out
+    _, turns, _ = run(capsys, "scan", "receptive", "nd_cycle", *options, "--cell", "0,0", "--layers", "2")
+    assert turns.split()[4] == "100%"
+    path = tmp_path / "fields.png"
+    assert run(capsys, "scan", "receptive", "raster", "column", *options, "--png", str(path))[1] == f"{path}\n"
+    assert Image.open(path).format == "PNG"
+    for arguments, told in (
+        (["hilbrt"], "did you mean 'hilbert'"),
+        (["noncausal"], "no sequence"),
+        (["raster", "--cell", "3,0"], "from 0,0 to 2,4"),
+        (["raster", "--cell", "1x1"], "--cell 1x1"),
+        (["raster", "--layers", "0"], "--layers 0"),
+        (["raster", "--samples", "0"], "samples"),
+    ):
+        assert told in fails(capsys, "scan", "receptive", *options, *arguments)
 
 
 def test_scan_show_names_the_mistake(capsys):

@@ -30,11 +30,11 @@ def small(preset: str) -> CobraConfig:
         config,
         image=ImageConfig(height=16, width=24),
         vision_encoder=SmallEncoderConfig(patch_size=8, d_model=32, depth=1, num_heads=2),
-        lm=replace(config.lm, layers=config.lm.layers[:2]),
+        lm=replace(config.lm, layers=config.lm.layers[-3:]),  # of a hybrid: one of each kind
     )
 
 
-@pytest.fixture(scope="module", params=["tiny", "transformer-tiny"])
+@pytest.fixture(scope="module", params=["tiny", "transformer-tiny", "window-tiny", "hybrid-tiny"])
 def model(request):
     return cobra.build(small(request.param)).double()
 
@@ -300,7 +300,7 @@ def test_a_model_of_other_parts():
     assert embeds.shape == (1, 14, 16) and embeds.isfinite().all()
 
 
-@pytest.mark.parametrize("preset", ["tiny", "transformer-tiny"])
+@pytest.mark.parametrize("preset", ["tiny", "transformer-tiny", "hybrid-tiny"])
 @torch.no_grad()
 def test_the_fixed_sentence_is_foretold_by_chance_at_first_and_better_when_it_was_learned(preset):
     model = cobra.build(small(preset), tokenizer=Tokenizer.train([FIXED_SENTENCE], 300))

@@ -70,6 +70,29 @@ def test_state_is_constant_for_the_ssm_and_grows_for_the_twin(result):
     assert sizes["twin"][1] * 16 == sizes["twin"][0] * 33
 
 
+def test_windows_and_hybrids_are_measured_right(models, monkeypatch):
+    """On both sides of the window of 48: its cache is allocated whole, and read as far as it is filled."""
+    monkeypatch.setattr(efficiency, "measure_read", lambda *_: 1e9)
+    twins = {name: cobra.build(name, seed=0) for name in ("window-tiny", "hybrid-tiny")}
+    contexts = (40, 47, 90)
+    measured = measure({"ssm": models["ssm"], **twins}, replace(SMALL, contexts=contexts, prefill_rounds=1))["models"]
+    assert all(model["check"]["passed"] for model in measured.values())
+    token = 2 * 4 * 32 * 4  # keys and values of 4 heads of 32, float32
+    states = {name: [point["state_bytes"] for point in model["points"]] for name, model in measured.items()}
+    assert states["window-tiny"] == [3 * 48 * (token + 8)] * 3
+    assert states["ssm"][0] - 3 * (token + 8) < states["window-tiny"][0] <= states["ssm"][0]
+    assert states["hybrid-tiny"] == [3 / 4 * states["ssm"][0] + context * (token + 8) for context in contexts]
+    matrices = 2 * 256 * 32 * 4  # of a layer, read and written
+    traffic = {
+        "window-tiny": [3 * min(context, 48) * token for context in contexts],
+        "hybrid-tiny": [3 * matrices + context * token for context in contexts],
+    }
+    for name, expected in traffic.items():
+        points = measured[name]["points"]
+        found = [point["roofline"] * point["decode_s"]["median"] * 1e9 for point in points]
+        assert found == pytest.approx([measured[name]["weight_bytes"] + moved for moved in expected], rel=1e-9)
+
+
 def test_check_passes_for_both_models_and_fails_for_a_wrong_decoder(result, models, monkeypatch):
     assert all(model["check"]["passed"] for model in result["models"].values())
     assert set(result["models"]["ssm"]["check"]["errors"]) == {"16", "33"}

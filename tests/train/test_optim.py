@@ -22,7 +22,7 @@ class Holder(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(4, 2)])
 
 
-@pytest.mark.parametrize("preset", ["tiny", "transformer-tiny"])
+@pytest.mark.parametrize("preset", ["tiny", "transformer-tiny", "hybrid-tiny"])
 def test_decay_spares_the_recurrence_norms_biases_and_embeddings(preset: str) -> None:
     holder = Holder(preset)
     groups = parameter_groups(holder, OptimSettings(weight_decay=0.1))
@@ -74,7 +74,7 @@ def test_frozen_parameters_are_in_no_group_and_parts_have_their_own_rate() -> No
     assert rates == pytest.approx({"vision_encoder": 0.025, "lm": 0.05, "heads": 0.05})
 
 
-@pytest.mark.parametrize("preset", ["tiny", "transformer-tiny"])
+@pytest.mark.parametrize("preset", ["tiny", "transformer-tiny", "hybrid-tiny"])
 def test_muon_takes_the_matrices_between_features(preset: str) -> None:
     holder = Holder(preset)
     names = {id(parameter): name for name, parameter in holder.named_parameters()}

@@ -1,9 +1,11 @@
 """Recipes and settings."""
 
+import dataclasses
 import json
 
 import pytest
 
+from cobra.config import TINY_ATTENTION
 from cobra.typed_config import from_dict, to_dict
 from train.recipes import RECIPES
 from train.settings import RunConfig, change
@@ -45,6 +47,18 @@ def test_change_reaches_the_model_through_its_preset() -> None:
     twin = change(config, ["model.preset=transformer-tiny"])
     assert twin.model.build_config().connector.order == "hilbert"
     assert {layer.kind for layer in twin.model.build_config().lm.layers} == {"attention", "mlp"}
+
+
+@pytest.mark.parametrize("twin", ["transformer", "window", "hybrid"])
+def test_recipes_train_every_twin(twin) -> None:
+    """The twins of `tiny` learn by the settings that were tuned with its attention, those of Cobra by Cobra's."""
+    for recipe, size in (("tiny", "tiny"), ("tiny-align", "tiny"), ("cobra-3b", "3b")):
+        config = change(RECIPES[recipe](), [f"model.preset={twin}-{size}"])
+        built, own = config.model.build_config(), RECIPES[recipe]().model.build_config()
+        assert dataclasses.replace(built, lm=own.lm) == own and built.lm != own.lm
+        if size == "tiny":
+            (attention,) = {layer for layer in built.lm.layers if layer.kind == "attention"}
+            assert dataclasses.replace(attention, window=None) == TINY_ATTENTION
 
 
 @pytest.mark.parametrize(
