@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from eval import scene_commands
+from eval.ablations import commands as ablations
 from vision_scan.errors import CommandParser, UserError
 
 DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
@@ -126,6 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--threads", type=int, metavar="N", help="with --peers: of every contestant (default torch's)"
     )
     _add_device(efficiency)
+
+    about = "train variants at matched cost, compare them, and say what can be concluded"
+    ablations.add_arguments(_command(commands, "ablate", ablations.run, about))
 
     gpu = _command(commands, "gpu", _gpu, "build, test and time the CUDA kernels and the models on a GPU")
     gpu.add_argument("parts", nargs="*", metavar="PART", help="an unknown one lists them (default all)")

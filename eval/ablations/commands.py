@@ -1,0 +1,65 @@
+"""The command `python -m eval ablate`."""
+
+import argparse
+from pathlib import Path
+
+from vision_scan.errors import UserError, choose
+
+EXAMPLES = """examples:
+  python -m eval ablate scan_orders --output runs/scan_orders --minutes 9      again and again, until it is done
+  python -m eval ablate scan_orders --output runs/two --seeds 3 --levels spiral,hilbert
+
+What is done is skipped, so a study can be run in pieces, or by many processes that share the folder (a Slurm array of
+the same command). The report is written anew each time: OUTPUT/report.md with its pictures, and OUTPUT/results.jsonl."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `ablate`."""
+    parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("study", metavar="STUDY", help="an unknown one lists them")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the study's folder (default runs/STUDY)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="of the main cells (default: the study's)")
+    parser.add_argument("--levels", metavar="NAMES", help="what is compared, such as raster,hilbert (default all)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="trials at a time, one thread each (default: one a core)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="begin no trial after so long (default: no limit)")
+    parser.add_argument("--begin-with", type=Path, metavar="FILE", help="a results.jsonl whose trials are done")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs what is left of a study, and writes its report; returns the exit status."""
+    from eval.ablations import queue, report
+    from eval.ablations.studies import ABLATIONS
+    from eval.environment import num_cores
+    from eval.progress import progress
+
+    make = choose("study", options.study, ABLATIONS)
+    for name in ("seeds", "jobs", "minutes"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} {value}: must be above 0")
+    levels = None if options.levels is None else _split(options.levels)
+    study = make(levels=levels, seeds=options.seeds)
+    output = options.output or Path("runs") / study.name
+    queue.open_output(study, output)
+    if options.begin_with is not None:
+        taken = queue.take_results(study, output, options.begin_with)
+        print(f"{taken} trials taken from {options.begin_with}")
+    queue.prepare(study, output, progress)
+    left = queue.run(study, output, options.jobs or num_cores(), options.minutes, progress)
+    results = queue.results(study, output)
+    for path in report.write(study, results, output):
+        print(path)
+    print(f"{len(results)} of {len(study.trials)} trials done" + ("; the same command goes on" if left else ""))
+    return 0
+
+
+def _split(names: str) -> list[str]:
+    """Names joined by commas, none of them within brackets."""
+    found, depth = [""], 0
+    for letter in names:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [name.strip() for name in found if name.strip()]

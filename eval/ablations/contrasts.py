@@ -1,0 +1,137 @@
+"""What a study's scores say: means and paired differences with intervals, and what could have been found."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE, POWER = 0.95, 0.8
+ABOVE_CHANCE = 0.20  # of the mean over all levels, below which a task says nothing in a cell
+
+Cell = tuple[tuple[str, str], ...]
+"""Levels of the factors but for the compared one, name and level."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Of one task in one cell of the design.
+
+    Attributes:
+        cell, task: which.
+        levels: level of the compared factor -> seed -> accuracy.
+        chance: what guessing from the text scores.
+    """
+
+    cell: Cell
+    task: str
+    levels: Mapping[str, Mapping[int, float]]
+    chance: float
+
+    @property
+    def mean(self) -> float:
+        """Over the levels, each counted once."""
+        return float(np.mean([np.mean(list(scores.values())) for scores in self.levels.values()]))
+
+    @property
+    def counts(self) -> bool:
+        """Whether models solve the task here at all."""
+        return self.mean >= self.chance + ABOVE_CHANCE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """A level against the baseline, paired by seed.
+
+    Attributes:
+        difference, low, high: mean of the differences of accuracy and its 95 percent interval (Student's t).
+        num_seeds: pairs.
+        p: two-sided; nan with fewer than 2 seeds.
+        p_holm: after Holm, over the family that it belongs to; nan outside of one.
+        detectable: the smallest true difference that would have been found with a chance of 80 percent.
+    """
+
+    cell: Cell
+    task: str
+    level: str
+    difference: float
+    low: float
+    high: float
+    num_seeds: int
+    p: float
+    detectable: float
+    p_holm: float = math.nan
+
+
+def gather(results: Iterable[Mapping], factor: str, chance: Mapping[str, float]) -> list[Scores]:
+    """Scores by cell and task, in the order in which they first occur.
+
+    Args:
+        results: of trials.
+        factor: the one that is compared; what stands in brackets behind a level is left out ("random(seed=3)").
+    """
+    found: dict[tuple[Cell, str], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for result in results:
+        cell = tuple((name, level) for name, level in result["factors"].items() if name != factor)
+        level = result["factors"][factor].partition("(")[0]
+        for task, accuracy in result["accuracy"].items():
+            found[cell, task][level][result["seed"]] = accuracy
+    return [
+        Scores(cell=cell, task=task, levels=dict(levels), chance=chance[task])
+        for (cell, task), levels in found.items()
+    ]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and its 95 percent interval by Student's t; without bounds (nan) for fewer than 2 values."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def contrast(scores: Scores, level: str, baseline: str) -> Contrast | None:
+    """A level against the baseline over the seeds that both have; None without any."""
+    first, second = scores.levels.get(level, {}), scores.levels.get(baseline, {})
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return None
+    differences = np.array([first[seed] - second[seed] for seed in seeds])
+    mean, low, high = interval(differences.tolist())
+    p = detectable = math.nan
+    if len(seeds) > 1:
+        error = float(np.std(differences, ddof=1)) / math.sqrt(len(seeds))
+        freedom = len(seeds) - 1
+        p = float(2 * stats.t.sf(abs(mean) / error, freedom)) if error > 0 else float(mean == 0)
+        detectable = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) + stats.t.ppf(POWER, freedom))
+    return Contrast(
+        cell=scores.cell, task=scores.task, level=level, difference=mean, low=low, high=high,
+        num_seeds=len(seeds), p=p, detectable=detectable,
+    )  # fmt: skip
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p values. Source: Holm 1979, "A simple sequentially rejective multiple test procedure"."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def friedman(scores: Scores) -> tuple[float, int, int]:
+    """Whether the levels differ at all: p of the Friedman test over the seeds that all levels have.
+
+    Returns:
+        p (nan with fewer than 2 seeds or 3 levels); levels; seeds.
+    """
+    seeds = sorted(set.intersection(*(set(level) for level in scores.levels.values())))
+    if len(seeds) < 2 or len(scores.levels) < 3:
+        return math.nan, len(scores.levels), len(seeds)
+    table = [[level[seed] for seed in seeds] for level in scores.levels.values()]
+    if all(row == table[0] for row in table):
+        return 1.0, len(table), len(seeds)
+    return float(stats.friedmanchisquare(*table).pvalue), len(table), len(seeds)

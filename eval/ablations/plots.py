@@ -1,0 +1,116 @@
+"""A study's pictures: effects with intervals, and accuracy against cost."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from eval.ablations.contrasts import Contrast, Scores, interval
+from eval.ablations.trials import Study
+
+if TYPE_CHECKING:
+    from eval.ablations.report import Analysis
+
+# Colour-blind safe (Okabe & Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e3e6ea",
+}
+
+
+def draw(study: Study, analysis: "Analysis", results: Sequence[Mapping], output: Path) -> list[Path]:
+    """Draws what there is to draw; returns the paths."""
+    paths = []
+    with matplotlib.rc_context(STYLE):
+        if analysis.main:
+            paths.append(_save(_effects(study, analysis.main), output / "effects.png"))
+        if results:
+            paths.append(_save(_costs(study, analysis.scores, results), output / "cost.png"))
+        if study.fields is not None:
+            path = output / "fields.png"
+            study.fields(path)
+            paths.append(path)
+    return paths
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    return path
+
+
+def _effects(study: Study, contrasts: Sequence[Contrast]) -> Figure:
+    """A panel for each cell and task: the difference of each level from the baseline."""
+    cells = list(dict.fromkeys(one.cell for one in contrasts))
+    tasks = list(dict.fromkeys(one.task for one in contrasts))
+    levels = list(dict.fromkeys(one.level for one in contrasts))
+    size = (2.3 + 2.1 * len(tasks), 0.9 + len(cells) * (0.5 + 0.24 * len(levels)))
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    panels = figure.subplots(len(cells), len(tasks), squeeze=False, sharex=True, sharey=True)
+    for row, cell in enumerate(cells):
+        for column, task in enumerate(tasks):
+            axes = panels[row, column]
+            chosen = {one.level: one for one in contrasts if (one.cell, one.task) == (cell, task)}
+            axes.axvline(0, color="#57606a", linewidth=1)
+            for place, level in enumerate(levels):
+                if level in chosen:
+                    _draw_effect(axes, place, chosen[level], COLOURS[place % len(COLOURS)])
+            if not chosen:
+                axes.text(0.5, 0.5, "not judged", transform=axes.transAxes, ha="center", va="center", color="#57606a")
+            axes.set_yticks(range(len(levels)), levels)
+            axes.set_ylim(len(levels) - 0.5, -0.5)
+            if row == 0:
+                axes.set_title(task, fontsize=9)
+            if column == 0:
+                axes.set_ylabel(_title(study, cell), fontsize=8)
+    about = f"points of accuracy against {study.baseline}, 95 percent interval; filled: p (Holm) < 0.05"
+    figure.supxlabel(about, fontsize=8)
+    return figure
+
+
+def _draw_effect(axes, place: int, one: Contrast, colour: str) -> None:
+    value = 100 * one.difference
+    if not math.isnan(one.low):
+        axes.plot([100 * one.low, 100 * one.high], [place, place], color=colour, linewidth=2)
+    is_found = one.p_holm < 0.05
+    axes.plot([value], [place], "o", color=colour, markerfacecolor=colour if is_found else "white", markersize=5)
+
+
+def _title(study: Study, cell) -> str:
+    """The levels in which the main cells differ."""
+    return ", ".join(level for name, level in cell if name not in study.main) or ", ".join(level for _, level in cell)
+
+
+def _costs(study: Study, scores: Sequence[Scores], results: Sequence[Mapping]) -> Figure:
+    """Mean accuracy of all tasks that count, against operations, for each level in each cell."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    cells = list(dict.fromkeys(one.cell for one in scores))
+    levels = list(dict.fromkeys(level for one in scores for level in one.levels))
+    cost = {}
+    for result in results:
+        cell = tuple((name, level) for name, level in result["factors"].items() if name != study.factor)
+        cost[cell, result["factors"][study.factor].partition("(")[0]] = result["flops"] / 1e6
+    for number, level in enumerate(levels):
+        points = []
+        for cell in cells:
+            found = [one.levels[level] for one in scores if one.cell == cell and level in one.levels]
+            if found and (cell, level) in cost:
+                means = [interval(list(one.values()))[0] for one in found]
+                points.append((cost[cell, level], 100 * sum(means) / len(means)))
+        if points:
+            x, y = zip(*points, strict=True)
+            look = {"color": COLOURS[number % len(COLOURS)], "markersize": 6, "alpha": 0.85}
+            axes.plot(x, y, "os^Dv<>P"[number % 8], label=level, **look)
+    axes.set_xlabel("million operations to read a picture and 8 tokens")
+    axes.set_ylabel("accuracy, mean of the tasks, percent")
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

@@ -1,0 +1,215 @@
+"""Works through a study: pictures, towers, trials; in several processes, on several machines, in pieces.
+
+What is done is skipped, and who is at something has a claim on it: a file, made once. So the same command, given again
+or given on many machines with one shared folder, takes what is left.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+
+from cobra import checkpoint
+from eval.ablations.trials import DATA, RESULTS, TOWERS, WORK, Study, Trial
+from eval.environment import num_cores
+from eval.files import read_json, read_lines, write_json
+from vision_scan.errors import UserError
+
+CLAIMS = "claims"
+STALE_SECONDS = 1800.0  # after which the holder of a claim on another machine is taken to be gone; trials take minutes
+POLL_SECONDS = 2.0
+
+
+@contextlib.contextmanager
+def claim(output: Path, name: str) -> Iterator[bool]:
+    """Whether nobody else is at something; as long as the block lasts, nobody else will be."""
+    path = output / CLAIMS / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if _is_stale(path):
+        path.unlink(missing_ok=True)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(f"{socket.gethostname()} {os.getpid()}\n")
+    except FileExistsError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _is_stale(path: Path) -> bool:
+    try:
+        host, _, pid = path.read_text(encoding="utf-8").partition(" ")
+        age = time.time() - path.stat().st_mtime
+    except OSError:
+        return False
+    if host == socket.gethostname() and pid.strip().isdecimal():
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+    return age > STALE_SECONDS
+
+
+def open_output(study: Study, output: Path) -> None:
+    """Begins a study in a folder, or finds it there.
+
+    Raises:
+        UserError: if the folder holds something else, or the study in another version.
+    """
+    path, mark = output / "study.json", {"study": study.name, "version": study.version}
+    if path.exists():
+        found = read_json(path)
+        if found != mark:
+            raise UserError(
+                f"{output} holds the study {found.get('study')} in version {found.get('version')}, not {study.name} in "
+                f"version {study.version}; name another --output"
+            )
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} exists and is no study; name a new directory")
+    write_json(path, mark)
+
+
+def results(study: Study, output: Path) -> list[dict]:
+    """Those that are there, of the study's trials, in their order."""
+    paths = (output / RESULTS / f"{trial.name}.json" for trial in study.trials)
+    return [read_json(path) for path in paths if path.exists()]
+
+
+def take_results(study: Study, output: Path, file: Path) -> int:
+    """Takes the trials of a results.jsonl as done; returns how many.
+
+    Raises:
+        UserError: if they are of another study or version.
+    """
+    names = {trial.name for trial in study.trials}
+    found = [record for record in read_lines(file) if record.get("name") in names]
+    for record in found:
+        if (record.get("study"), record.get("version")) != (study.name, study.version):
+            raise UserError(
+                f"{file} holds results of {record.get('study')} in version {record.get('version')}, this is "
+                f"{study.name} in version {study.version}: they cannot be mixed; leave --begin-with out"
+            )
+        write_json(output / RESULTS / f"{record['name']}.json", record)
+    return len(found)
+
+
+def prepare(study: Study, output: Path, progress: Callable) -> None:
+    """Draws the pictures and pretrains the towers that are not there; waits for those that somebody else is making."""
+    from eval.plane_curves import Difficulty
+    from eval.plane_scenes import KINDS, build
+
+    for name, given in study.pictures.items():
+        arguments = {**given, "difficulty": Difficulty(**given["difficulty"])}
+        total = (given["train"] + given["test"]) * len(given.get("kinds", KINDS))
+
+        def draw(name=name, arguments=arguments, total=total) -> None:
+            with progress(f"pictures {name}", total) as advance:
+                build(output / DATA / name, **arguments, on_progress=lambda *_: advance(1), workers=num_cores())
+
+        _make(output, f"pictures-{name}", output / DATA / name, draw)
+    missing = [name for name in study.towers if not _tower(output, name).exists()]
+    with progress("towers", max(1, len(missing))) as advance:
+        for name in missing:
+            _make(output, f"tower-{name}", _tower(output, name), lambda name=name: _in_process(study, name, output))
+            advance(1)
+
+
+def _tower(output: Path, name: str) -> Path:
+    return output / TOWERS / name / checkpoint.CONFIG
+
+
+def _make(output: Path, name: str, place: Path, make: Callable[[], None]) -> None:
+    while not place.exists():
+        with claim(output, name) as ours:
+            if ours:
+                make()
+        if not ours:
+            time.sleep(POLL_SECONDS)
+
+
+def _in_process(study: Study, tower: str, output: Path) -> None:
+    """In a process of its own, as trials, whose lines go to a file."""
+    with _pool(output, 1) as pool:
+        pool.submit(_pretrain, study, tower, output).result()
+
+
+def run(study: Study, output: Path, jobs: int, minutes: float | None, progress: Callable) -> int:
+    """Runs the trials that are left, some at a time.
+
+    Args:
+        jobs: processes, of one thread each.
+        minutes: after which no trial is begun any more; None: no limit.
+        progress: see eval/progress.py.
+    Returns:
+        How many are still to be done here or elsewhere.
+    """
+    begun = time.monotonic()
+    todo = [trial for trial in study.trials if not (output / RESULTS / f"{trial.name}.json").exists()]
+    waiting = iter(todo)
+    with progress(f"trials of {study.name}", max(1, len(todo))) as advance, _pool(output, jobs) as pool:
+        running: set[Future] = set()
+        while True:
+            is_late = minutes is not None and time.monotonic() - begun > 60 * minutes
+            while len(running) < jobs and not is_late and (trial := next(waiting, None)) is not None:
+                running.add(pool.submit(_try, study, trial, output))
+            if not running:
+                break
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+                advance(1)
+    return sum(not (output / RESULTS / f"{trial.name}.json").exists() for trial in study.trials)
+
+
+@contextlib.contextmanager
+def _pool(output: Path, jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that leave interrupts to this one, and whose lines go to files."""
+    (output / WORK).mkdir(parents=True, exist_ok=True)
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (output / WORK,))
+    try:
+        yield pool
+    except BaseException:  # an interrupt too: what was begun begins again next time
+        for process in list((getattr(pool, "_processes", None) or {}).values()):
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(folder: Path) -> None:
+    import torch
+
+    from cobra.memory import keep_freed_memory
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stderr = sys.stdout = open(folder / f"log-{os.getpid()}.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    torch.set_num_threads(1)  # small models gain nothing from more, and processes side by side lose by it
+    keep_freed_memory()
+
+
+def _pretrain(study: Study, tower: str, output: Path) -> None:
+    from eval.ablations.trials import pretrain
+
+    pretrain(study, tower, output)
+
+
+def _try(study: Study, trial: Trial, output: Path) -> None:
+    """Runs a trial, unless somebody else has done it or is at it."""
+    from eval.ablations.trials import run_trial
+
+    with claim(output, trial.name) as ours:
+        if ours and not (output / RESULTS / f"{trial.name}.json").exists():
+            run_trial(study, trial, output)

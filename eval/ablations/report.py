@@ -1,0 +1,193 @@
+"""A study's report: one table, plots, and a paragraph that says what can be concluded and what not."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from eval.ablations import plots
+from eval.ablations.contrasts import ABOVE_CHANCE, Cell, Contrast, Scores, contrast, friedman, gather, holm, interval
+from eval.ablations.trials import DATA, Study
+from eval.files import read_json, write_lines, write_text
+
+NEGLIGIBLE = 0.03  # a difference that nobody would choose by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What a study's results say.
+
+    Attributes:
+        scores: by cell and task.
+        main: contrasts of the main cell, whose p values are adjusted together.
+        others: those of the other cells.
+    """
+
+    scores: Sequence[Scores]
+    main: Sequence[Contrast]
+    others: Sequence[Contrast]
+
+
+def analyse(study: Study, results: Sequence[Mapping], chance: Mapping[str, float]) -> Analysis:
+    """The contrasts of every level against the baseline, in tasks that models solve in a cell at all."""
+    scores = gather(results, study.factor, chance)
+    found = [
+        made
+        for one in scores
+        if one.counts
+        for level in one.levels
+        if level != study.baseline and (made := contrast(one, level, study.baseline)) is not None
+    ]
+    main = [one for one in found if is_main(study, one.cell) and not math.isnan(one.p)]
+    adjusted = holm([one.p for one in main])
+    main = [replace(one, p_holm=p) for one, p in zip(main, adjusted, strict=True)]
+    kept = {(one.cell, one.task, one.level) for one in main}
+    others = [one for one in found if (one.cell, one.task, one.level) not in kept]
+    return Analysis(scores=scores, main=main, others=others)
+
+
+def is_main(study: Study, cell: Cell) -> bool:
+    """Whether a cell has the levels that the study calls its main ones."""
+    return all(dict(cell).get(name) == level for name, level in study.main.items())
+
+
+def write(study: Study, results: Sequence[Mapping], output: Path) -> list[Path]:
+    """Writes results.jsonl, report.md and its pictures; returns the report's paths."""
+    write_lines(output / "results.jsonl", results)
+    chance = read_json(output / DATA / "plane" / "meta.json")["chance"]
+    analysis = analyse(study, results, chance)
+    pictures = plots.draw(study, analysis, results, output)
+    text = render(study, analysis, results, [path.name for path in pictures])
+    write_text(output / "report.md", text)
+    return [output / "report.md", *pictures]
+
+
+def render(study: Study, analysis: Analysis, results: Sequence[Mapping], pictures: Sequence[str]) -> str:
+    """The report as markdown."""
+    commits = sorted({str(result["commit"]) for result in results})
+    seconds = sum(result["seconds"] for result in results)
+    lines = [
+        f"# {study.about}",
+        "",
+        f"{len(results)} of {len(study.trials)} trials are done, version {study.version}, at commit "
+        f"{', '.join(commits)}, in {seconds / 3600:.1f} hours of one core each. Differences are in points of accuracy, "
+        f"against {study.baseline}, paired by seed, with 95 percent intervals over seeds.",
+        "",
+        *conclude(study, analysis),
+        "",
+        *(f"![{name}]({name})\n" for name in pictures),
+        *_contrast_table("Main cell", analysis.main, adjusted=True),
+        *_contrast_table("Other cells", analysis.others, adjusted=False),
+        *_score_table(study, analysis.scores),
+        *_cost_table(study, results),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def conclude(study: Study, analysis: Analysis) -> list[str]:
+    """What can be said, sentence by sentence."""
+    said = []
+    if study.control is not None:
+        said.append(_judge_control(study, analysis))
+    found = [one for one in analysis.main if one.p_holm < 0.05]
+    if found:
+        listed = "; ".join(_phrase(one) for one in sorted(found, key=lambda one: -abs(one.difference)))
+        said.append(f"Found in the main cell, after Holm over {len(analysis.main)} contrasts: {listed}.")
+    elif analysis.main:
+        said.append(f"After Holm, none of the {len(analysis.main)} contrasts of the main cell is significant.")
+    open_ones = [one for one in analysis.main if one.p_holm >= 0.05]
+    if open_ones:
+        settled = [one for one in open_ones if max(abs(one.low), abs(one.high)) <= NEGLIGIBLE]
+        least, most = (pick(100 * one.detectable for one in open_ones) for pick in (min, max))
+        said.append(
+            f"Of the {len(open_ones)} others, {len(settled)} are within {100 * NEGLIGIBLE:.0f} points by their whole "
+            f"interval, which can be called equal; about the rest nothing is known but that a true difference of "
+            f"{least:.1f} to {most:.1f} points (see the table) would have been found with a chance of 80 percent."
+        )
+    left_out = sorted({(one.task, _describe(one.cell)) for one in analysis.scores if not one.counts})
+    if left_out:
+        listed = "; ".join(f"{task} ({cell})" for task, cell in left_out)
+        said.append(
+            f"Not judged, because models are less than {100 * ABOVE_CHANCE:.0f} points above chance there: {listed}."
+        )
+    return said or ["Too few trials are done to say anything."]
+
+
+def _judge_control(study: Study, analysis: Analysis) -> str:
+    level, task = study.control
+    found = [one for one in analysis.main if (one.level, one.task) == (level, task)]
+    what = f"The positive control ({level} against {study.baseline} on {task})"
+    if not found:
+        return f"{what} cannot be judged yet: nothing below is to be relied on."
+    seen = [one for one in found if one.p_holm < 0.05 and one.difference < 0]
+    listed = "; ".join(_phrase(one) for one in found)
+    if len(seen) == len(found):
+        return f"{what} is detected wherever it was looked for: {listed}."
+    if seen:
+        return f"{what} is detected in {len(seen)} of {len(found)} places: {listed}."
+    return f"{what} is NOT detected ({listed}): this study cannot find anything, and nothing follows from it."
+
+
+def _phrase(one: Contrast) -> str:
+    return (
+        f"{one.level} {100 * one.difference:+.1f} ({100 * one.low:+.1f} to {100 * one.high:+.1f}) on {one.task}, "
+        f"{_describe(one.cell)}"
+    )
+
+
+def _describe(cell: Cell) -> str:
+    return ", ".join(f"{name} {level}" for name, level in cell)
+
+
+def _number(value: float, form: str = "+.1f", scale: float = 100) -> str:
+    return "" if math.isnan(value) else format(scale * value, form)
+
+
+def _contrast_table(title: str, contrasts: Sequence[Contrast], adjusted: bool) -> list[str]:
+    if not contrasts:
+        return []
+    last = " p (Holm) |" if adjusted else " p |"
+    lines = [f"## {title}", "", f"| cell | task | level | seeds | difference | 95 % | detectable |{last}"]
+    lines.append("| --- " * 8 + "|")
+    for one in contrasts:
+        p = one.p_holm if adjusted else one.p
+        bounds = "" if math.isnan(one.low) else f"{_number(one.low)} to {_number(one.high)}"
+        lines.append(
+            f"| {_describe(one.cell)} | {one.task} | {one.level} | {one.num_seeds} | {_number(one.difference)} | "
+            f"{bounds} | {_number(one.detectable, '.1f')} | {_number(p, '.3g', 1)} |"
+        )
+    return [*lines, ""]
+
+
+def _score_table(study: Study, scores: Sequence[Scores]) -> list[str]:
+    levels = list(dict.fromkeys(level for one in scores for level in one.levels))
+    lines = ["## Accuracy", "", f"Percent, mean over seeds and half of the 95 percent interval, by {study.factor}.", ""]
+    lines.append(f"| cell | task | chance | {' | '.join(levels)} | any difference (Friedman p) |")
+    lines.append("| --- " * (4 + len(levels)) + "|")
+    for one in scores:
+        cells = []
+        for level in levels:
+            values = list(one.levels.get(level, {}).values())
+            if not values:
+                cells.append("")
+                continue
+            mean, low, _ = interval(values)
+            cells.append(f"{100 * mean:.1f}" + ("" if math.isnan(low) else f" ± {100 * (mean - low):.1f}"))
+        p, _, _ = friedman(one)
+        lines.append(
+            f"| {_describe(one.cell)} | {one.task} | {100 * one.chance:.0f} | {' | '.join(cells)} | "
+            f"{_number(p, '.3g', 1)} |"
+        )
+    return [*lines, ""]
+
+
+def _cost_table(study: Study, results: Sequence[Mapping]) -> list[str]:
+    costs: dict[tuple[str, str], tuple[int, int]] = {}
+    for result in results:
+        place = _describe(tuple((n, level) for n, level in result["factors"].items() if n != study.factor))
+        level = result["factors"][study.factor].partition("(")[0]
+        costs[place, level] = result["parameters"], result["flops"]
+    lines = ["## Cost", "", "Parameters, and operations of reading a picture and 8 tokens of text.", ""]
+    lines += ["| cell | level | parameters | operations |", "| --- " * 4 + "|"]
+    lines += [f"| {cell} | {level} | {p:,} | {flops:,} |" for (cell, level), (p, flops) in costs.items()]
+    return [*lines, ""]

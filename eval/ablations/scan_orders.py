@@ -1,0 +1,165 @@
+"""Does the order in which patches are read matter? The design that docs/ablate.md lays down."""
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cobra.scan_block import ScanBlock, ScanBlocksConfig
+from cobra.typed_config import from_dict
+from eval.ablations.trials import Stage, Study, Trial
+from vision_scan.draw import draw_receptive_fields
+from vision_scan.orders import sequential_order
+from vision_scan.receptive import receptive_field
+
+ORDERS = ("raster", "random", "cross4", "hilbert", "snake_row_tl", "local")
+PLACES = ("connector", "tower", "reading")
+SIDE = 48  # of a picture, in pixels
+D_MODEL = 64
+LONGEST = 6  # cells of a curve
+
+MIXER = {"d_state": 16, "headdim": 16, "expand": 1, "chunk_size": 64, "A_init_range": [0.01, 1.0], "dt_min": 0.02,
+         "dt_max": 0.5}  # fmt: skip
+READER = {"kind": "mamba2", **MIXER, "d_state": 32}
+IMAGE = {"height": SIDE, "width": SIDE}
+
+
+SEEDS, OTHER_SEEDS = 8, 2  # of the main cells, and of the others
+VERSION = 1  # counts up with everything that changes a score
+
+
+def _curves(longest: int) -> dict:
+    return {"num_curves": 2, "cells": (2, longest)}
+
+
+# Curves are learned from short to long: from long ones alone, nothing is learned in any order.
+PICTURES = {
+    "near": {"train": 3000, "test": 1, "difficulty": _curves(2), "kinds": ("trace",)},
+    "middle": {"train": 3000, "test": 1, "difficulty": _curves(3), "kinds": ("trace",)},
+    "plane": {"train": 6000, "test": 400, "difficulty": _curves(LONGEST)},
+}
+COURSE = (
+    Stage(data="near", steps=250, settings=("optim.decay_ratio=0.1",)),
+    Stage(data="middle", steps=250, settings=("optim.decay_ratio=0.1",)),
+    Stage(data="plane", steps=1000),
+)
+
+
+def tower(attention: bool, positions: bool, scan: dict | None = None) -> dict:
+    """A tower of one kind."""
+    return {"kind": "small", "patch_size": 8, "d_model": D_MODEL, "depth": 2 if attention else 0, "num_heads": 4,
+            "stem": "patch", "positions": positions, "scan": scan}  # fmt: skip
+
+
+def scan_blocks(order: str) -> dict:
+    """Two blocks along an order; several lists share the channels, so that every order costs the same."""
+    return {"order": order, "lists": "share", "depth": 2, "mixer": MIXER}
+
+
+def tower_settings(attention: bool, positions: bool) -> tuple[str, ...]:
+    """Of the model whose tower is pretrained."""
+    return (f"model.image={_text(IMAGE)}", f"model.vision_encoder={_text(tower(attention, positions))}")
+
+
+def name_tower(attention: bool, positions: bool) -> str:
+    return f"{'attention' if attention else 'patch'}_{'positions' if positions else 'nowhere'}"
+
+
+def make_trial(place: str, order: str, seed: int, attention: bool = False, positions: bool = False) -> Trial:
+    """A model that reads along `order` in one place and by rows elsewhere.
+
+    A model with a scan in tower or connector has one layer in the language model; where the order is that of its
+    reading, it has three.
+    """
+    blocks = scan_blocks(order)
+    parts = {
+        "image": IMAGE,
+        "vision_encoder": tower(attention, positions, blocks if place == "tower" else None),
+        "connector": {"kind": "msc", **blocks} if place == "connector" else {"kind": "mlp"},
+        "lm.d_model": D_MODEL,
+        "lm.vocab_size": 320,
+        "lm.layers": [READER] * (3 if place == "reading" else 1),
+        "reading_order": order if place == "reading" else "raster",
+    }
+    return Trial(
+        factors={
+            "place": place,
+            "tower": "attention" if attention else "patch",
+            "positions": "yes" if positions else "no",
+            "order": order,
+        },
+        seed=seed,
+        tower=name_tower(attention, positions),
+        settings=tuple(f"model.{name}={_text(value)}" for name, value in parts.items()),
+        fresh=("vision_encoder.scans",) if place == "tower" else (),
+    )
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _orders(place: str, orders: Sequence[str], seed: int) -> Iterator[str]:
+    """The orders of a place: the control has a shuffle of its own for each seed, and a reader has one sequence."""
+    for order in orders:
+        if order == "random":
+            yield f"random(seed={seed})"
+        elif place != "reading" or len(sequential_order(order)) == 1:
+            yield order
+
+
+def design(orders: Sequence[str], seeds: int, other_seeds: int = OTHER_SEEDS) -> list[Trial]:
+    """All trials: `seeds` of each order and place with a tower that sees patches alone and no positions, `other_seeds`
+    with other towers; seed by seed, so that what is there at any time is balanced."""
+    trials = [
+        make_trial(place, order, seed)
+        for seed in range(seeds)
+        for place in PLACES
+        for order in _orders(place, orders, seed)
+    ]
+    others = [
+        make_trial(place, order, seed, attention, positions)
+        for seed in range(min(seeds, other_seeds))
+        for attention, positions in ((False, True), (True, False), (True, True))
+        for place in PLACES
+        for order in _orders(place, [order for order in orders if order in ("raster", "random", "hilbert")], seed)
+    ]
+    return trials + others
+
+
+def draw_fields(orders: Sequence[str], path: Path) -> None:
+    """Effective receptive fields of the two blocks along each order, before they learn, on the study's grid."""
+    fields = {}
+    for order in orders:
+        config = from_dict(ScanBlocksConfig, scan_blocks(order))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            blocks = nn.Sequential(*(ScanBlock(config, D_MODEL, depth) for depth in range(config.depth)))
+        fields[order] = receptive_field(blocks, SIDE // 8, SIDE // 8, D_MODEL)
+    draw_receptive_fields(fields, path)
+
+
+def study(levels: Sequence[str] | None = None, seeds: int | None = None) -> Study:
+    """The study of some orders; raster, which the others are held against, and the control are always among them."""
+    orders = list(dict.fromkeys(("raster", "random", *(levels or ORDERS))))
+    for order in orders:
+        sequential_order(order)
+    kinds = [(attention, positions) for attention in (False, True) for positions in (False, True)]
+    return Study(
+        name="scan_orders",
+        about="Does the order in which patches are read matter?",
+        version=VERSION,
+        pictures=PICTURES,
+        towers={name_tower(*kind): tower_settings(*kind) for kind in kinds},
+        tower_stage=Stage(data="plane", steps=150, settings=("train.batch_size=64",)),
+        course=COURSE,
+        trials=design(orders, seeds or SEEDS),
+        factor="order",
+        baseline="raster",
+        main={"tower": "patch", "positions": "no"},
+        control=("random", "trace"),
+        fields=functools.partial(draw_fields, orders),
+    )
