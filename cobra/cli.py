@@ -222,8 +222,10 @@ def run_info(arguments: argparse.Namespace) -> None:
     size, most = f"{config.image.height} x {config.image.width}", config.largest_layout
     tokens = f"{config.tokens_per_tile} tokens"
     print(f"image    {size}, {tokens}")
-    if config.image.tiles is not None:
-        print(f"tiles    of that size, at most {most.num_tiles} and {most.num_tokens} tokens of an image")
+    tiles = config.image.tiles
+    if tiles is not None:
+        of_size = "in the shape of an image" if tiles.varies else "of that size"
+        print(f"tiles    {of_size}, at most {most.num_tiles} and {most.num_tokens} tokens of an image")
     print(f"layers   {layers}; d_model {config.lm.d_model}, vocabulary {config.lm.vocab_size}")
     print("\npart               parameters")
     parts = count_parts(config)

@@ -19,7 +19,7 @@ from .lm.sequence_parallel import SequenceShard
 from .processor import Processor
 from .prompt import IGNORE
 from .quantize import QuantizedLinear, replace_projections
-from .tiles import SpatialUnpad, TileLayout
+from .tiles import Layout
 from .tokenizer import Tokenizer
 from .vision_encoder import VISION_ENCODERS
 
@@ -41,8 +41,8 @@ class Cobra(nn.Module):
     Attributes:
         config, tokenizer, processor: what it is made of, and what turns texts and images into its inputs.
         vision_encoder: (n, 3, height, width) in [0, 1] -> (n, grid_height, grid_width, d_vision).
-        connector: those features -> (n, tokens_per_tile, d_model); with `image.tiles` it has `unpad`, which joins those
-            of an image's tiles.
+        connector: those features -> (n, tokens_per_tile, d_model); with `image.tiles` it has what joins those of an
+            image's tiles.
         lm: token ids or embeddings -> logits and state.
         encodes_always: whether a batch without images sends a blank tile through tower and connector, to no effect:
             so that every process of a training run calls the same modules.
@@ -78,7 +78,8 @@ class Cobra(nn.Module):
         return self.lm.device
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Tiles to tokens: (n, 3, height, width) -> (n, tokens_per_tile, d_model)."""
+        """Tiles of one size to tokens: (n, 3, height, width) -> (n, tokens_per_tile, d_model), or as many as the
+        connector makes of tiles of another size."""
         reduction = self.config.token_reduction
         if reduction is None:
             return self.connector(self.vision_encoder(pixel_values).to(self.dtype))
@@ -88,14 +89,15 @@ class Cobra(nn.Module):
             return reduction.reduce(self.connector(features), attention)
         return self.connector(reduction.reduce(features.flatten(1, 2), attention)[:, None])
 
-    def layouts(self, pixel_values: Tensor, image_sizes: ImageSizes | None = None) -> list[TileLayout]:
+    def layouts(self, pixel_values: Tensor, image_sizes: ImageSizes | None = None) -> list[Layout]:
         """How each image of a batch became its tiles.
 
         Args:
-            pixel_values: (num_tiles, 3, height, width), those of an image one after another.
+            pixel_values: (num_tiles, 3, height, width), those of an image one after another; see `Processor` for those
+                of tiles of their own sizes.
             image_sizes: (num_images, 2), height and width of the images; needed with `image.tiles` only.
         Raises:
-            UserError: if they are missing, or are of other numbers of tiles.
+            UserError: if they are missing, or are of other numbers of tiles, or entries have another size.
         """
         if self.config.image.tiles is None:
             return [self.config.layout(0, 0)] * len(pixel_values)
@@ -103,17 +105,21 @@ class Cobra(nn.Module):
             raise UserError("image_sizes is missing: with image.tiles an image's tiles depend on its height and width")
         sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
         layouts = [self.config.layout(height, width) for height, width in sizes]
-        expected = sum(layout.num_tiles for layout in layouts)
+        expected = sum(layout.num_entries for layout in layouts)
+        what = "cells" if self.config.image.tiles.varies else "tiles"
         if expected != len(pixel_values):
-            raise UserError(f"{len(pixel_values)} tiles in pixel_values, but images of image_sizes have {expected}")
+            raise UserError(f"{len(pixel_values)} {what} in pixel_values, but images of image_sizes have {expected}")
+        if pixel_values.shape[-2:] != self.config.entry_size:
+            given, own = (" x ".join(map(str, size)) for size in (pixel_values.shape[-2:], self.config.entry_size))
+            raise UserError(f"pixel_values have {what} of {given} pixels, the model's are {own}: use its processor")
         return layouts
 
-    def _encode(self, pixel_values: Tensor, layouts: Sequence[TileLayout]) -> Tensor:
+    def _encode(self, pixel_values: Tensor, layouts: Sequence[Layout]) -> Tensor:
         """The tokens of images one behind another: (tokens, d_model)."""
-        tokens = self.encode_images(pixel_values.to(self.device, non_blocking=True))
-        if self.config.image.tiles is None:
-            return tokens.flatten(0, 1)
-        return self.connector.unpad(tokens, layouts, self.config.grid)
+        pixel_values, tiles = pixel_values.to(self.device, non_blocking=True), self.config.image.tiles
+        if tiles is None:
+            return self.encode_images(pixel_values).flatten(0, 1)
+        return tiles.encode(pixel_values, layouts, self.encode_images, self.connector, self.config.tile_frame)
 
     def embed(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, image_sizes: ImageSizes | None = None
@@ -163,18 +169,18 @@ class Cobra(nn.Module):
         ends = torch.tensor([layout.num_tokens for layout in layouts], device=numbers.device).cumsum(0)
         images, place = torch.bucketize(numbers, ends, right=True).unique(return_inverse=True)
         taken = [layouts[image] for image in images.tolist()]
-        tiles = pixel_values.split([layout.num_tiles for layout in layouts])
-        tokens = self._encode(torch.cat([tiles[image] for image in images.tolist()]), taken).to(embeds.dtype)
+        entries = pixel_values.split([layout.num_entries for layout in layouts])
+        tokens = self._encode(torch.cat([entries[image] for image in images.tolist()]), taken).to(embeds.dtype)
         before = ends[images] - torch.tensor([layout.num_tokens for layout in taken], device=ends.device).cumsum(0)
         return embeds.index_put(is_image.nonzero(as_tuple=True), tokens[numbers - before[place]])
 
     def _blank(self) -> Tensor:
         """A zero that comes of a blank tile."""
-        image = self.config.image
-        pixels = torch.zeros(1, 3, image.height, image.width, device=self.device)
-        return 0.0 * self._encode(pixels, [TileLayout(self.config.tokens_per_tile)]).sum()
+        layout = self.config.one_tile
+        pixels = torch.zeros(layout.num_entries, 3, *self.config.entry_size, device=self.device)
+        return 0.0 * self._encode(pixels, [layout]).sum()
 
-    def _image_places(self, input_ids: Tensor, layouts: Sequence[TileLayout]) -> Tensor:
+    def _image_places(self, input_ids: Tensor, layouts: Sequence[Layout]) -> Tensor:
         """Where image tokens stand; as many as the images give."""
         is_image = input_ids == self.tokenizer.image_id
         places = int(is_image.sum())
@@ -278,8 +284,7 @@ def make_vision_parts(config: CobraConfig) -> tuple[nn.Module, nn.Module]:
         encoder.check_attention()
     connector = CONNECTORS[config.connector.kind](config.connector, encoder.d_model, config.lm.d_model)
     if config.image.tiles is not None:
-        # In the connector, whose learning, freezing and checkpoints it shares.
-        connector.unpad = SpatialUnpad(config.lm.d_model)
+        config.image.tiles.extend(connector, config.lm.d_model)
     return encoder, connector
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cobra.image import ImageSource, open_image, to_pixels
+from cobra.image import ImageSource, open_image, to_patches, to_pixels
 from cobra.prompt import TEMPLATES, Rendered, Turn, body, count_marks, render, render_caption
-from cobra.tiles import TileLayout
+from cobra.tiles import Layout, SizedLayout
 from cobra.tokenizer import IMAGE, Tokenizer
 from vision_scan.errors import UserError, choose
 
@@ -23,7 +23,8 @@ class Tiles(NamedTuple):
     """An image as a model gets it.
 
     Attributes:
-        pixel_values: (num_tiles, 3, height, width), float32 in [0, 1].
+        pixel_values: (num_tiles, 3, height, width), float32 in [0, 1]; of tiles of their own sizes their cells, (cells,
+            3, stride, stride).
         size: height and width of the image before resizing.
         num_tokens: how many it becomes.
     """
@@ -62,9 +63,11 @@ class Processor:
         Returns:
             input_ids: (batch, seqlen), int64; each mark expanded to the image's number of tokens.
             attention_mask: (batch, seqlen), int64, 0 at pads.
-            pixel_values: (num_tiles, 3, height, width), float32 in [0, 1]; None without images.
+            pixel_values: (num_tiles, 3, height, width), float32 in [0, 1]; None without images. Where tiles have sizes
+                of their own (`image.tiles` native or uhd) an entry is not a tile but a cell of one, as many pixels
+                each way as the tower's stride; the cells of a tile stand row by row.
             image_sizes: (num_images, 2), int64, height and width before resizing.
-            tiles_per_image: (num_images,), int64.
+            tiles_per_image: (num_images,), int64, entries of pixel_values.
         Raises:
             UserError: naming the row, if its marks and images differ in number.
         """
@@ -95,20 +98,23 @@ class Processor:
         }
 
     def pixels(self, image: ImageSource) -> Tensor:
-        """The tiles of one image: (num_tiles, 3, height, width), float32 in [0, 1]."""
+        """The pixel_values of one image, see `Tiles`."""
         return self.tiles(image).pixel_values
 
     def tiles(self, image: ImageSource) -> Tiles:
         """The tiles of one image, with its size and its number of tokens."""
         picture = open_image(image)
         size = picture.height, picture.width
-        return Tiles(to_pixels(picture, self.config.image), size, self.config.layout(*size).num_tokens)
+        layout = self.config.layout(*size)
+        is_sized = isinstance(layout, SizedLayout)
+        pixels = to_patches(picture, layout) if is_sized else to_pixels(picture, self.config.image)
+        return Tiles(pixels, size, layout.num_tokens)
 
     def image_tokens(self, num_images: int, sizes: Iterable[tuple[int, int]] = ()) -> list[int]:
         """How many tokens each of `num_images` images takes; see `layouts`."""
         return [layout.num_tokens for layout in self.layouts(num_images, sizes)]
 
-    def layouts(self, num_images: int, sizes: Iterable[tuple[int, int]] = ()) -> list[TileLayout]:
+    def layouts(self, num_images: int, sizes: Iterable[tuple[int, int]] = ()) -> list[Layout]:
         """The tiles and tokens of images.
 
         Args:

@@ -34,6 +34,11 @@ class StagesConfig:
         if min(*self.dims, *self.depths, 1) < 1:
             raise UserError(f"{self.kind}: dims {self.dims} and depths {self.depths} must be 1 or more")
 
+    @property
+    def stride(self) -> int:
+        """Height and width of a cell of the last stage in pixels."""
+        return 2 ** (1 + len(self.dims))
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the last stage for an image of so many pixels."""
         raise NotImplementedError

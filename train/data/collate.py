@@ -54,7 +54,7 @@ class Sample:
     input_ids: Sequence[int]
     labels: Sequence[int]
     pixel_values: Tensor | None
-    """(tiles, 3, height, width) in [0, 1], float32, or None without images."""
+    """(tiles, 3, height, width) in [0, 1], float32, as `Processor` makes them, or None without images."""
     image_sizes: tuple[tuple[int, int], ...] = ()
     """Height and width of each image before resizing."""
     num_images: int = 0
