@@ -16,6 +16,7 @@ from .lm.stack import LMConfig
 from .prompt import TEMPLATES
 from .tiles import Layout, SizedLayout, TileFrame, TileLayout
 from .token_reduction import TokenReductionConfig
+from .video import EVSConfig
 from .vision_encoder import FusedEncoderConfig, SmallEncoderConfig, TimmEncoderConfig, VisionEncoderConfig
 
 
@@ -28,6 +29,7 @@ class CobraConfig:
         template: how a conversation is written, a name of `prompt.TEMPLATES`.
         weights: how the language model's projections are stored, see quantize.py.
         token_reduction: fewer tokens of a tile than the connector would make, see token_reduction.py.
+        video: fewer tokens of a video than its frames would have, see video.py.
     """
 
     image: ImageConfig
@@ -37,6 +39,7 @@ class CobraConfig:
     template: str = "compact"
     weights: Literal["plain", "int8", "int4"] = "plain"
     token_reduction: TokenReductionConfig | None = None
+    video: EVSConfig | None = None
 
     def __post_init__(self) -> None:
         choose("template", self.template, TEMPLATES)
@@ -44,6 +47,8 @@ class CobraConfig:
             self.token_reduction.check(self.grid, self.connector)
         if self.image.tiles is not None:
             self._check_tiles()
+        if self.video is not None:
+            self._check_video()
         self.tokens_per_tile  # noqa: B018 (an image smaller than a patch fails here)
 
     @property
@@ -112,6 +117,19 @@ class CobraConfig:
                 "between them: set connector.nested=false, or image.tiles=none"
             )
         self.tile_frame  # noqa: B018 (an encoder that cannot take tiles of any size fails here)
+
+    def _check_video(self) -> None:
+        tiles = self.image.tiles
+        for is_in_the_way, name, otherwise in (
+            (self.token_reduction is not None, "token_reduction", "none"),
+            (tiles is not None and tiles.separates, "image.tiles", "none, or native"),
+            (getattr(self.connector, "nested", False), "connector.nested", "false"),
+        ):
+            if is_in_the_way:
+                raise UserError(
+                    "video compares each token of a frame with that at the same place of the frame before, and "
+                    f"{name} gives frames others: set {name}={otherwise}, or video=none"
+                )
 
 
 def transformer_twin(

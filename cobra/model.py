@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,16 +90,32 @@ class Cobra(nn.Module):
             return reduction.reduce(self.connector(features), attention)
         return self.connector(reduction.reduce(features.flatten(1, 2), attention)[:, None])
 
-    def layouts(self, pixel_values: Tensor, image_sizes: ImageSizes | None = None) -> list[Layout]:
-        """How each image of a batch became its tiles.
+    def layouts(
+        self, pixel_values: Tensor, image_sizes: ImageSizes | None = None, num_frames: Tensor | None = None
+    ) -> list[Layout]:
+        """How each image or video of a batch became its tiles.
 
         Args:
             pixel_values: (num_tiles, 3, height, width), those of an image one after another; see `Processor` for those
                 of tiles of their own sizes.
             image_sizes: (num_images, 2), height and width of the images; needed with `image.tiles` only.
+            num_frames: how many of the images are a video together, 1 of one alone; looked at with `config.video` only.
+                None: no videos.
         Raises:
-            UserError: if they are missing, or are of other numbers of tiles, or entries have another size.
+            UserError: if sizes are missing, or these are of other numbers of tiles, or entries have another size.
         """
+        layouts = self._image_layouts(pixel_values, image_sizes)
+        video = self.config.video
+        if video is None or num_frames is None:
+            return layouts
+        counts = num_frames.tolist()
+        if sum(counts) != len(layouts):
+            raise UserError(f"num_frames says {sum(counts)} images, pixel_values have {len(layouts)}: make them equal")
+        images = iter(layouts)
+        groups = (list(islice(images, count)) for count in counts)
+        return [video.layout(group) if len(group) > 1 else group[0] for group in groups]
+
+    def _image_layouts(self, pixel_values: Tensor, image_sizes: ImageSizes | None) -> list[Layout]:
         if self.config.image.tiles is None:
             return [self.config.layout(0, 0)] * len(pixel_values)
         if image_sizes is None:
@@ -115,27 +132,35 @@ class Cobra(nn.Module):
         return layouts
 
     def _encode(self, pixel_values: Tensor, layouts: Sequence[Layout]) -> Tensor:
-        """The tokens of images one behind another: (tokens, d_model)."""
-        pixel_values, tiles = pixel_values.to(self.device, non_blocking=True), self.config.image.tiles
+        """The tokens of images and videos one behind another: (tokens, d_model)."""
+        pixel_values = pixel_values.to(self.device, non_blocking=True)
+        tiles, video = self.config.image.tiles, self.config.video
         if tiles is None:
-            return self.encode_images(pixel_values).flatten(0, 1)
-        return tiles.encode(pixel_values, layouts, self.encode_images, self.connector, self.config.tile_frame)
+            tokens = self.encode_images(pixel_values).flatten(0, 1)
+        else:
+            images = [image for layout in layouts for image in layout.images]
+            tokens = tiles.encode(pixel_values, images, self.encode_images, self.connector, self.config.tile_frame)
+        return tokens if video is None else video.prune(tokens, layouts)
 
     def embed(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_sizes: ImageSizes | None = None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_sizes: ImageSizes | None = None,
+        num_frames: Tensor | None = None,
     ) -> Tensor:
         """Embeddings of a prompt, the tokens of the images in order where the image tokens stand.
 
         Args:
             input_ids: (batch, seqlen), `tokenizer.image_id` at image tokens.
             pixel_values: (num_tiles, 3, height, width), rows one after another, or None.
-            image_sizes: see `layouts`.
+            image_sizes, num_frames: see `layouts`.
         Returns:
             (batch, seqlen, d_model).
         Raises:
             UserError: if the image tokens are not as many as the images give.
         """
-        layouts = [] if pixel_values is None else self.layouts(pixel_values, image_sizes)
+        layouts = [] if pixel_values is None else self.layouts(pixel_values, image_sizes, num_frames)
         is_image = self._image_places(input_ids, layouts)
         embeds = self.lm.embedding(input_ids)
         if pixel_values is None:
@@ -149,6 +174,7 @@ class Cobra(nn.Module):
         pixel_values: Tensor | None,
         shard: SequenceShard,
         image_sizes: ImageSizes | None = None,
+        num_frames: Tensor | None = None,
     ) -> Tensor:
         """`embed` for one process's piece of the rows: (batch, tokens of the piece, d_model).
 
@@ -156,9 +182,9 @@ class Cobra(nn.Module):
         on both sides, and each side's gradient is that of its own tokens.
 
         Args:
-            input_ids, pixel_values, image_sizes: of the whole rows, as `embed`; pixels may stay on the CPU.
+            input_ids, pixel_values, image_sizes, num_frames: of the whole rows, as `embed`; pixels may stay on the CPU.
         """
-        layouts = [] if pixel_values is None else self.layouts(pixel_values, image_sizes)
+        layouts = [] if pixel_values is None else self.layouts(pixel_values, image_sizes, num_frames)
         is_image = self._image_places(input_ids, layouts)
         numbers = shard.take(is_image.flatten().cumsum(0).view_as(is_image) - 1)
         is_image = shard.take(is_image)
@@ -199,8 +225,8 @@ class Cobra(nn.Module):
 
         Args:
             batch: `input_ids` and `labels` (batch, seqlen), rows padded on the right, labels[t] the id to
-                be predicted for place t or -100; `pixel_values` or None; `image_sizes`, see `layouts`, or
-                None; `seq_idx` (batch, seqlen), if
+                be predicted for place t or -100; `pixel_values` or None; `image_sizes` and `num_frames`, see
+                `layouts`, or None; `seq_idx` (batch, seqlen), if
                 several texts are packed into a row (the first token of each has no label), or None.
             group: processes that share each row, all given the same batch. Each returns the sum and the
                 number of its own piece: loss, number and gradients are to be summed over the group. If one
@@ -211,10 +237,10 @@ class Cobra(nn.Module):
             UserError: if image tokens and tiles do not fit, or rows or layers cannot be shared by the group.
         """
         ids, pixels, seq_idx = batch["input_ids"], batch.get("pixel_values"), batch.get("seq_idx")
-        labels, sizes = batch["labels"], batch.get("image_sizes")
+        labels, sizes, frames = batch["labels"], batch.get("image_sizes"), batch.get("num_frames")
         is_nested = self.training and pixels is not None and getattr(self.config.connector, "nested", False)
         if group is None:
-            embeds = self.embed(ids, pixels, sizes)
+            embeds = self.embed(ids, pixels, sizes, frames)
             if is_nested:
                 embeds, labels, seq_idx = self._first_tokens(ids, embeds, labels, seq_idx)
             hidden, _ = self.lm.read(inputs_embeds=embeds, seq_idx=seq_idx)
@@ -228,7 +254,8 @@ class Cobra(nn.Module):
             batch_size, seqlen = ids.shape
             shard = SequenceShard.cut(batch_size, seqlen, group, seq_idx)
             targets = shard.take(_next_labels(labels))
-            hidden, _ = self.lm.read(inputs_embeds=self.embed_shard(ids, pixels, shard, sizes), shard=shard)
+            embeds = self.embed_shard(ids, pixels, shard, sizes, frames)
+            hidden, _ = self.lm.read(inputs_embeds=embeds, shard=shard)
         supervised = targets != IGNORE
         return self.lm.loss(hidden[supervised], targets[supervised]), supervised.sum()
 

@@ -56,7 +56,8 @@ class TrainingCost:
     def of_batch(self, batch: Batch) -> float:
         """Operations of a step's pass over a micro-batch, logits of supervised tokens only."""
         pixels = batch.inputs.get("pixel_values")
-        layouts = [] if pixels is None else self._model.layouts(pixels, batch.inputs.get("image_sizes"))
+        sizes, num_frames = (batch.inputs.get(name) for name in ("image_sizes", "num_frames"))
+        layouts = [] if pixels is None else self._model.layouts(pixels, sizes, num_frames)
         return self.of(self.count_tiles(layouts), batch.lengths, batch.num_supervised)
 
     def of(self, num_tiles: float, lengths: Sequence[int], num_supervised: int) -> float:
@@ -84,22 +85,25 @@ class RowCost:
         self._cost = cost
         self._rows = rows
         self._most_tokens = rows.settings.max_tokens
-        num_characters = num_tokens = num_supervised = 0
+        num_characters = num_tokens = num_supervised = num_images = 0
         processor, layouts = objective.model.processor, list[Layout]()
         for number in np.linspace(0, len(rows) - 1, min(len(rows), NUM_SAMPLED)).astype(int):
             try:
                 row = rows[number]
-                found = processor.layouts(len(row.images), row.read_sizes())
-                rendered = processor.render(row.turns, len(row.images), rows.settings.captions, row.read_sizes())
+                found = processor.layouts(len(row.images), row.read_sizes(), row.is_video)
+                rendered = processor.render(
+                    row.turns, len(row.images), rows.settings.captions, row.read_sizes(), row.is_video
+                )
             except UserError:  # it is for the step that reads the row to leave it out, or to end the run
                 continue
             num_characters += _text_size(row.num_characters, len(row.images))
             num_tokens += len(rendered.input_ids) - sum(layout.num_tokens for layout in found)
             layouts += found
+            num_images += len(row.images)
             num_supervised += sum(label != IGNORE for label in rendered.labels)
-        layouts = layouts or [processor.config.largest_layout]
-        self._tokens_per_image = sum(layout.num_tokens for layout in layouts) / len(layouts)
-        self._tiles_per_image = cost.count_tiles(layouts) / len(layouts)
+        layouts, num_images = layouts or [processor.config.largest_layout], num_images or 1
+        self._tokens_per_image = sum(layout.num_tokens for layout in layouts) / num_images
+        self._tiles_per_image = cost.count_tiles(layouts) / num_images
         self.tokens_per_character = num_tokens / max(1, num_characters)
         self._supervised_per_character = num_supervised / max(1, num_characters)
 

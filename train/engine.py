@@ -23,7 +23,8 @@ from train.objectives import Naming, Objective, Stats
 from train.settings import ZeroSettings
 from vision_scan.errors import UserError
 
-STAY = ("pixel_values", "image_sizes")  # inputs that the model itself brings to the device, as far as it needs them
+# Inputs that the model itself brings to the device, as far as it needs them.
+STAY = ("pixel_values", "image_sizes", "num_frames")
 BUCKET_ELEMENTS = 50_000_000  # that DeepSpeed sends at once
 
 OptimizerState = dict[str, Tensor]

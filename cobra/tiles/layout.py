@@ -36,6 +36,11 @@ class Layout:
     """The tiles of an image, and how many tokens they become."""
 
     @property
+    def images(self) -> "Sequence[Layout]":
+        """Itself; of a video, its frames."""
+        return (self,)
+
+    @property
     def num_tiles(self) -> int:
         raise NotImplementedError
 
