@@ -226,6 +226,8 @@ def run_info(arguments: argparse.Namespace) -> None:
     if tiles is not None:
         of_size = "in the shape of an image" if tiles.varies else "of that size"
         print(f"tiles    {of_size}, at most {most.num_tiles} and {most.num_tokens} tokens of an image")
+    if config.video is not None:
+        print(f"video    {config.video.kind}, of all tokens of its frames {config.video.pruning_rate:.0%} are dropped")
     print(f"layers   {layers}; d_model {config.lm.d_model}, vocabulary {config.lm.vocab_size}")
     print("\npart               parameters")
     parts = count_parts(config)

@@ -22,12 +22,12 @@ from .config import CobraConfig
 from .connector.ldp import PEG
 from .connector.mqt import MQTConnector
 from .connector.msc import ScanMixer
+from .image import ImageConfig
 from .lm.mixer import LayerCost
 from .lm.stack import LMConfig
 from .model import Cobra
 from .tokenizer import Tokenizer
-from .towers import HIERARCHICAL, Tower
-from .towers.tower import empty_model
+from .towers import HIERARCHICAL, StagesConfig, Tower
 from .vision_encoder import FusedEncoder, S2Encoder, SmallEncoder, TimmEncoder
 
 
@@ -231,16 +231,26 @@ def _fused_tower(encoder: FusedEncoder, height: int, width: int) -> Work:
 
 
 def _staged_tower(encoder: Tower, height: int, width: int) -> Work:
-    """By running a twin without memory on an image of as many cells; gates that act once per picture included."""
-    twin, scans = empty_model(encoder), []
+    """What acts once per picture, and what is in proportion to the cells: the line through one cell and two."""
+    one, two = (_staged_work(type(encoder), encoder.config, cells) for cells in (1, 2))
+    behind = height * width - 1
+    return Work(
+        one.weights + behind * (two.weights - one.weights), one.mixing + behind * (two.mixing - one.mixing)
+    )
+
+
+@functools.cache
+def _staged_work(kind: type[Tower], config: StagesConfig, cells: int) -> Work:
+    """By running a tower without memory on an image of so many cells side by side."""
+    with torch.device("meta"):
+        twin, scans = kind(config, ImageConfig(height=1, width=1)), []
     for module in twin.modules():
         if isinstance(module, SS2D):
             module.register_forward_hook(
                 lambda mixer, args, _: scans.append(_scan_operations(mixer, *args[0].shape[1:3]))
             )
-    stride = encoder.config.stride
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin(torch.zeros(1, 3, stride * height, stride * width, device="meta"))
+        twin(torch.zeros(1, 3, config.stride, cells * config.stride, device="meta"))
     return Work(counter.get_total_flops(), sum(scans))
 
 

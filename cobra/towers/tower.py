@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from cobra.checkpoint import assign_tensors, read_state_dict
@@ -130,9 +129,3 @@ class ToChannelsFirst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.movedim(-1, 1)
-
-
-def empty_model(tower: Tower) -> Tower:
-    """A tower of the same settings without memory behind it."""
-    with torch.device("meta"):
-        return type(tower)(tower.config, ImageConfig(height=1, width=1))

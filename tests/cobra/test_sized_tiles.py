@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import cobra
 from cobra.config import CobraConfig
@@ -24,7 +25,7 @@ from cobra.tiles.sized import encode_tiles
 from cobra.token_reduction import ToMeConfig
 from cobra.tokenizer import Tokenizer
 from cobra.typed_config import from_dict, override, to_dict
-from cobra.vision_encoder import FusedEncoderConfig, S2EncoderConfig, SmallEncoderConfig, TimmEncoderConfig
+from cobra.vision_encoder import FusedEncoderConfig, S2EncoderConfig, SmallEncoderConfig, TimmEncoder, TimmEncoderConfig
 from tests.cobra import tower_samples
 from tests.cobra.test_tiles import picture, rectangles
 from tests.tolerance import assert_close
@@ -265,6 +266,19 @@ def test_everything_learns_and_is_saved(kind, pictures, tmp_path):
     assert again.answer("?", pictures, max_new_tokens=3) == model.answer("?", pictures, max_new_tokens=3)
 
 
+def test_nested_connectors_learn_on_tiles_of_any_size(pictures, monkeypatch):
+    model = cobra.build(config(connector=MQTConfig(num_queries=4, num_heads=2, nested=True)))
+    batch = model.processor(text=["<image>a<image>b"], images=[pictures[:2]])
+    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] == model.tokenizer.image_id, -100)
+    expected = model.loss(batch)
+    model.train()
+    monkeypatch.setattr(model.connector, "draw", lambda: 4)
+    torch.testing.assert_close(model.loss(batch), expected)
+    monkeypatch.setattr(model.connector, "draw", lambda: 2)
+    loss, count = model.loss(batch)
+    assert count == expected[1] and loss != expected[0]
+
+
 @pytest.mark.parametrize("kind", TILINGS)
 def test_a_batch_without_images_goes_through_all_modules(kind):
     model = cobra.build(config(kind))
@@ -307,6 +321,23 @@ def test_towers_serve_both(tower, model, pictures):
     assert tile_work(made, (2, 3)) == tile_work(made)
     assert tile_work(made, (4, 3))["vision_encoder"].weights > tile_work(made)["vision_encoder"].weights
     check_images(made, pictures)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_a_timm_tower_is_that_of_each_size(name, tmp_path):
+    """The same as the tower of that size alone, into which timm loads the weights, positions resampled."""
+    pytest.importorskip("timm")
+    config = TimmEncoderConfig(name=name)
+    stride, grids = config.stride, ((4, 4), (1, 1), (3, 2), (6, 9))
+    nominal = ImageConfig(height=4 * stride, width=4 * stride, tiles=NativeConfig())
+    tower = TimmEncoder(config, nominal).double().eval()
+    save_file(tower.tower.state_dict(), tmp_path / "tower.safetensors")
+    for rows, columns in grids:
+        fixed = TimmEncoder(config, ImageConfig(height=rows * stride, width=columns * stride)).double().eval()
+        fixed.load_weights(tmp_path / "tower.safetensors")
+        noise = torch.rand(2, 3, rows * stride, columns * stride, generator=torch.Generator().manual_seed(0)).double()
+        assert_close(f"{rows} x {columns}", tower(noise), fixed(noise), 1e-5)  # timm resamples in float32
 
 
 @torch.no_grad()
