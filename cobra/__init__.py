@@ -5,5 +5,6 @@ from .config import PRESETS, CobraConfig
 from .hf import accelerate
 from .lm import State
 from .model import Cobra, build
+from .video import Video
 
-__all__ = ["PRESETS", "Cobra", "CobraConfig", "State", "accelerate", "build", "load", "save"]
+__all__ = ["PRESETS", "Cobra", "CobraConfig", "State", "Video", "accelerate", "build", "load", "save"]

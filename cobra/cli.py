@@ -211,8 +211,12 @@ def _describe(config: "CobraConfig") -> None:
     size, most = f"{config.image.height} x {config.image.width}", config.largest_layout
     tokens = f"{config.tokens_per_tile} tokens"
     print(f"image    {size}, {tokens}")
-    if config.image.tiles is not None:
-        print(f"tiles    of that size, at most {most.num_tiles} and {most.num_tokens} tokens of an image")
+    tiles = config.image.tiles
+    if tiles is not None:
+        of_size = "in the shape of an image" if tiles.varies else "of that size"
+        print(f"tiles    {of_size}, at most {most.num_tiles} and {most.num_tokens} tokens of an image")
+    if config.video is not None:
+        print(f"video    {config.video.kind}, of all tokens of its frames {config.video.pruning_rate:.0%} are dropped")
     print(f"layers   {_layers(config)}; d_model {config.lm.d_model}, vocabulary {config.lm.vocab_size}")
     print("\npart               parameters")
     parts = count_parts(config)

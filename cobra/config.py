@@ -15,9 +15,10 @@ from .lm.mamba2 import Mamba2Config
 from .lm.mlp import MLPConfig
 from .lm.stack import LMConfig
 from .prompt import TEMPLATES
-from .tiles import TileLayout
+from .tiles import Layout, SizedLayout, TileFrame, TileLayout
 from .token_reduction import TokenReductionConfig
 from .twins import hybrid_twin, transformer_twin, window_twin
+from .video import EVSConfig
 from .vision_encoder import FusedEncoderConfig, SmallEncoderConfig, TimmEncoderConfig, VisionEncoderConfig
 
 
@@ -31,6 +32,7 @@ class CobraConfig:
         weights: how the language model's projections are stored, see quantize.py.
         token_reduction: fewer tokens of a tile than the connector would make, see token_reduction.py.
         reading_order: the scan order in which the language model gets the tokens of a tile, one of a single list.
+        video: fewer tokens of a video than its frames would have, see video.py.
     """
 
     image: ImageConfig
@@ -41,6 +43,7 @@ class CobraConfig:
     weights: Literal["plain", "int8", "int4"] = "plain"
     token_reduction: TokenReductionConfig | None = None
     reading_order: str = "raster"
+    video: EVSConfig | None = None
 
     def __post_init__(self) -> None:
         choose("template", self.template, TEMPLATES)
@@ -50,6 +53,8 @@ class CobraConfig:
             self._check_tiles()
         if self.reading_order != "raster":
             self._check_reading_order()
+        if self.video is not None:
+            self._check_video()
         self.tokens_per_tile  # noqa: B018 (an image smaller than a patch fails here)
 
     @property
@@ -69,26 +74,68 @@ class CobraConfig:
         reduction = self.token_reduction
         return reduction.num_tokens if reduction else self.connector.num_tokens(*self.grid)
 
-    def layout(self, height: int, width: int) -> TileLayout:
-        """The tiles and tokens of an image of height x width pixels, upright."""
-        image = self.image
-        if image.tiles is None:
-            return TileLayout(self.tokens_per_tile)
-        return image.tiles.layout(height, width, (image.height, image.width), self.grid)
+    @property
+    def tile_frame(self) -> TileFrame:
+        """What tilings go by."""
+        image, tiles = self.image, self.image.tiles
+        stride = self.vision_encoder.stride if tiles and tiles.varies else 0
+        return TileFrame((image.height, image.width), self.grid, stride, self.connector.num_tokens)
 
     @property
-    def largest_layout(self) -> TileLayout:
-        """That of the image with most tokens."""
+    def entry_size(self) -> tuple[int, int]:
+        """Height and width of an entry of `pixel_values`: a tile, or a cell of tiles of their own sizes."""
+        stride = self.tile_frame.stride
+        return (stride, stride) if stride else (self.image.height, self.image.width)
+
+    def layout(self, height: int, width: int) -> Layout:
+        """The tiles and tokens of an image of height x width pixels, upright."""
         tiles = self.image.tiles
-        return TileLayout(self.tokens_per_tile) if tiles is None else tiles.largest(self.grid)
+        return TileLayout(self.tokens_per_tile) if tiles is None else tiles.layout(height, width, self.tile_frame)
+
+    @property
+    def one_tile(self) -> Layout:
+        """That of one tile of `image.height` x `image.width` pixels."""
+        stride = self.tile_frame.stride
+        return SizedLayout(stride, self.grid, self.tokens_per_tile) if stride else TileLayout(self.tokens_per_tile)
+
+    @property
+    def largest_layout(self) -> Layout:
+        """One that no image's exceeds in tokens."""
+        tiles = self.image.tiles
+        return self.one_tile if tiles is None else tiles.largest(self.tile_frame)
 
     def _check_tiles(self) -> None:
-        if not isinstance(self.connector, KeepsGrid) or self.token_reduction is not None:
-            what = "a token_reduction" if self.token_reduction is not None else f"connector {self.connector.kind}"
+        tiles, connector = self.image.tiles, self.connector
+        if tiles.needs_cells and not (isinstance(connector, KeepsGrid) and self.token_reduction is None):
+            what = "a token_reduction" if self.token_reduction is not None else f"connector {connector.kind}"
             raise UserError(
                 f"image.tiles puts the tokens of tiles together as one map, so there must be one of each cell; {what} "
                 "makes fewer: take a connector such as mlp or msc and no token_reduction, or image.tiles=none"
             )
+        if self.token_reduction is not None:
+            raise UserError(
+                f"image.tiles={tiles.kind} makes tiles of different sizes, and a token_reduction as many tokens of "
+                "each: take one of the two, or a connector that makes fewer tokens, such as space_to_depth"
+            )
+        if tiles.separates and getattr(connector, "nested", False):
+            raise UserError(
+                f"connector.nested takes tokens of each tile out of a row, and image.tiles={tiles.kind} has others "
+                "between them: set connector.nested=false, or image.tiles=none"
+            )
+        self.tile_frame  # noqa: B018 (an encoder that cannot take tiles of any size fails here)
+
+    def _check_video(self) -> None:
+        tiles = self.image.tiles
+        for is_in_the_way, name, otherwise in (
+            (self.token_reduction is not None, "token_reduction", "none"),
+            (tiles is not None and tiles.separates, "image.tiles", "none, or native"),
+            (getattr(self.connector, "nested", False), "connector.nested", "false"),
+        ):
+            if is_in_the_way:
+                raise UserError(
+                    "video compares each token of a frame with that at the same place of the frame before, and "
+                    f"{name} gives frames others: set {name}={otherwise}, or video=none"
+                )
 
     def _check_reading_order(self) -> None:
         num_lists = len(sequential_order(self.reading_order))

@@ -21,13 +21,13 @@ from vision_scan.modules import SS2D
 from .config import CobraConfig
 from .connector.ldp import PEG
 from .connector.mqt import MQTConnector
+from .image import ImageConfig
 from .lm.mixer import LayerCost
 from .lm.stack import LMConfig
 from .model import Cobra
 from .scan_block import ScanMixer
 from .tokenizer import Tokenizer
-from .towers import HIERARCHICAL, Tower
-from .towers.tower import empty_model
+from .towers import HIERARCHICAL, StagesConfig, Tower
 from .vision_encoder import FusedEncoder, S2Encoder, SmallEncoder, TimmEncoder
 
 
@@ -141,20 +141,25 @@ def count_parts(config: CobraConfig) -> dict[str, int]:
     return {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
 
 
-def tile_work(model: Cobra) -> dict[str, Work]:
+def tile_work(model: Cobra, grid: tuple[int, int] | None = None) -> dict[str, Work]:
     """What vision encoder and connector compute for one tile, by part; the model may be without memory behind it.
 
     A matrix or kernel acts once at each of its positions: pixels of a convolution's output, tokens of a tower, cells of
     a connector's grid or its tokens. An encoder of an unknown kind is counted as if all of it acted on the grid,
     without attention, and so is a connector. Choosing tokens, where a token_reduction does, is not counted.
+
+    Args:
+        grid: rows and columns of cells of a tile that has a size of its own; None: of one of `image.height` x
+            `image.width` pixels.
     """
-    height, width = model.config.grid
+    height, width = grid or model.config.grid
     formula = TOWERS.get(model.config.vision_encoder.kind)
     encoder, connector = model.vision_encoder, model.connector
     tower = Work(height * width * _products(encoder)) if formula is None else formula(encoder, height, width)
     of_connector = CONNECTOR_WORK.get(model.config.connector.kind, _on_cells)
-    num_tokens = model.config.connector.num_tokens(*model.config.connector_grid)
-    return {"vision_encoder": tower, "connector": of_connector(connector, *model.config.connector_grid, num_tokens)}
+    cells = grid or model.config.connector_grid
+    num_tokens = model.config.connector.num_tokens(*cells)
+    return {"vision_encoder": tower, "connector": of_connector(connector, *cells, num_tokens)}
 
 
 def _on_cells(connector: nn.Module, height: int, width: int, num_tokens: int) -> Work:
@@ -227,16 +232,26 @@ def _fused_tower(encoder: FusedEncoder, height: int, width: int) -> Work:
 
 
 def _staged_tower(encoder: Tower, height: int, width: int) -> Work:
-    """By running a twin without memory on an image of as many cells; gates that act once per picture included."""
-    twin, scans = empty_model(encoder), []
+    """What acts once per picture, and what is in proportion to the cells: the line through one cell and two."""
+    one, two = (_staged_work(type(encoder), encoder.config, cells) for cells in (1, 2))
+    behind = height * width - 1
+    return Work(
+        one.weights + behind * (two.weights - one.weights), one.mixing + behind * (two.mixing - one.mixing)
+    )
+
+
+@functools.cache
+def _staged_work(kind: type[Tower], config: StagesConfig, cells: int) -> Work:
+    """By running a tower without memory on an image of so many cells side by side."""
+    with torch.device("meta"):
+        twin, scans = kind(config, ImageConfig(height=1, width=1)), []
     for module in twin.modules():
         if isinstance(module, SS2D):
             module.register_forward_hook(
                 lambda mixer, args, _: scans.append(_scan_operations(mixer, *args[0].shape[1:3]))
             )
-    stride = 2 ** (1 + len(encoder.config.dims))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin(torch.zeros(1, 3, stride * height, stride * width, device="meta"))
+        twin(torch.zeros(1, 3, config.stride, cells * config.stride, device="meta"))
     return Work(counter.get_total_flops(), sum(scans))
 
 

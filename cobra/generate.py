@@ -33,6 +33,7 @@ def generate(
     pixel_values: Tensor | None = None,
     image_sizes: Tensor | None = None,
     tiles_per_image: Tensor | None = None,
+    num_frames: Tensor | None = None,
     *,
     max_new_tokens: int,
     do_sample: bool = False,
@@ -53,6 +54,8 @@ def generate(
         pixel_values: (num_tiles, 3, height, width) in [0, 1], in the order of the image tokens.
         image_sizes: (num_images, 2), height and width; needed where the tokens of an image depend on them.
         tiles_per_image: (num_images,); must add up to `num_tiles` if given.
+        num_frames: (marks,), how many images each mark stands for; None: one. Needed where videos have fewer tokens
+            than their frames.
         max_new_tokens: where a row ends at the latest.
         do_sample, temperature, top_k, top_p, seed: see `cobra.sampling.Sampler`; greedy by default.
         stop_ids: a row ends after any of these; by default the end token of the model's template.
@@ -70,7 +73,8 @@ def generate(
         _check_tiles(pixel_values, int(tiles_per_image.sum()))
     ids, mask = _align_left(input_ids.to(model.device), attention_mask, model.tokenizer.pad_id)
     state = _own(model, state, batch)
-    embeds = model.embed(ids, None if pixel_values is None else pixel_values.to(model.device), image_sizes)
+    pixels = None if pixel_values is None else pixel_values.to(model.device)
+    embeds = model.embed(ids, pixels, image_sizes, num_frames)
     logits, state = _feed(model, embeds, mask, state, CHUNK_SIZE)
     stop = [model.processor.template.end_id(model.tokenizer)] if stop_ids is None else stop_ids
     new, state = _decode(model, logits, state, sampler, max_new_tokens, stop, streamer, return_state)
@@ -118,7 +122,7 @@ def answer(
 
     Args:
         question: may hold `<image>` marks, as many as images; without any, the images come first.
-        images: one or several, of which only a chunk is in memory at a time.
+        images: one or several, or videos, of which only a chunk is in memory at a time.
         state: from `prefill` (the open turn is completed) or from an earlier `answer` (a new turn is
             opened); left as it is.
         return_state: also return the state after the answer, for the next question.
@@ -185,7 +189,7 @@ def answer_batch(
         model,
         input_ids,
         attention_mask,
-        *_stack(tiles),
+        **model.processor.stack(tiles),
         max_new_tokens=max_new_tokens,
         do_sample=do_sample,
         temperature=temperature,
@@ -283,13 +287,6 @@ def _pieces(model: "Cobra", text: str, images: Images) -> Iterator[list[int] | T
         yield tiles(next(remaining)) if piece == IMAGE else encode(piece)
 
 
-def _stack(tiles: Sequence[Tiles]) -> tuple[Tensor | None, Tensor | None]:
-    """Pixel values and sizes of images as one batch."""
-    if not tiles:
-        return None, None
-    return torch.cat([image.pixel_values for image in tiles]), torch.tensor([image.size for image in tiles])
-
-
 def _read(
     model: "Cobra",
     state: "State | None",
@@ -305,7 +302,7 @@ def _read(
     def flush() -> None:
         nonlocal logits, state
         row = torch.tensor([ids], dtype=torch.int64, device=model.device)
-        embeds = model.embed(row, *_stack(tiles))
+        embeds = model.embed(row, **model.processor.stack(tiles))
         logits, state = _feed(model, embeds, None, state, chunk_size)
         ids.clear()
         tiles.clear()

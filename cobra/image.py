@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vision_scan.errors import UserError
 
-from .tiles import AnyResConfig, fit
+from .tiles import SizedLayout, TilesConfig, fit
 
 ImageSource = str | Path | bytes | Image.Image
 # Files in a folder that are taken for images.
@@ -50,14 +50,15 @@ class ImageConfig:
             keeps it and fills up with `fill`, "crop" keeps it and cuts off what sticks out, equally on
             both sides.
         fill: a colour, red, green and blue from 0 to 255; grey is near every tower's mean.
-        tiles: more tiles of an image than the one, at a higher resolution; see tiles.py. None: one.
+        tiles: more tiles of an image than the one, or tiles in its own shape, where `resize` and `fill` do not matter;
+            see cobra/tiles. None: one of this size.
     """
 
     height: int
     width: int
     resize: Literal["squash", "letterbox", "crop"] = "squash"
     fill: tuple[int, ...] = (127, 127, 127)
-    tiles: AnyResConfig | None = None
+    tiles: TilesConfig | None = None
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -127,15 +128,40 @@ def upright_size(source: ImageSource | BinaryIO) -> tuple[int, int]:
 
 
 def to_pixels(image: Image.Image, config: ImageConfig) -> Tensor:
-    """Fits an RGB image to its tiles: (num_tiles, 3, height, width), float32 in [0, 1].
+    """Fits an RGB image to tiles of one size: (num_tiles, 3, height, width), float32 in [0, 1].
 
     The first shows the image as `config.resize` asks; those of `config.tiles` follow row by row.
     """
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    pixels = _levels(image)
     tiles = _one_tile(pixels, config)
     if config.tiles is not None:
         tiles = torch.cat([tiles, _grid_of_tiles(pixels, config)])
-    return tiles.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    return _to_floats(tiles)
+
+
+def to_patches(image: Image.Image, layout: SizedLayout) -> Tensor:
+    """Fits an RGB image to tiles of their own sizes: (num_entries, 3, stride, stride), float32 in [0, 1].
+
+    An entry is a cell of a tile. Those of the whole image stand in front, those of its slices follow slice by slice,
+    each row by row.
+    """
+    pixels = _levels(image)
+    (rows, columns), stride = layout.overview, layout.stride
+    patches = [_cut(_resize(pixels, rows * stride, columns * stride), rows, columns)]
+    if layout.num_slices:
+        rows, columns = layout.slice
+        whole = _resize(pixels, layout.rows * rows * stride, layout.columns * columns * stride)
+        patches += [_cut(tile[None], rows, columns) for tile in _cut(whole, layout.rows, layout.columns)]
+    return _to_floats(torch.cat(patches))
+
+
+def _levels(image: Image.Image) -> Tensor:
+    """(1, 3, height, width), uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+
+
+def _to_floats(levels: Tensor) -> Tensor:
+    return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def _name(source: ImageSource | BinaryIO) -> str:
@@ -230,8 +256,13 @@ def _grid_of_tiles(pixels: Tensor, config: ImageConfig) -> Tensor:
     tile = config.height, config.width
     rows, columns = config.tiles.choose(height, width, tile)
     full = rows * tile[0], columns * tile[1]
-    canvas = _centre(_resize(pixels, *fit(height, width, full)), full, config.fill)
-    grid = canvas.view(3, rows, tile[0], columns, tile[1])
+    return _cut(_centre(_resize(pixels, *fit(height, width, full)), full, config.fill), rows, columns)
+
+
+def _cut(pixels: Tensor, rows: int, columns: int) -> Tensor:
+    """An image (1, 3, height, width) as a grid of equal pieces, row by row: (rows * columns, 3, height / rows,
+    width / columns)."""
+    grid = pixels[0].unflatten(2, (columns, -1)).unflatten(1, (rows, -1))
     return grid.permute(1, 3, 0, 2, 4).flatten(0, 1)
 
 

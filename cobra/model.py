@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from .lm.sequence_parallel import SequenceShard
 from .processor import Processor
 from .prompt import IGNORE
 from .quantize import QuantizedLinear, replace_projections
-from .tiles import SpatialUnpad, TileLayout
+from .tiles import Layout
 from .tokenizer import Tokenizer
 from .vision_encoder import VISION_ENCODERS
 
@@ -42,8 +43,8 @@ class Cobra(nn.Module):
     Attributes:
         config, tokenizer, processor: what it is made of, and what turns texts and images into its inputs.
         vision_encoder: (n, 3, height, width) in [0, 1] -> (n, grid_height, grid_width, d_vision).
-        connector: those features -> (n, tokens_per_tile, d_model); with `image.tiles` it has `unpad`, which joins those
-            of an image's tiles.
+        connector: those features -> (n, tokens_per_tile, d_model); with `image.tiles` it has what joins those of an
+            image's tiles.
         lm: token ids or embeddings -> logits and state.
         encodes_always: whether a batch without images sends a blank tile through tower and connector, to no effect:
             so that every process of a training run calls the same modules.
@@ -79,7 +80,8 @@ class Cobra(nn.Module):
         return self.lm.device
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Tiles to tokens: (n, 3, height, width) -> (n, tokens_per_tile, d_model)."""
+        """Tiles of one size to tokens: (n, 3, height, width) -> (n, tokens_per_tile, d_model), or as many as the
+        connector makes of tiles of another size."""
         reduction = self.config.token_reduction
         if reduction is None:
             features = self.vision_encoder(pixel_values).to(self.dtype)
@@ -94,48 +96,77 @@ class Cobra(nn.Module):
             return reduction.reduce(self.connector(features), attention)
         return self.connector(reduction.reduce(features.flatten(1, 2), attention)[:, None])
 
-    def layouts(self, pixel_values: Tensor, image_sizes: ImageSizes | None = None) -> list[TileLayout]:
-        """How each image of a batch became its tiles.
+    def layouts(
+        self, pixel_values: Tensor, image_sizes: ImageSizes | None = None, num_frames: Tensor | None = None
+    ) -> list[Layout]:
+        """How each image or video of a batch became its tiles.
 
         Args:
-            pixel_values: (num_tiles, 3, height, width), those of an image one after another.
+            pixel_values: (num_tiles, 3, height, width), those of an image one after another; see `Processor` for those
+                of tiles of their own sizes.
             image_sizes: (num_images, 2), height and width of the images; needed with `image.tiles` only.
+            num_frames: how many of the images are a video together, 1 of one alone; looked at with `config.video` only.
+                None: no videos.
         Raises:
-            UserError: if they are missing, or are of other numbers of tiles.
+            UserError: if sizes are missing, or these are of other numbers of tiles, or entries have another size.
         """
+        layouts = self._image_layouts(pixel_values, image_sizes)
+        video = self.config.video
+        if video is None or num_frames is None:
+            return layouts
+        counts = num_frames.tolist()
+        if sum(counts) != len(layouts):
+            raise UserError(f"num_frames says {sum(counts)} images, pixel_values have {len(layouts)}: make them equal")
+        images = iter(layouts)
+        groups = (list(islice(images, count)) for count in counts)
+        return [video.layout(group) if len(group) > 1 else group[0] for group in groups]
+
+    def _image_layouts(self, pixel_values: Tensor, image_sizes: ImageSizes | None) -> list[Layout]:
         if self.config.image.tiles is None:
             return [self.config.layout(0, 0)] * len(pixel_values)
         if image_sizes is None:
             raise UserError("image_sizes is missing: with image.tiles an image's tiles depend on its height and width")
         sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
         layouts = [self.config.layout(height, width) for height, width in sizes]
-        expected = sum(layout.num_tiles for layout in layouts)
+        expected = sum(layout.num_entries for layout in layouts)
+        what = "cells" if self.config.image.tiles.varies else "tiles"
         if expected != len(pixel_values):
-            raise UserError(f"{len(pixel_values)} tiles in pixel_values, but images of image_sizes have {expected}")
+            raise UserError(f"{len(pixel_values)} {what} in pixel_values, but images of image_sizes have {expected}")
+        if pixel_values.shape[-2:] != self.config.entry_size:
+            given, own = (" x ".join(map(str, size)) for size in (pixel_values.shape[-2:], self.config.entry_size))
+            raise UserError(f"pixel_values have {what} of {given} pixels, the model's are {own}: use its processor")
         return layouts
 
-    def _encode(self, pixel_values: Tensor, layouts: Sequence[TileLayout]) -> Tensor:
-        """The tokens of images one behind another: (tokens, d_model)."""
-        tokens = self.encode_images(pixel_values.to(self.device, non_blocking=True))
-        if self.config.image.tiles is None:
-            return tokens.flatten(0, 1)
-        return self.connector.unpad(tokens, layouts, self.config.grid)
+    def _encode(self, pixel_values: Tensor, layouts: Sequence[Layout]) -> Tensor:
+        """The tokens of images and videos one behind another: (tokens, d_model)."""
+        pixel_values = pixel_values.to(self.device, non_blocking=True)
+        tiles, video = self.config.image.tiles, self.config.video
+        if tiles is None:
+            tokens = self.encode_images(pixel_values).flatten(0, 1)
+        else:
+            images = [image for layout in layouts for image in layout.images]
+            tokens = tiles.encode(pixel_values, images, self.encode_images, self.connector, self.config.tile_frame)
+        return tokens if video is None else video.prune(tokens, layouts)
 
     def embed(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_sizes: ImageSizes | None = None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_sizes: ImageSizes | None = None,
+        num_frames: Tensor | None = None,
     ) -> Tensor:
         """Embeddings of a prompt, the tokens of the images in order where the image tokens stand.
 
         Args:
             input_ids: (batch, seqlen), `tokenizer.image_id` at image tokens.
             pixel_values: (num_tiles, 3, height, width), rows one after another, or None.
-            image_sizes: see `layouts`.
+            image_sizes, num_frames: see `layouts`.
         Returns:
             (batch, seqlen, d_model).
         Raises:
             UserError: if the image tokens are not as many as the images give.
         """
-        layouts = [] if pixel_values is None else self.layouts(pixel_values, image_sizes)
+        layouts = [] if pixel_values is None else self.layouts(pixel_values, image_sizes, num_frames)
         is_image = self._image_places(input_ids, layouts)
         embeds = self.lm.embedding(input_ids)
         if pixel_values is None:
@@ -149,6 +180,7 @@ class Cobra(nn.Module):
         pixel_values: Tensor | None,
         shard: SequenceShard,
         image_sizes: ImageSizes | None = None,
+        num_frames: Tensor | None = None,
     ) -> Tensor:
         """`embed` for one process's piece of the rows: (batch, tokens of the piece, d_model).
 
@@ -156,9 +188,9 @@ class Cobra(nn.Module):
         on both sides, and each side's gradient is that of its own tokens.
 
         Args:
-            input_ids, pixel_values, image_sizes: of the whole rows, as `embed`; pixels may stay on the CPU.
+            input_ids, pixel_values, image_sizes, num_frames: of the whole rows, as `embed`; pixels may stay on the CPU.
         """
-        layouts = [] if pixel_values is None else self.layouts(pixel_values, image_sizes)
+        layouts = [] if pixel_values is None else self.layouts(pixel_values, image_sizes, num_frames)
         is_image = self._image_places(input_ids, layouts)
         numbers = shard.take(is_image.flatten().cumsum(0).view_as(is_image) - 1)
         is_image = shard.take(is_image)
@@ -169,18 +201,18 @@ class Cobra(nn.Module):
         ends = torch.tensor([layout.num_tokens for layout in layouts], device=numbers.device).cumsum(0)
         images, place = torch.bucketize(numbers, ends, right=True).unique(return_inverse=True)
         taken = [layouts[image] for image in images.tolist()]
-        tiles = pixel_values.split([layout.num_tiles for layout in layouts])
-        tokens = self._encode(torch.cat([tiles[image] for image in images.tolist()]), taken).to(embeds.dtype)
+        entries = pixel_values.split([layout.num_entries for layout in layouts])
+        tokens = self._encode(torch.cat([entries[image] for image in images.tolist()]), taken).to(embeds.dtype)
         before = ends[images] - torch.tensor([layout.num_tokens for layout in taken], device=ends.device).cumsum(0)
         return embeds.index_put(is_image.nonzero(as_tuple=True), tokens[numbers - before[place]])
 
     def _blank(self) -> Tensor:
         """A zero that comes of a blank tile."""
-        image = self.config.image
-        pixels = torch.zeros(1, 3, image.height, image.width, device=self.device)
-        return 0.0 * self._encode(pixels, [TileLayout(self.config.tokens_per_tile)]).sum()
+        layout = self.config.one_tile
+        pixels = torch.zeros(layout.num_entries, 3, *self.config.entry_size, device=self.device)
+        return 0.0 * self._encode(pixels, [layout]).sum()
 
-    def _image_places(self, input_ids: Tensor, layouts: Sequence[TileLayout]) -> Tensor:
+    def _image_places(self, input_ids: Tensor, layouts: Sequence[Layout]) -> Tensor:
         """Where image tokens stand; as many as the images give."""
         is_image = input_ids == self.tokenizer.image_id
         places = int(is_image.sum())
@@ -199,8 +231,8 @@ class Cobra(nn.Module):
 
         Args:
             batch: `input_ids` and `labels` (batch, seqlen), rows padded on the right, labels[t] the id to
-                be predicted for place t or -100; `pixel_values` or None; `image_sizes`, see `layouts`, or
-                None; `seq_idx` (batch, seqlen), if
+                be predicted for place t or -100; `pixel_values` or None; `image_sizes` and `num_frames`, see
+                `layouts`, or None; `seq_idx` (batch, seqlen), if
                 several texts are packed into a row (the first token of each has no label), or None.
             group: processes that share each row, all given the same batch. Each returns the sum and the
                 number of its own piece: loss, number and gradients are to be summed over the group. If one
@@ -211,10 +243,10 @@ class Cobra(nn.Module):
             UserError: if image tokens and tiles do not fit, or rows or layers cannot be shared by the group.
         """
         ids, pixels, seq_idx = batch["input_ids"], batch.get("pixel_values"), batch.get("seq_idx")
-        labels, sizes = batch["labels"], batch.get("image_sizes")
+        labels, sizes, frames = batch["labels"], batch.get("image_sizes"), batch.get("num_frames")
         is_nested = self.training and pixels is not None and getattr(self.config.connector, "nested", False)
         if group is None:
-            embeds = self.embed(ids, pixels, sizes)
+            embeds = self.embed(ids, pixels, sizes, frames)
             if is_nested:
                 embeds, labels, seq_idx = self._first_tokens(ids, embeds, labels, seq_idx)
             hidden, _ = self.lm.read(inputs_embeds=embeds, seq_idx=seq_idx)
@@ -228,7 +260,8 @@ class Cobra(nn.Module):
             batch_size, seqlen = ids.shape
             shard = SequenceShard.cut(batch_size, seqlen, group, seq_idx)
             targets = shard.take(_next_labels(labels))
-            hidden, _ = self.lm.read(inputs_embeds=self.embed_shard(ids, pixels, shard, sizes), shard=shard)
+            embeds = self.embed_shard(ids, pixels, shard, sizes, frames)
+            hidden, _ = self.lm.read(inputs_embeds=embeds, shard=shard)
         supervised = targets != IGNORE
         return self.lm.loss(hidden[supervised], targets[supervised]), supervised.sum()
 
@@ -284,8 +317,7 @@ def make_vision_parts(config: CobraConfig) -> tuple[nn.Module, nn.Module]:
         encoder.check_attention()
     connector = CONNECTORS[config.connector.kind](config.connector, encoder.d_model, config.lm.d_model)
     if config.image.tiles is not None:
-        # In the connector, whose learning, freezing and checkpoints it shares.
-        connector.unpad = SpatialUnpad(config.lm.d_model)
+        config.image.tiles.extend(connector, config.lm.d_model)
     return encoder, connector
 
 

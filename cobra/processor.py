@@ -7,29 +7,32 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cobra.image import ImageSource, open_image, to_pixels
+from cobra.image import ImageSource, open_image, to_patches, to_pixels
 from cobra.prompt import TEMPLATES, Rendered, Turn, body, count_marks, render, render_caption
-from cobra.tiles import TileLayout
+from cobra.tiles import Layout, SizedLayout
 from cobra.tokenizer import IMAGE, Tokenizer
+from cobra.video import Video
 from vision_scan.errors import UserError, choose
 
 if TYPE_CHECKING:
     from cobra.config import CobraConfig
 
-Images = Iterable[ImageSource] | ImageSource | None
+Source = ImageSource | Video
+Images = Iterable[Source] | Source | None
 
 
 class Tiles(NamedTuple):
-    """An image as a model gets it.
+    """An image or a video as a model gets it.
 
     Attributes:
-        pixel_values: (num_tiles, 3, height, width), float32 in [0, 1].
-        size: height and width of the image before resizing.
+        pixel_values: (num_tiles, 3, height, width), float32 in [0, 1]; of tiles of their own sizes their cells, (cells,
+            3, stride, stride).
+        sizes: height and width of the image, or of each frame, before resizing.
         num_tokens: how many it becomes.
     """
 
     pixel_values: Tensor
-    size: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...]
     num_tokens: int
 
 
@@ -57,14 +60,17 @@ class Processor:
         Args:
             text: per row a raw prompt, whose special tokens are recognised, or a conversation, which
                 is rendered by the model's template (a last user turn leaves the answer to the model).
-            images: per row its images, in the order of the `<image>` marks in its text.
+            images: per row its images and videos, in the order of the `<image>` marks in its text.
             padding_side: where short rows are filled up with `<pad>`.
         Returns:
             input_ids: (batch, seqlen), int64; each mark expanded to the image's number of tokens.
             attention_mask: (batch, seqlen), int64, 0 at pads.
-            pixel_values: (num_tiles, 3, height, width), float32 in [0, 1]; None without images.
-            image_sizes: (num_images, 2), int64, height and width before resizing.
-            tiles_per_image: (num_images,), int64.
+            pixel_values: (num_tiles, 3, height, width), float32 in [0, 1]; None without images. Where tiles have sizes
+                of their own (`image.tiles` native or uhd) an entry is not a tile but a cell of one, as many pixels
+                each way as the tower's stride; the cells of a tile stand row by row.
+            image_sizes: (num_images, 2), int64, height and width before resizing; a frame is an image.
+            tiles_per_image: (num_images,), int64, entries of pixel_values.
+            num_frames: (marks,), int64, how many frames each has, 1 of an image; with `config.video` only.
         Raises:
             UserError: naming the row, if its marks and images differ in number.
         """
@@ -78,44 +84,69 @@ class Processor:
         rows: list[list[int]] = []
         tiles: list[Tiles] = []
         for index, (prompt, row_sources) in enumerate(zip(text, sources, strict=True)):
-            pictures = [open_image(source) for source in list_images(row_sources)]
+            new = [self.tiles(source) for source in list_images(row_sources)]
             try:
-                lengths = self.image_tokens(len(pictures), ((picture.height, picture.width) for picture in pictures))
-                rows.append(self._row(prompt, lengths))
+                rows.append(self._row(prompt, [tile.num_tokens for tile in new]))
             except UserError as error:
                 raise UserError(f"row {index}: {error}") from error
-            tiles += [self.tiles(picture) for picture in pictures]
+            tiles += new
         input_ids, attention_mask = pad(rows, self.tokenizer.pad_id, padding_side)
+        per_image = [self.config.layout(*size).num_entries for tile in tiles for size in tile.sizes]
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "pixel_values": torch.cat([tile.pixel_values for tile in tiles]) if tiles else None,
-            "image_sizes": torch.tensor([tile.size for tile in tiles], dtype=torch.int64).view(-1, 2),
-            "tiles_per_image": torch.tensor([len(tile.pixel_values) for tile in tiles], dtype=torch.int64),
+            **self.stack(tiles),
+            "tiles_per_image": torch.tensor(per_image, dtype=torch.int64),
         }
 
-    def pixels(self, image: ImageSource) -> Tensor:
-        """The tiles of one image: (num_tiles, 3, height, width), float32 in [0, 1]."""
+    def stack(self, tiles: Sequence[Tiles]) -> dict[str, Tensor | None]:
+        """What a model takes of images and videos: pixel_values, image_sizes, and with `config.video` num_frames."""
+        sizes = [size for tile in tiles for size in tile.sizes]
+        inputs = {
+            "pixel_values": torch.cat([tile.pixel_values for tile in tiles]) if tiles else None,
+            "image_sizes": torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
+        }
+        if self.config.video is not None:
+            inputs["num_frames"] = torch.tensor([len(tile.sizes) for tile in tiles], dtype=torch.int64)
+        return inputs
+
+    def pixels(self, image: Source) -> Tensor:
+        """The pixel_values of one image, see `Tiles`."""
         return self.tiles(image).pixel_values
 
-    def tiles(self, image: ImageSource) -> Tiles:
-        """The tiles of one image, with its size and its number of tokens."""
+    def tiles(self, image: Source) -> Tiles:
+        """The tiles of one image or video, with sizes and number of tokens."""
+        if isinstance(image, Video):
+            frames = [self.tiles(frame) for frame in image.frames]
+            sizes = [size for frame in frames for size in frame.sizes]
+            lengths = self.image_tokens(len(sizes), sizes, is_video=True)
+            return Tiles(torch.cat([frame.pixel_values for frame in frames]), tuple(sizes), sum(lengths))
         picture = open_image(image)
         size = picture.height, picture.width
-        return Tiles(to_pixels(picture, self.config.image), size, self.config.layout(*size).num_tokens)
+        layout = self.config.layout(*size)
+        is_sized = isinstance(layout, SizedLayout)
+        pixels = to_patches(picture, layout) if is_sized else to_pixels(picture, self.config.image)
+        return Tiles(pixels, (size,), layout.num_tokens)
 
-    def image_tokens(self, num_images: int, sizes: Iterable[tuple[int, int]] = ()) -> list[int]:
-        """How many tokens each of `num_images` images takes; see `layouts`."""
-        return [layout.num_tokens for layout in self.layouts(num_images, sizes)]
+    def image_tokens(self, num_images: int, sizes: Iterable[tuple[int, int]] = (), is_video: bool = False) -> list[int]:
+        """How many tokens each of `num_images` images takes, a video's all at its first frame; see `layouts`."""
+        lengths = [layout.num_tokens for layout in self.layouts(num_images, sizes, is_video)]
+        return lengths + [0] * (num_images - len(lengths))
 
-    def layouts(self, num_images: int, sizes: Iterable[tuple[int, int]] = ()) -> list[TileLayout]:
-        """The tiles and tokens of images.
+    def layouts(self, num_images: int, sizes: Iterable[tuple[int, int]] = (), is_video: bool = False) -> list[Layout]:
+        """The tiles and tokens of images, or, with `config.video`, of the one video whose frames they are.
 
         Args:
             sizes: height and width of at least so many, upright; looked at only if anything depends on them.
+            is_video: whether they are frames of a video.
         Raises:
-            UserError: if it does, and they are fewer.
+            UserError: if sizes are needed, and they are fewer, or frames are of different shapes.
         """
+        layouts = self._image_layouts(num_images, sizes)
+        video = self.config.video
+        return [video.layout(layouts)] if video and is_video and layouts else layouts
+
+    def _image_layouts(self, num_images: int, sizes: Iterable[tuple[int, int]]) -> list[Layout]:
         if self.config.image.tiles is None:
             return [self.config.layout(0, 0)] * num_images
         layouts = [self.config.layout(*size) for size in islice(sizes, num_images)]
@@ -132,11 +163,12 @@ class Processor:
         num_images: int,
         captions: bool = False,
         sizes: Iterable[tuple[int, int]] = (),
+        is_video: bool = False,
     ) -> Rendered:
-        """Ids and labels of a conversation to learn from; see `layouts` for the sizes, `cobra.prompt.render` and
+        """Ids and labels of a conversation to learn from; see `layouts` for the images, `cobra.prompt.render` and
         `render_caption` for the rest."""
         written = render_caption if captions else render
-        return written(turns, self.tokenizer, self.template, self.image_tokens(num_images, sizes))
+        return written(turns, self.tokenizer, self.template, self.image_tokens(num_images, sizes, is_video))
 
     def _row(self, prompt: str | Sequence[Turn], lengths: Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
@@ -147,20 +179,20 @@ class Processor:
         return body(prompt, self.tokenizer, iter(lengths), allow_special=True)
 
 
-def list_images(images: Images, most: int | None = None) -> list[ImageSource]:
-    """Images however given (none, one, or any iterable, of which at most `most` are taken)."""
+def list_images(images: Images, most: int | None = None) -> list[Source]:
+    """Images and videos however given (none, one, or any iterable, of which at most `most` are taken)."""
     return list(islice(iter_images(images), most))
 
 
-def iter_images(images: Images) -> Iterable[ImageSource]:
-    """Images however given (none, one, or any iterable), one after the other."""
+def iter_images(images: Images) -> Iterable[Source]:
+    """Images and videos however given (none, one, or any iterable), one after the other."""
     if images is None:
         return iter(())
-    if isinstance(images, ImageSource):
+    if isinstance(images, Source):
         return iter((images,))
     if not isinstance(images, Iterable):
         raise UserError(
-            f"images must be a path, bytes, a PIL image or several of them, got {type(images).__name__}"
+            f"images must be a path, bytes, a PIL image, a Video or several of them, got {type(images).__name__}"
         )
     return iter(images)
 

@@ -1,5 +1,7 @@
 """What steps and rows take, in floating point operations by the formulas of cobra/cost.py."""
 
+import functools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from cobra.cost import LMCost, tile_work
 from cobra.prompt import IGNORE
-from cobra.tiles import TileLayout
+from cobra.tiles import Layout
 from cobra.tokenizer import IMAGE
 from train.data.collate import Batch
 from train.data.dataset import Dataset
@@ -27,24 +29,39 @@ class TrainingCost:
     """
 
     def __init__(self, objective: Objective) -> None:
-        model = objective.model
-        self._lm = LMCost(model.config.lm) if "lm" in objective.parts else None
-        self._learning = {part: _share(getattr(model, part).parameters()) for part in PARTS}
-        self._tile = 0.0
-        is_behind = False
-        for part, work in tile_work(model).items():
-            if part in objective.parts:
-                self._tile += work.training_flops(self._learning[part], is_behind)
+        self._model, self._parts = objective.model, objective.parts
+        self._lm = LMCost(self._model.config.lm) if "lm" in objective.parts else None
+        self._learning = {part: _share(getattr(self._model, part).parameters()) for part in PARTS}
+        self._is_behind = any(self._learning[part] > 0 for part in ("vision_encoder", "connector"))
+        self._of_grid = functools.cache(self._of_tile)
+        self._tile = self._of_grid(self._model.config.grid)
+
+    def _of_tile(self, grid: tuple[int, int]) -> float:
+        """Operations of a tile of so many rows and columns of cells."""
+        total, is_behind = 0.0, False
+        own = None if grid == self._model.config.grid else grid
+        for part, work in tile_work(self._model, own).items():
+            if part in self._parts:
+                total += work.training_flops(self._learning[part], is_behind)
             is_behind |= self._learning[part] > 0
-        self._is_behind = is_behind
+        return total
+
+    def count_tiles(self, layouts: Sequence[Layout]) -> float:
+        """How many tiles of `image.height` x `image.width` pixels take as many operations as those of images."""
+        config = self._model.config
+        grids = Counter(grid for layout in layouts for grid in layout.grids(config.grid))
+        same = grids.pop(config.grid, 0)
+        return same + sum(count * self._of_grid(grid) for grid, count in grids.items()) / (self._tile or 1)
 
     def of_batch(self, batch: Batch) -> float:
         """Operations of a step's pass over a micro-batch, logits of supervised tokens only."""
         pixels = batch.inputs.get("pixel_values")
-        return self.of(0 if pixels is None else len(pixels), batch.lengths, batch.num_supervised)
+        sizes, num_frames = (batch.inputs.get(name) for name in ("image_sizes", "num_frames"))
+        layouts = [] if pixels is None else self._model.layouts(pixels, sizes, num_frames)
+        return self.of(self.count_tiles(layouts), batch.lengths, batch.num_supervised)
 
     def of(self, num_tiles: float, lengths: Sequence[int], num_supervised: int) -> float:
-        """Of so many tiles, and rows of so many tokens."""
+        """Of so many tiles, see `count_tiles`, and rows of so many tokens."""
         total = num_tiles * self._tile
         if self._lm is not None:
             read = sum((self._lm.work(length, 0) for length in lengths), self._lm.work(0, num_supervised))
@@ -68,22 +85,25 @@ class RowCost:
         self._cost = cost
         self._rows = rows
         self._most_tokens = rows.settings.max_tokens
-        num_characters = num_tokens = num_supervised = 0
-        processor, layouts = objective.model.processor, list[TileLayout]()
+        num_characters = num_tokens = num_supervised = num_images = 0
+        processor, layouts = objective.model.processor, list[Layout]()
         for number in np.linspace(0, len(rows) - 1, min(len(rows), NUM_SAMPLED)).astype(int):
             try:
                 row = rows[number]
-                found = processor.layouts(len(row.images), row.read_sizes())
-                rendered = processor.render(row.turns, len(row.images), rows.settings.captions, row.read_sizes())
+                found = processor.layouts(len(row.images), row.read_sizes(), row.is_video)
+                rendered = processor.render(
+                    row.turns, len(row.images), rows.settings.captions, row.read_sizes(), row.is_video
+                )
             except UserError:  # it is for the step that reads the row to leave it out, or to end the run
                 continue
             num_characters += _text_size(row.num_characters, len(row.images))
             num_tokens += len(rendered.input_ids) - sum(layout.num_tokens for layout in found)
             layouts += found
+            num_images += len(row.images)
             num_supervised += sum(label != IGNORE for label in rendered.labels)
-        layouts = layouts or [processor.config.largest_layout]
-        self._tokens_per_image = sum(layout.num_tokens for layout in layouts) / len(layouts)
-        self._tiles_per_image = sum(layout.num_tiles for layout in layouts) / len(layouts)
+        layouts, num_images = layouts or [processor.config.largest_layout], num_images or 1
+        self._tokens_per_image = sum(layout.num_tokens for layout in layouts) / num_images
+        self._tiles_per_image = cost.count_tiles(layouts) / num_images
         self.tokens_per_character = num_tokens / max(1, num_characters)
         self._supervised_per_character = num_supervised / max(1, num_characters)
 

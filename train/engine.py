@@ -23,7 +23,8 @@ from train.objectives import Naming, Objective, Stats
 from train.settings import ZeroSettings
 from vision_scan.errors import UserError
 
-STAY = ("pixel_values", "image_sizes")  # inputs that the model itself brings to the device, as far as it needs them
+# Inputs that the model itself brings to the device, as far as it needs them.
+STAY = ("pixel_values", "image_sizes", "num_frames")
 BUCKET_ELEMENTS = 50_000_000  # that DeepSpeed sends at once
 
 OptimizerState = dict[str, Tensor]
@@ -208,6 +209,12 @@ class ZeroEngine(DeepSpeedEngine):
             )
         if self.zero.stage == 3 and isinstance(self.objective, Naming):
             raise UserError("train.objective=naming runs at zero.stage 0, 1 and 2, got 3")
+        tiles = self.objective.model.config.image.tiles
+        if self.zero.stage == 3 and tiles is not None and tiles.varies:
+            raise UserError(
+                f"image.tiles={tiles.kind} has each process call the tower as often as its tiles have sizes, and "
+                "zero.stage=3 needs the same calls on all; use zero.stage=2, or image.tiles=anyres"
+            )
         if self.zero.stage == 3 and self.objective.model.lm.recompute_tokens:
             raise UserError(
                 "train.recompute=segment calls layers as often as rows are long, which differs between processes, and "

@@ -106,8 +106,9 @@ class Conversation(Objective):
             input_ids=rendered.input_ids,
             labels=rendered.labels,
             pixel_values=torch.cat([tile.pixel_values for tile in tiles]) if tiles else None,
-            image_sizes=tuple(tile.size for tile in tiles),
+            image_sizes=tuple(size for tile in tiles for size in tile.sizes),
             num_images=len(images),
+            is_video=row.is_video,
             is_truncated=rendered.num_turns < len(row.turns),
         )
 
@@ -121,7 +122,9 @@ class Conversation(Objective):
         turns = row.turns
         while True:
             num_images = sum(count_marks(turn.text) for turn in turns if turn.role == "user")
-            rendered = self.model.processor.render(turns, num_images, self.captions, row.read_sizes())
+            rendered = self.model.processor.render(
+                turns, num_images, self.captions, row.read_sizes(), row.is_video
+            )
             if self.max_tokens is None or len(rendered.input_ids) <= self.max_tokens:
                 return rendered
             if len(turns) <= 2:

@@ -4,6 +4,7 @@
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,19 +93,10 @@ def activation_memory(model: Cobra, config: RunConfig, rows: int, length: int) -
     Args:
         model: on the meta device, in training mode, its frozen parts frozen.
         config: says what is computed again.
-        rows, length: of the micro-batch; one image a row, with as many tiles as an image may have.
+        rows, length: of the micro-batch; one image a row, with as many tokens as an image may have.
     """
-    image, tower = model.config.image, model.vision_encoder
-    total = 0
-    tiles = rows * model.config.largest_layout.num_tiles
-    pixels = torch.empty(tiles, 3, image.height, image.width, device="meta")
     learns = {part: any(p.requires_grad for p in getattr(model, part).parameters()) for part in PARTS}
-    if learns["vision_encoder"]:
-        total += kept_bytes(tower, pixels)
-    if learns["vision_encoder"] or learns["connector"]:
-        grid = model.config.connector_grid
-        features = torch.empty(tiles, *grid, tower.d_model, device="meta", requires_grad=learns["vision_encoder"])
-        total += kept_bytes(model.connector, features)
+    total = _tile_bytes(model, rows, learns)
     residual = FLOAT32 * rows * length * model.config.lm.d_model
     settings = config.train
     piece = min(length, settings.segment_tokens) if settings.recompute == "segment" else length
@@ -120,6 +112,22 @@ def activation_memory(model: Cobra, config: RunConfig, rows: int, length: int) -
         total += -(-length // piece) * sum(_state_bytes(model, rows))
     head = FLOAT32 * model.config.lm.vocab_size * model.config.lm.d_model  # its gradient, made in the forward pass
     return total + 2 * residual + head
+
+
+def _tile_bytes(model: Cobra, rows: int, learns: dict[str, bool]) -> int:
+    """What tower and connector keep of the tiles of so many images."""
+    config, tower, total = model.config, model.vision_encoder, 0
+    for grid, count in Counter(config.largest_layout.grids(config.grid)).items():
+        is_sized = config.image.tiles is not None and config.image.tiles.varies
+        size = [cells * config.tile_frame.stride for cells in grid] if is_sized else config.tile_frame.tile
+        if learns["vision_encoder"]:
+            total += kept_bytes(tower, torch.empty(rows * count, 3, *size, device="meta"))
+        if learns["vision_encoder"] or learns["connector"]:
+            cells = grid if is_sized else config.connector_grid
+            shape = rows * count, *cells, tower.d_model
+            features = torch.empty(shape, device="meta", requires_grad=learns["vision_encoder"])
+            total += kept_bytes(model.connector, features)
+    return total
 
 
 def _layer_bytes(block: Block, rows: int, length: int) -> int:
@@ -159,8 +167,9 @@ def describe(config: RunConfig, course: Course, ranks: Sequence[int], mfu: float
     num_steps = settings.steps
     if settings.epochs is not None:
         num_steps = max(1, -(-int(settings.epochs * course.num_rows) // settings.batch_size))
-    num_tiles = model.config.largest_layout.num_tiles
-    flops = settings.batch_size * TrainingCost(objective).of(num_tiles, [course.length], course.num_learned)
+    cost = TrainingCost(objective)
+    num_tiles = cost.count_tiles([model.config.largest_layout])
+    flops = settings.batch_size * cost.of(num_tiles, [course.length], course.num_learned)
     yield (
         f"steps: {num_steps:,} of {settings.batch_size} rows; {course.length:,} tokens a row ({course.source}), "
         f"{settings.batch_size * course.length:,} a step; {flops / 1e15:.3g} PFLOP a step"

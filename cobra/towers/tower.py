@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from cobra.checkpoint import assign_tensors, read_state_dict
@@ -33,6 +32,11 @@ class StagesConfig:
             )
         if min(*self.dims, *self.depths, 1) < 1:
             raise UserError(f"{self.kind}: dims {self.dims} and depths {self.depths} must be 1 or more")
+
+    @property
+    def stride(self) -> int:
+        """Height and width of a cell of the last stage in pixels."""
+        return 2 ** (1 + len(self.dims))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the last stage for an image of so many pixels."""
@@ -125,9 +129,3 @@ class ToChannelsFirst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.movedim(-1, 1)
-
-
-def empty_model(tower: Tower) -> Tower:
-    """A tower of the same settings without memory behind it."""
-    with torch.device("meta"):
-        return type(tower)(tower.config, ImageConfig(height=1, width=1))

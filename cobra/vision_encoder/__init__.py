@@ -2,9 +2,10 @@
 deviation that it was trained with, so callers never do.
 
 An encoder is a module `Encoder(config, image)` with `forward(pixel_values (n, 3, height, width)) -> (n,
-grid_height, grid_width, d_model)`, the attribute `d_model`, and a Config with `grid(height, width)`. One that serves
-token reductions has `check_attention()` too, which raises a UserError if it cannot, and returns features and
-`PatchAttention` if called with `return_attention=True`.
+grid_height, grid_width, d_model)`, the attribute `d_model`, and a Config with `grid(height, width)` and `stride`, how
+many pixels a cell has each way: tiles may have any multiple of it as height and width. A Config whose encoder cannot
+take them raises a UserError instead. One that serves token reductions has `check_attention()` too, which raises a
+UserError if it cannot, and returns features and `PatchAttention` if called with `return_attention=True`.
 """
 
 from collections.abc import Sequence

@@ -43,6 +43,15 @@ class S2EncoderConfig:
         if not self.scales or min(self.scales) < 1 or len(set(self.scales)) != len(self.scales):
             raise UserError(f"s2: scales {list(self.scales)}: give different whole numbers from 1 on, for instance 1,2")
 
+    @property
+    def stride(self) -> int:
+        if self.scales[0] != 1:
+            raise UserError(
+                f"s2: with scales {list(self.scales)} not every number of cells is an image: for tiles of any size "
+                "(image.tiles native, uhd) put scale 1 in front"
+            )
+        return self.tower.stride * max(self.scales)
+
     def tile(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of a tile of an image, in pixels."""
         largest = max(self.scales)

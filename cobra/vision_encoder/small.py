@@ -49,6 +49,10 @@ class SmallEncoderConfig:
                 f"and of num_heads {self.num_heads}"
             )
 
+    @property
+    def stride(self) -> int:
+        return self.patch_size
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         return patch_grid(height, width, self.patch_size)
 

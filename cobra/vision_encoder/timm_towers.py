@@ -32,12 +32,19 @@ class TimmEncoderConfig:
             raise UserError(f"timm encoder {self.name!r}: only ViTs whose name says patchNN are supported")
         return int(found[1])
 
+    @property
+    def stride(self) -> int:
+        return self.patch_size
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         return patch_grid(height, width, self.patch_size)
 
 
 class TimmEncoder(nn.Module):
-    """The features of a timm ViT as a grid; class and register tokens are dropped, no final norm."""
+    """The features of a timm ViT as a grid; class and register tokens are dropped, no final norm.
+
+    Where tiles have sizes of their own, positions are resampled to each of them by timm's own function.
+    """
 
     Config = TimmEncoderConfig
 
@@ -51,8 +58,18 @@ class TimmEncoder(nn.Module):
             ) from None
         if not timm.is_model(config.name.split(".")[0]):
             raise UserError(f"timm has no model {config.name!r}; timm.list_models() names what it has")
-        size = {"img_size": (image.height, image.width)}
-        self.tower: Any = timm.create_model(config.name, pretrained=False, num_classes=0, **size)
+        settings: dict[str, Any] = {"img_size": (image.height, image.width)}
+        if image.tiles is not None and image.tiles.varies:
+            settings["dynamic_img_size"] = True
+        try:
+            self.tower: Any = timm.create_model(config.name, pretrained=False, num_classes=0, **settings)
+        except TypeError as error:
+            if "dynamic_img_size" not in str(error):
+                raise
+            raise UserError(
+                f"vision encoder {config.name} takes images of one size, and image.tiles={image.tiles.kind} makes "
+                "tiles of many: take a ViT or EVA of timm, the small tower or a hierarchical one, or image.tiles=anyres"
+            ) from None
         depth = len(self.tower.blocks)
         if not -depth <= config.block < depth:
             raise UserError(f"{config.name} has {depth} blocks; block {config.block} is not one of them")
@@ -149,6 +166,16 @@ class FusedEncoderConfig:
 
     kind: Literal["fused"] = "fused"
     towers: tuple[TimmEncoderConfig, ...]
+
+    @property
+    def stride(self) -> int:
+        strides = sorted({tower.stride for tower in self.towers})
+        if len(strides) != 1:
+            raise UserError(
+                f"fused towers have patches of {strides} pixels: for tiles of any size (image.tiles native, uhd) take "
+                "towers with patches of one size"
+            )
+        return strides[0]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         grids = {tower.grid(height, width) for tower in self.towers}

@@ -9,8 +9,8 @@ EXAMPLES = """examples:
   python -m eval ablate scan_orders --output runs/scan_orders --minutes 9      again and again, until it is done
   python -m eval ablate scan_orders --output runs/two --seeds 3 --levels spiral,hilbert
 
-What is done is skipped, so a study can be run in pieces, or by many processes that share the folder (a Slurm array of
-the same command). The report is written anew each time: OUTPUT/report.md with its pictures, and OUTPUT/results.jsonl."""
+What is done is skipped, so a study can be run in pieces, or by many processes that share the folder (a Slurm array
+of one command). The report is written anew each time: OUTPUT/report.md with its pictures, and OUTPUT/results.jsonl."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 import cobra
 from cobra import doctor
 from cobra.cli import find_images, main
+from cobra.typed_config import override
 from vision_scan.errors import UserError
 
 
@@ -170,6 +171,20 @@ def test_info_reads_directories_and_names_mistakes(capsys, directory, tmp_path):
     assert "1 mamba2" in run(capsys, "info", directory)[1]
     assert "did you mean 'tiny'" in fails(capsys, "info", "tinny")
     assert "config.json is missing" in fails(capsys, "info", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("image.tiles", '{"kind": "anyres"}'), "tiles    of that size, at most 5 and "),
+        (("image.tiles", '{"kind": "native", "max_cells": 99}'), "in the shape of an image, at most 1 and 99 tokens"),
+        (("image.tiles", '{"kind": "uhd"}'), "in the shape of an image, at most 8 and 519 tokens"),
+        (("video", '{"kind": "evs"}'), "video    evs, of all tokens of its frames 75% are dropped"),
+    ],
+)
+def test_info_tells_of_tiles_and_videos(capsys, tmp_path, change, told):
+    cobra.save(cobra.build(override(cobra.PRESETS["tiny"], *change)), tmp_path / "model")
+    assert told in run(capsys, "info", str(tmp_path / "model"))[1]
 
 
 def test_scan_list_names_every_order(capsys):

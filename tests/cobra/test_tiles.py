@@ -17,7 +17,7 @@ from cobra.lm.sequence_parallel import SequenceShard
 from cobra.lm.stack import LMConfig
 from cobra.processor import Processor
 from cobra.prompt import Turn
-from cobra.tiles import AnyResConfig, SpatialUnpad, TileLayout, fit
+from cobra.tiles import AnyResConfig, SpatialUnpad, TileFrame, TileLayout, fit
 from cobra.token_reduction import ToMeConfig
 from cobra.tokenizer import Tokenizer
 from cobra.typed_config import from_dict, override, to_dict
@@ -26,7 +26,7 @@ from tests.tolerance import assert_close
 from vision_scan.errors import UserError
 
 PINPOINTS = AnyResConfig()
-LLAVA = (336, 336), (24, 24)  # a tile of CLIP, and its grid
+LLAVA = TileFrame((336, 336), (24, 24))  # a tile of CLIP, and its grid
 
 
 def config(**changes) -> CobraConfig:
@@ -58,15 +58,15 @@ def rectangles(count: int) -> list[tuple[int, int]]:
 def test_layouts_by_hand():
     # 500 x 1000: in 1 x 2 tiles 336 x 672 = 225,792 pixels are left, in 2 x 2 no more, so the smaller grid is taken.
     # No padding: 24 rows of 48 cells and a newline.
-    assert PINPOINTS.layout(500, 1000, *LLAVA) == TileLayout(576, 1, 2, 0, 0, 24, 48)
-    assert PINPOINTS.layout(500, 1000, *LLAVA).num_tokens == 576 + 24 * 49
+    assert PINPOINTS.layout(500, 1000, LLAVA) == TileLayout(576, 1, 2, 0, 0, 24, 48)
+    assert PINPOINTS.layout(500, 1000, LLAVA).num_tokens == 576 + 24 * 49
     # 672 x 672 in 2 x 2, five tiles, 2880 cells and 48 newlines.
-    square = PINPOINTS.layout(672, 672, *LLAVA)
+    square = PINPOINTS.layout(672, 672, LLAVA)
     assert (square.num_tiles, square.num_tokens) == (5, 576 + 48 * 48 + 48)
     # 400 x 800 x 0.84 = 336 x 672 again; 480 x 640 needs 2 x 2: of 48 rows 36 show it, 6 above and 6 below do not.
-    assert PINPOINTS.layout(480, 640, *LLAVA) == TileLayout(576, 2, 2, 6, 0, 36, 48)
+    assert PINPOINTS.layout(480, 640, LLAVA) == TileLayout(576, 2, 2, 6, 0, 36, 48)
     # 300 x 900 in 1 x 3: 1008 across would be larger than the image, so all of its pixels are left.
-    assert PINPOINTS.layout(300, 900, *LLAVA) == TileLayout(576, 1, 3, 0, 0, 24, 72)
+    assert PINPOINTS.layout(300, 900, LLAVA) == TileLayout(576, 1, 3, 0, 0, 24, 72)
 
 
 def test_ties_go_to_the_least_waste_and_then_to_the_first():
@@ -91,7 +91,7 @@ def test_grids_are_those_of_transformers(grids):
 def test_token_counts_are_those_of_transformers():
     found = pytest.importorskip("transformers.models.llava_next.processing_llava_next").LlavaNextProcessor
     for height, width in rectangles(2000):
-        layout = PINPOINTS.layout(height, width, *LLAVA)
+        layout = PINPOINTS.layout(height, width, LLAVA)
         cells, newlines = found._get_unpadded_features(None, height, width, 24, 24, layout.rows, layout.columns)
         if cells:  # they may leave none of an extreme shape
             assert layout.num_tokens == 576 + cells + newlines, (height, width)
@@ -105,7 +105,7 @@ def test_merged_tokens_are_those_of_transformers(cells):
     generator = torch.Generator().manual_seed(0)
     tile = cells[0] * 8, cells[1] * 8
     sizes = [(50, 31), (20, 90), (77, 77), (31, 50), (9, 12)]
-    layouts = [PINPOINTS.layout(*size, tile, cells) for size in sizes]
+    layouts = [PINPOINTS.layout(*size, TileFrame(tile, cells)) for size in sizes]
     tokens = torch.randn(sum(x.num_tiles for x in layouts), cells[0] * cells[1], 5, generator=generator).double()
     joined = merge(tokens, layouts, cells)
     assert len(joined) == sum(layout.num_tokens for layout in layouts)

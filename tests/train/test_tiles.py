@@ -13,10 +13,15 @@ from tests.train.small_run import load, small_config
 from train.__main__ import main
 from train.cost import RowCost, TrainingCost
 from train.objectives import OBJECTIVES
+from train.plan import activation_memory, build_meta
 from train.run import build_model, build_objective, run
 from vision_scan.errors import UserError
 
-TILES = 'model.image.tiles={"kind": "anyres", "grids": [[1, 2], [2, 2], [3, 1]]}'
+TILES = {
+    "anyres": 'model.image.tiles={"kind": "anyres", "grids": [[1, 2], [2, 2], [3, 1]]}',
+    "native": 'model.image.tiles={"kind": "native", "max_cells": 12}',
+    "uhd": 'model.image.tiles={"kind": "uhd", "max_slices": 4}',
+}
 SIZES = [(20, 16), (90, 20), (15, 50), (33, 40)]
 
 
@@ -39,9 +44,14 @@ def build(config):
     return build_objective(config, build_model(config, rows), rows, torch.device("cpu")), rows
 
 
+@pytest.fixture(params=list(TILES))
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.mark.parametrize("packing", ["false", "true"])
-def test_rows_together_have_the_loss_of_each_alone(mixed: Path, packing: str) -> None:
-    objective, rows = build(small_config(mixed, TILES, f"data.packing={packing}"))
+def test_rows_together_have_the_loss_of_each_alone(mixed: Path, kind: str, packing: str) -> None:
+    objective, rows = build(small_config(mixed, TILES[kind], f"data.packing={packing}"))
     samples = [objective.sample(row) for row in rows]
     batch = objective.collate(samples)
     assert batch.inputs["image_sizes"].shape == (8, 2)
@@ -54,26 +64,40 @@ def test_rows_together_have_the_loss_of_each_alone(mixed: Path, packing: str) ->
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_a_run_trains_the_newline_and_its_output_answers(mixed: Path, tmp_path: Path) -> None:
-    config = small_config(mixed, TILES, "train.engine=plain", "train.steps=2", "optim.kind=adamw")
+def test_a_run_trains_what_joins_tiles_and_its_output_answers(mixed: Path, tmp_path: Path, kind: str) -> None:
+    config = small_config(mixed, TILES[kind], "train.engine=plain", "train.steps=2", "optim.kind=adamw")
     before = build_model(config, load(config))
     run(config, tmp_path / "run")
     after = cobra.load(tmp_path / "run")
-    assert not torch.equal(after.connector.unpad.newline, before.connector.unpad.newline)
+    learned = dict(after.connector.named_parameters())
+    for name, parameter in before.connector.named_parameters():
+        assert not torch.equal(learned[name], parameter), name
+    joins = {"anyres": {"unpad.newline"}, "native": set(), "uhd": {"separators.comma", "separators.newline"}}
+    assert {name for name in learned if "unpad" in name or "separators" in name} == joins[kind]
     assert isinstance(after.answer("colour?", mixed.parent / "1.png", max_new_tokens=2), str)
 
 
-def test_the_cost_of_a_row_goes_by_the_mean_of_tiles_and_tokens(mixed: Path) -> None:
-    objective, rows = build(small_config(mixed, TILES))
-    cost = RowCost(TrainingCost(objective), objective, rows)
+def test_the_cost_of_a_row_goes_by_the_mean_of_tiles_and_tokens(mixed: Path, kind: str) -> None:
+    objective, rows = build(small_config(mixed, TILES[kind]))
+    of_tiles = TrainingCost(objective)
+    cost = RowCost(of_tiles, objective, rows)
     layouts = [objective.model.config.layout(*size) for row in rows for size in row.read_sizes()]
-    assert cost._tiles_per_image == np.mean([layout.num_tiles for layout in layouts])
+    assert cost._tiles_per_image == of_tiles.count_tiles(layouts) / len(layouts)
+    samples = [objective.sample(row) for row in rows]
+    batch = objective.collate(samples)
+    assert of_tiles.of_batch(batch) == of_tiles.of(of_tiles.count_tiles(layouts), batch.lengths, batch.num_supervised)
+    if kind == "anyres":
+        assert cost._tiles_per_image == np.mean([layout.num_tiles for layout in layouts])
+    else:  # without attention, all that tower and connector do is in proportion to the cells
+        flat = small_config(mixed, TILES[kind], "model.vision_encoder.depth=0")
+        cells = sum(rows * columns for layout in layouts for rows, columns in layout.grids((2, 2)))
+        assert TrainingCost(build(flat)[0]).count_tiles(layouts) == pytest.approx(cells / 4)
     assert cost._tokens_per_image == np.mean([layout.num_tokens for layout in layouts])
     assert cost.row_cost(20, 2) > cost.row_cost(20, 1) > cost.row_cost(20, 0)
 
 
-def test_data_check_counts_the_tokens_of_each_layout(mixed: Path, tmp_path: Path, capsys) -> None:
-    config = small_config(mixed, TILES)
+def test_data_check_counts_the_tokens_of_each_layout(mixed: Path, tmp_path: Path, kind: str, capsys) -> None:
+    config = small_config(mixed, TILES[kind])
     objective, rows = build(config)
     cobra.save(objective.model, tmp_path / "model")
     shards = tmp_path / "shards"
@@ -94,14 +118,30 @@ def test_sizes_of_embedded_images_are_read(mixed: Path) -> None:
     content = [url, {"type": "text", "text": "x"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "y"}]
     (mixed.parent / "messages.json").write_text(json.dumps([{"id": "a", "messages": messages}]))
-    objective, rows = build(small_config(mixed.parent / "messages.json", TILES))
+    objective, rows = build(small_config(mixed.parent / "messages.json", TILES["anyres"]))
     assert list(rows[0].read_sizes()) == [(20, 90)]
     assert objective.num_tokens(rows[0]) == len(objective.sample(rows[0]).input_ids)
 
 
 @pytest.mark.parametrize("name", ["regions", "naming"])
-def test_objectives_on_regions_need_one_tile(mixed: Path, name: str) -> None:
-    config = small_config(mixed, TILES, f"train.objective={name}", "data.skip_bad=true")
+def test_objectives_on_regions_need_one_tile(mixed: Path, kind: str, name: str) -> None:
+    config = small_config(mixed, TILES[kind], f"train.objective={name}", "data.skip_bad=true")
     rows = load(config)
     with pytest.raises(UserError, match=r"image\.tiles=none"):
         OBJECTIVES[name](build_model(config, rows), rows, None)
+
+
+def test_a_plan_counts_with_the_largest_layout(mixed: Path, kind: str) -> None:
+    config = small_config(mixed, TILES[kind], "train.batch_size=2")
+    model = build_meta(config)
+    one = activation_memory(model, config, 1, 100)
+    assert activation_memory(model, config, 3, 100) > 2.5 * one
+    plain = small_config(mixed, "train.batch_size=2")
+    assert one > activation_memory(build_meta(plain), plain, 1, 100)
+
+
+@pytest.mark.parametrize("sized", ["native", "uhd"])
+def test_zero_3_refuses_towers_that_are_called_differently(mixed: Path, sized: str) -> None:
+    config = small_config(mixed, TILES[sized], "optim.kind=adamw", "zero.stage=3")
+    with pytest.raises(UserError, match=f"image.tiles={sized} .* use zero.stage=2"):
+        run(config, mixed.parent / "run")

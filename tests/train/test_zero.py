@@ -22,6 +22,7 @@ TILES = (
     'model.image.tiles={"kind": "anyres"}',
     'model.vision_encoder={"kind": "s2", "tower": {"kind": "small", "d_model": 16, "num_heads": 2}}',
 )
+SIZED = 'model.image.tiles={"kind": "uhd"}'
 PIECES = ("train.recompute=segment", "train.segment_tokens=9")
 # Two processes; float32 sums in another order, and nothing else, is what may differ.
 WAYS: dict[str, tuple[str, ...]] = {
@@ -54,6 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "plain, scans": (*plain, SCANS, "data.packing=true"),
         "plain, recurrent": (*plain, RECURRENT),
         "plain, tiles": (*plain, *TILES),
+        "plain, sized": (*plain, SIZED),
         "plain, frozen": (*plain, "train.freeze=vision_encoder"),
     }
     for name, changes in references.items():
@@ -64,6 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan += [
         entry("scans", "zero.stage=3", NOTHING_WHOLE, SCANS, "data.packing=true"),
         entry("tiles", "zero.stage=3", NOTHING_WHOLE, *TILES),
+        entry("sized", "zero.stage=2", SIZED),
         entry("frozen", "zero.stage=3", NOTHING_WHOLE, "train.freeze=vision_encoder"),
         *(entry(f"bfloat16 {n}", f"zero.stage={n}", NOTHING_WHOLE, "train.dtype=bfloat16") for n in range(4)),
         # Of the second step, the second micro-batch of both processes.
@@ -95,7 +98,13 @@ def test_every_way_has_the_losses_of_one_process(folder: Path, way: str) -> None
 
 @pytest.mark.parametrize(
     ("name", "reference"),
-    [("scans", "plain, scans"), ("frozen", "plain, frozen"), ("shared", "plain, recurrent"), ("tiles", "plain, tiles")],
+    [
+        ("scans", "plain, scans"),
+        ("frozen", "plain, frozen"),
+        ("shared", "plain, recurrent"),
+        ("tiles", "plain, tiles"),
+        ("sized", "plain, sized"),
+    ],
 )
 def test_other_models_too(folder: Path, name: str, reference: str) -> None:
     assert losses(folder / name) == pytest.approx(losses(folder / reference), abs=TOLERANCE)

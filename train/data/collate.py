@@ -54,10 +54,12 @@ class Sample:
     input_ids: Sequence[int]
     labels: Sequence[int]
     pixel_values: Tensor | None
-    """(tiles, 3, height, width) in [0, 1], float32, or None without images."""
+    """(tiles, 3, height, width) in [0, 1], float32, as `Processor` makes them, or None without images."""
     image_sizes: tuple[tuple[int, int], ...] = ()
     """Height and width of each image before resizing."""
     num_images: int = 0
+    is_video: bool = False
+    """Whether the images are the frames of one video."""
     is_truncated: bool = False
 
 
@@ -65,6 +67,13 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of different lengths as one (batch, longest) int64 tensor, filled up on the right."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *([value] * (longest - len(row)))] for row in rows])
+
+
+def _num_frames(sample: Sample) -> list[int]:
+    """Of each image or video of a row."""
+    if sample.is_video and sample.num_images:
+        return [sample.num_images]
+    return [1] * sample.num_images
 
 
 def collate_conversations(samples: Sequence[Sample], pad_id: int, packing: bool = False) -> Batch:
@@ -76,7 +85,8 @@ def collate_conversations(samples: Sequence[Sample], pad_id: int, packing: bool 
         packing: put the rows one behind the other instead, without any padding.
     Returns:
         A batch whose inputs are `input_ids` and `labels`, (batch, longest) int64, labels of pads -100, and
-        `pixel_values`, (tiles, 3, height, width), or None if no row has an image, and `image_sizes`, (images, 2) int64;
+        `pixel_values`, (tiles, 3, height, width), or None if no row has an image, `image_sizes`, (images, 2) int64, and
+        `num_frames`, int64, 1 of each image and of each video how many of the images are its frames;
         if packed, `input_ids`, `labels` and `seq_idx` (1, all tokens) int64, in which every row is a segment. Its
         weight is the number of labels after the shift: the first token of a row is predicted from nothing.
     """
@@ -85,9 +95,11 @@ def collate_conversations(samples: Sequence[Sample], pad_id: int, packing: bool 
     pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     lengths = [len(sample.input_ids) for sample in samples]
     sizes = [size for sample in samples for size in sample.image_sizes]
+    frames = [count for sample in samples for count in _num_frames(sample)]
     inputs: dict[str, Any] = {
         "pixel_values": torch.cat(pixels) if pixels else None,
         "image_sizes": torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
+        "num_frames": torch.tensor(frames, dtype=torch.int64),
     }
     if packing:
         inputs["input_ids"] = torch.tensor([[i for sample in samples for i in sample.input_ids]])

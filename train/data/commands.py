@@ -76,7 +76,7 @@ def build_processor(name: str) -> Processor:
 
 
 def _render(row: Row, processor: Processor, settings: DataSettings) -> Rendered:
-    return processor.render(row.turns, len(row.images), settings.captions, row.read_sizes())
+    return processor.render(row.turns, len(row.images), settings.captions, row.read_sizes(), row.is_video)
 
 
 @dataclass

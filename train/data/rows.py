@@ -117,12 +117,13 @@ class Region:
 
 @dataclass(frozen=True)
 class Row:
-    """A checked row; the images in the order of their marks."""
+    """A checked row; the images in the order of their marks, or the frames of one video."""
 
     id: str
     images: tuple[ImageFile, ...]
     turns: tuple[Turn, ...]
     regions: tuple[Region, ...] | None
+    is_video: bool = False
 
     @property
     def num_characters(self) -> int:
@@ -200,7 +201,8 @@ def parse_row(raw: Any, name: str, finder: ImageFinder, needs: str = "conversati
     regions = _parse_regions(raw["regions"]) if "regions" in raw else None
     if needs == "regions" and len(images) != 1:
         raise UserError(f"'regions' need one image, got {len(images)}")
-    return Row(name, tuple(images), turns, regions)
+    is_video = "conversations" in raw and raw.get("video") is not None
+    return Row(name, tuple(images), turns, regions, is_video)
 
 
 def _parse_llava(raw: dict, finder: ImageFinder) -> tuple[tuple[Turn, ...], list[ImageFile]]:

@@ -1,24 +1,21 @@
-"""Images of any size as tiles: an overview, and the image at a higher resolution cut into a grid of tiles.
-
-Everything follows from height and width of an image: how many tiles it becomes (`AnyResConfig.choose`), which cells of
-their features show padding, and how many tokens are left (`TileLayout`). So rows are measured from the headers of
-their images.
-"""
+"""AnyRes: an overview, and the image at a higher resolution cut into a grid of tiles of one size."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vision_scan.errors import UserError
 
+from .layout import Layout, Size, TileFrame, Tiling
+
 
 @dataclass(frozen=True)
-class TileLayout:
-    """The tiles of an image, and which tokens they become.
+class TileLayout(Layout):
+    """Tiles of one size, and which tokens they become.
 
     Attributes:
         overview: tokens of the whole image as one tile, the first.
@@ -40,12 +37,19 @@ class TileLayout:
         return 1 + self.rows * self.columns
 
     @property
+    def num_entries(self) -> int:
+        return self.num_tiles
+
+    @property
     def num_tokens(self) -> int:
         return self.overview + self.height * (self.width + 1)
 
+    def grids(self, cells: Size) -> list[Size]:
+        return [cells] * self.num_tiles
+
 
 @dataclass(frozen=True, kw_only=True)
-class AnyResConfig:
+class AnyResConfig(Tiling):
     """Grids of tiles that an image may be cut into, behind an overview of one tile.
 
     Source: AnyRes of LLaVA-NeXT (Liu et al. 2024; LLaVA-VL/LLaVA-NeXT, llava/mm_utils.py), whose "pinpoints" are these
@@ -58,6 +62,9 @@ class AnyResConfig:
 
     kind: Literal["anyres"] = "anyres"
     grids: tuple[tuple[int, ...], ...] = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
+
+    needs_cells: ClassVar[bool] = True
+    separates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.grids or any(len(grid) != 2 or min(grid) < 1 for grid in self.grids):
@@ -81,10 +88,9 @@ class AnyResConfig:
 
         return max(((rows, columns) for rows, columns in self.grids), key=merit)
 
-    def layout(self, height: int, width: int, tile: tuple[int, int], cells: tuple[int, int]) -> TileLayout:
-        """The layout of an image of height x width pixels, in tiles of height and width `tile` with a grid of `cells`
-        each."""
-        rows, columns = self.choose(height, width, tile)
+    def layout(self, height: int, width: int, frame: TileFrame) -> TileLayout:
+        cells = frame.cells
+        rows, columns = self.choose(height, width, frame.tile)
         full = rows * cells[0], columns * cells[1]
         # What shows the image is told from its shape alone, rounded down, and the padding on both sides is the same.
         if width / height > full[1] / full[0]:
@@ -95,11 +101,25 @@ class AnyResConfig:
         kept = full[0] - 2 * top, full[1] - 2 * left
         return TileLayout(cells[0] * cells[1], rows, columns, top, left, *kept)
 
-    def largest(self, cells: tuple[int, int]) -> TileLayout:
-        """The layout with most tokens, that of an image without padding in the largest grid."""
+    def largest(self, frame: TileFrame) -> TileLayout:
+        """That of an image without padding in the largest grid."""
+        cells = frame.cells
         full = ((rows, columns, rows * cells[0], columns * cells[1]) for rows, columns in self.grids)
         layouts = (TileLayout(cells[0] * cells[1], rows, columns, 0, 0, *size) for rows, columns, *size in full)
         return max(layouts, key=lambda layout: layout.num_tokens)
+
+    def extend(self, connector: nn.Module, d_model: int) -> None:
+        connector.unpad = SpatialUnpad(d_model)
+
+    def encode(
+        self,
+        pixel_values: Tensor,
+        layouts: Sequence[Layout],
+        encode: Callable[[Tensor], Tensor],
+        connector: nn.Module,
+        frame: TileFrame,
+    ) -> Tensor:
+        return connector.unpad(encode(pixel_values), layouts, frame.cells)
 
 
 def fit(height: int, width: int, full: tuple[int, int]) -> tuple[int, int]:
