@@ -31,15 +31,16 @@ SEEDS, OTHER_SEEDS = 8, 2  # of the main cells, and of the others
 VERSION = 1  # counts up with everything that changes a score
 
 
-def _curves(longest: int) -> dict:
-    return {"num_curves": 2, "cells": (2, longest)}
+def _pictures(longest: int, train: int, test: int, **kinds: Sequence[str]) -> dict:
+    difficulty = {"num_curves": 2, "cells": (2, longest)}
+    return {"train": train, "test": test, "seed": 0, "canvas": (SIDE, SIDE), "difficulty": difficulty, **kinds}
 
 
 # Curves are learned from short to long: from long ones alone, nothing is learned in any order.
 PICTURES = {
-    "near": {"train": 3000, "test": 1, "difficulty": _curves(2), "kinds": ("trace",)},
-    "middle": {"train": 3000, "test": 1, "difficulty": _curves(3), "kinds": ("trace",)},
-    "plane": {"train": 6000, "test": 400, "difficulty": _curves(LONGEST)},
+    "near": _pictures(2, 3000, 1, kinds=("trace",)),
+    "middle": _pictures(3, 3000, 1, kinds=("trace",)),
+    "plane": _pictures(LONGEST, 6000, 400),
 }
 COURSE = (
     Stage(data="near", steps=250, settings=("optim.decay_ratio=0.1",)),
