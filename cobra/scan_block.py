@@ -1,5 +1,6 @@
 """Blocks of Mamba-2 over a grid, along the visiting lists of a scan order: of scan connectors and of towers."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -8,11 +9,19 @@ from torch import Tensor, nn
 
 import vision_scan
 from cobra.lm.mamba2 import Mamba2, Mamba2Config
-from cobra.lm.precision import RMSNorm
+from cobra.lm.precision import Projection, RMSNorm
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
 from vision_scan.orders import sequential_order
 from vision_scan.precision import Float32Parameters, LayerNorm
+
+# What becomes of the results of the lists, (n, K, height, width, d_inner), in front of the output projection.
+COMBINATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda y: y.sum(1),
+    "mean": lambda y: y.mean(1),
+    "gated": lambda y: y.sum(1),
+    "concat": lambda y: y.movedim(1, -2).flatten(-2),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +32,8 @@ class ScanBlocksConfig:
         order: scan order with one set of scan parameters per visiting list, for instance "cross4", "bi2".
         lists: what a list reads: all channels, as in VMamba; or a share of them, so that all lists together cost what
             one does, as in GroupMamba (the number of heads is then a multiple of the number of lists).
-        combine: how the directions are put together, where each has all channels.
+        combine: how the directions are put together, where each has all channels: summed, averaged, weighed by a gate
+            that sees the cell (gated), or by an output projection of all their channels (concat).
         pre_norm: a norm in front of the mixer.
         swiglu: a gated feed-forward layer behind the mixer.
         depth: number of blocks.
@@ -32,7 +42,7 @@ class ScanBlocksConfig:
 
     order: str = "cross4"
     lists: Literal["all", "share"] = "all"
-    combine: Literal["sum", "mean"] = "sum"
+    combine: Literal["sum", "mean", "gated", "concat"] = "sum"
     pre_norm: bool = True
     swiglu: bool = True
     depth: int = 1
@@ -41,9 +51,14 @@ class ScanBlocksConfig:
     def __post_init__(self) -> None:
         sequential_order(self.order)  # an unknown name fails here, not at the first image
         require_positive(self, "depth")
-        for name, allowed in (("combine", ("sum", "mean")), ("lists", ("all", "share"))):
+        for name, allowed in (("combine", COMBINATIONS), ("lists", ("all", "share"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"scan blocks: {name} {getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        if self.lists == "share" and self.combine in ("gated", "concat"):
+            raise UserError(
+                f"scan blocks: combine {self.combine!r} needs lists of all channels, and under lists=share each has a "
+                "share of them: set lists=all, or combine=sum"
+            )
 
 
 class ScanBlock(nn.Module):
@@ -93,6 +108,10 @@ class ScanMixer(Float32Parameters):
                 f"{config.mixer.ngroups} groups; heads must be a multiple of the lists, in one group, or set lists=all"
             )
         self.in_proj, self.out_proj = lists[0].in_proj, lists[0].out_proj
+        if self.combine == "concat":  # each list begins with the output projection that it would have alone
+            self.out_proj = Projection(K * self.d_inner, d_model)
+            self.out_proj.weight = nn.Parameter(torch.cat([m.out_proj.weight.detach() for m in lists], dim=1))
+        self.gate = nn.Linear(d_model, K) if self.combine == "gated" else None
         self.norm = RMSNorm(self.d_inner, config.mixer.norm_eps)
         self.conv_weight = nn.Parameter(torch.cat([self._deal(m.conv1d.weight[:, 0].detach()) for m in lists]))
         self.conv_bias = nn.Parameter(torch.cat([self._deal(m.conv1d.bias.detach()) for m in lists]))
@@ -141,4 +160,6 @@ class ScanMixer(Float32Parameters):
             y, self.norm.weight, z[:, None].expand_as(y), config.norm_eps,
             self.d_inner // config.ngroups, config.norm_before_gate,
         )  # fmt: skip
-        return self.out_proj(y.sum(1) if self.combine == "sum" else y.mean(1))
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid().movedim(-1, 1).unsqueeze(-1)
+        return self.out_proj(COMBINATIONS[self.combine](y))
