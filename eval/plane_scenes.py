@@ -16,7 +16,16 @@ import numpy as np
 
 from eval.plane_curves import Difficulty, draw_trace
 from eval.plane_shapes import COLOURS, MIN_SIDE, RELATIONS, Grid, Picture, draw_colour, draw_count, draw_relation
-from eval.scene_files import Drawn, Split, check_canvas, check_counts, llava_row, question_row, write_set
+from eval.scene_files import (
+    QUESTION_PLACES,
+    Drawn,
+    Split,
+    check_canvas,
+    check_counts,
+    llava_row,
+    question_row,
+    write_set,
+)
 from eval.scene_questions import Question, guess_from_text
 from vision_scan.errors import UserError, choose
 
@@ -84,6 +93,7 @@ def build(
     kinds: Sequence[str] = tuple(KINDS),
     canvas: tuple[int, int] = CANVAS,
     difficulty: Difficulty = DEFAULT,
+    question: str = "last",
     on_progress: Callable[[int, int], None] | None = None,
     workers: int = 1,
 ) -> dict:
@@ -97,6 +107,7 @@ def build(
         kinds: keys of KINDS.
         canvas: height and width in pixels.
         difficulty: of the curves.
+        question: where it stands, a key of QUESTION_PLACES: behind the picture, in front of it, or both.
         on_progress: called with (done, total) after every picture.
         workers: processes that draw; what they draw does not depend on their number. With more than
             one, a script needs the usual `if __name__ == "__main__":`.
@@ -105,6 +116,7 @@ def build(
     Raises:
         UserError: if `output_dir` is not empty, a kind is unknown or named twice, or a number is out of range.
     """
+    choose("place of the question", question, QUESTION_PLACES)
     check_counts(train, test, seed)
     check_canvas(canvas, MIN_SIDE)
     if "trace" in kinds:
@@ -121,6 +133,7 @@ def build(
             "canvas": list(canvas),
             "kinds": list(kinds),
             "difficulty": asdict(difficulty),
+            "question": question,
             "questions": {split: Counter(q.kind for q in asked[split]) for split in asked},
             "answers": {kind: list(KINDS[kind].answers(difficulty)) for kind in kinds},
             "chance": guess_from_text(asked["train"], asked["test"], kinds),
@@ -131,7 +144,7 @@ def build(
     return write_set(
         output_dir,
         [(split, kind, index) for split in counts for index in range(counts[split]) for kind in kinds],
-        functools.partial(_draw_scene, seed, canvas, difficulty),
+        functools.partial(_draw_scene, seed, canvas, difficulty, question),
         describe,
         files=("train", "test"),
         on_progress=on_progress,
@@ -140,14 +153,15 @@ def build(
 
 
 def _draw_scene(
-    seed: int, canvas: tuple[int, int], difficulty: Difficulty, place: tuple[Split, str, int]
+    seed: int, canvas: tuple[int, int], difficulty: Difficulty, question_place: str, place: tuple[Split, str, int]
 ) -> Drawn:
     split, kind, index = place
     scene = make_scene(seed, split, kind, index, canvas, difficulty)
     question = scene.question
     name = f"{split}/{kind}/{index:06d}"
     if split == "test":
-        row = question_row(name, question)
+        row = question_row(name, question, question_place)
     else:
-        row = {**llava_row(name, [(question.text, question.answer)]), "regions": scene.regions}
+        turns = [(question.text, question.answer)]
+        row = {**llava_row(name, turns, question_place), "regions": scene.regions}
     return Drawn(name=name, image=scene.image, questions=[question], rows={split: [row]})

@@ -54,6 +54,10 @@ def add_plane_scenes(parser: argparse.ArgumentParser) -> None:
         "--cells", type=int, nargs=2, metavar=("LO", "HI"), help="of a curve (default: as many as fill the grid)"
     )
     parser.add_argument("--crossing", action="store_true", help="curves may cross, which is harder")
+    parser.add_argument(
+        "--question", default="last", metavar="PLACE",
+        help="where it stands: last, behind the picture; first, in front of it; both (default last)",
+    )  # fmt: skip
     _add_common(parser)
 
 
@@ -77,6 +81,7 @@ def draw_plane_scenes(options: argparse.Namespace) -> int:
                 crossing=options.crossing,
                 cells=None if options.cells is None else tuple(options.cells),
             ),
+            question=options.question,
             on_progress=lambda done, total: advance(1),
             workers=_workers(options),
         )

@@ -24,6 +24,10 @@ Split = Literal["train", "test"]
 MIN_SIDE = 64  # of a canvas, in pixels
 SCENES_PER_TASK = 64  # of a process
 
+# Where the first question of a conversation stands: a model that reads once, from left to right, knows what it is asked
+# as it reads the picture only if the question stands in front.
+QUESTION_PLACES = {"last": "<image>\n{0}", "first": "{0}\n<image>", "both": "{0}\n<image>\n{0}"}
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Drawn:
@@ -130,10 +134,11 @@ def _save(
     return drawn.questions, drawn.rows
 
 
-def llava_row(name: str, turns: Iterable[tuple[str, str]]) -> dict:
-    """A LLaVA row of (question, answer) turns; the picture stands in front of the first question."""
+def llava_row(name: str, turns: Iterable[tuple[str, str]], place: str = "last") -> dict:
+    """A LLaVA row of (question, answer) turns; the picture stands beside the first question, as a key of
+    QUESTION_PLACES says."""
     (question, answer), *others = turns
-    pairs = [(f"<image>\n{question}", answer), *others]
+    pairs = [(QUESTION_PLACES[place].format(question), answer), *others]
     conversations = [
         {"from": sender, "value": text}
         for pair in pairs
@@ -142,7 +147,7 @@ def llava_row(name: str, turns: Iterable[tuple[str, str]]) -> dict:
     return {"id": name, "image": f"{name}.png", "conversations": conversations}
 
 
-def question_row(name: str, question: Question) -> dict:
+def question_row(name: str, question: Question, place: str = "last") -> dict:
     """A row of the test set: one question, with its "kind"."""
-    row = llava_row(name, [(question.text, question.answer)])
+    row = llava_row(name, [(question.text, question.answer)], place)
     return {**row, "id": f"{name}/{question.kind}", "kind": question.kind}

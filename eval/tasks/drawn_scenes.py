@@ -1,6 +1,7 @@
 """Benchmarks on pictures that commands of ours draw: their test rows, read strictly, and their score.
 
-Files: test.json, LLaVA rows of one question each with its "kind", and images/ beside it.
+Files: test.json, LLaVA rows of one question each with its "kind", and images/ beside it. The picture may stand in front
+of the question, behind it or within it, on a line of its own.
 Score: exact match but for case, spaces and a full stop; accuracy overall and per kind.
 """
 
@@ -14,7 +15,7 @@ from eval.scoring import accuracy, accuracy_by_group, exact_match
 from eval.tasks.task import Sample
 from vision_scan.errors import UserError
 
-IMAGE_MARK = "<image>\n"
+IMAGE_MARK = "<image>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +93,15 @@ def _sample(row: Any, where: str, data_dir: Path, kinds: Sequence[str]) -> Sampl
 
 
 def _turns(turns: Any, where: str) -> tuple[str, str]:
-    """Question without its image mark, and answer, of a conversation of just these two."""
+    """Question and answer of a conversation of just these two; the image's mark is left out where it comes first, as
+    everybody has it who is asked without one."""
     is_pair = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
     if not is_pair or [turn.get("from") for turn in turns] != ["human", "gpt"]:
         raise UserError(f"{where}: 'conversations' must be one human turn and one gpt turn")
     question, truth = (turn.get("value") for turn in turns)
-    if not (
-        isinstance(question, str)
-        and question.startswith(IMAGE_MARK)
-        and question.count("<image>") == 1
-    ):
-        raise UserError(f"{where}: the question must begin with its one {IMAGE_MARK!r}")
+    lines = question.split("\n") if isinstance(question, str) else []
+    if not (IMAGE_MARK in lines and question.count(IMAGE_MARK) == 1 and len(lines) > 1):
+        raise UserError(f"{where}: the question must have one {IMAGE_MARK} mark, on a line of its own")
     if not (isinstance(truth, str) and truth.strip()):
         raise UserError(f"{where}: the answer must be a string that is not empty")
-    return question.removeprefix(IMAGE_MARK), truth
+    return question.removeprefix(f"{IMAGE_MARK}\n"), truth

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One question about pictures. `question` has no image marks: images stand before it."""
+    """One question about pictures. A `question` without image marks has its images in front of it."""
 
     id: str
     question: str

@@ -73,8 +73,9 @@ def test_load_reads_samples_and_limits_them(write):
         ([row(0, conversations=None)], "one human turn and one gpt turn"),
         ([row(0, conversations=["a", "b"])], "one human turn and one gpt turn"),
         ([row(0, conversations=turns("<image>\na", "b", "c"))], "one human turn and one gpt"),
-        ([row(0, conversations=turns("Is there a 7?", "yes"))], "must begin with its one"),
-        ([row(0, conversations=turns("<image>\n<image>\na", "b"))], "must begin with its one"),
+        ([row(0, conversations=turns("Is there a 7?", "yes"))], "one <image> mark, on a line of its own"),
+        ([row(0, conversations=turns("<image>\n<image>\na", "b"))], "one <image> mark"),
+        ([row(0, conversations=turns("Is there a <image> 7?", "b"))], "one <image> mark"),
         ([row(0, conversations=turns("<image>\na", " "))], "must be a string that is not empty"),
     ],
 )
