@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eval.ablations import plots
 from eval.ablations.contrasts import ABOVE_CHANCE, Cell, Contrast, Scores, contrast, friedman, gather, holm, interval
-from eval.ablations.trials import DATA, Study
+from eval.ablations.trials import DATA, SCORED, Study
 from eval.files import read_json, write_lines, write_text
 
 NEGLIGIBLE = 0.03  # a difference that nobody would choose by
@@ -54,7 +54,7 @@ def is_main(study: Study, cell: Cell) -> bool:
 def write(study: Study, results: Sequence[Mapping], output: Path) -> list[Path]:
     """Writes results.jsonl, report.md and its pictures; returns the report's paths."""
     write_lines(output / "results.jsonl", results)
-    chance = read_json(output / DATA / "plane" / "meta.json")["chance"]
+    chance = read_json(output / DATA / SCORED / "meta.json")["chance"]
     analysis = analyse(study, results, chance)
     pictures = plots.draw(study, analysis, results, output)
     text = render(study, analysis, results, [path.name for path in pictures])

@@ -1,7 +1,6 @@
 """Does the order in which patches are read matter? The design that docs/ablate.md lays down."""
 
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,63 +9,35 @@ from torch import nn
 
 from cobra.scan_block import ScanBlock, ScanBlocksConfig
 from cobra.typed_config import from_dict
-from eval.ablations.trials import Stage, Study, Trial
+from eval.ablations.small_models import (
+    COURSE,
+    D_MODEL,
+    MIXER,
+    PICTURES,
+    READER,
+    SEEDS,
+    SIDE,
+    TOWER_STAGE,
+    model_settings,
+    name_tower,
+    shuffled_order,
+    tower,
+    tower_settings,
+)
+from eval.ablations.trials import Study, Trial
 from vision_scan.draw import draw_receptive_fields
 from vision_scan.orders import sequential_order
 from vision_scan.receptive import receptive_field
 
 ORDERS = ("raster", "random", "cross4", "hilbert", "snake_row_tl", "local")
 PLACES = ("connector", "tower", "reading")
-SIDE = 48  # of a picture, in pixels
-D_MODEL = 64
-LONGEST = 6  # cells of a curve
-
-MIXER = {"d_state": 16, "headdim": 16, "expand": 1, "chunk_size": 64, "A_init_range": [0.01, 1.0], "dt_min": 0.02,
-         "dt_max": 0.5}  # fmt: skip
-READER = {"kind": "mamba2", **MIXER, "d_state": 32}
-IMAGE = {"height": SIDE, "width": SIDE}
-
-
-SEEDS, OTHER_SEEDS = 8, 2  # of the main cells, and of the others
+OTHER_SEEDS = 2  # of the cells that are not main ones
 VERSION = 1  # counts up with everything that changes a score
-
-
-def _pictures(longest: int, train: int, test: int, **kinds: Sequence[str]) -> dict:
-    difficulty = {"num_curves": 2, "cells": (2, longest)}
-    return {"train": train, "test": test, "seed": 0, "canvas": (SIDE, SIDE), "difficulty": difficulty, **kinds}
-
-
-# Curves are learned from short to long: from long ones alone, nothing is learned in any order.
-PICTURES = {
-    "near": _pictures(2, 3000, 1, kinds=("trace",)),
-    "middle": _pictures(3, 3000, 1, kinds=("trace",)),
-    "plane": _pictures(LONGEST, 6000, 400),
-}
-COURSE = (
-    Stage(data="near", steps=250, settings=("optim.decay_ratio=0.1",)),
-    Stage(data="middle", steps=250, settings=("optim.decay_ratio=0.1",)),
-    Stage(data="plane", steps=1000),
-)
-
-
-def tower(attention: bool, positions: bool, scan: dict | None = None) -> dict:
-    """A tower of one kind."""
-    return {"kind": "small", "patch_size": 8, "d_model": D_MODEL, "depth": 2 if attention else 0, "num_heads": 4,
-            "stem": "patch", "positions": positions, "scan": scan}  # fmt: skip
 
 
 def scan_blocks(order: str) -> dict:
     """Two blocks along an order; several lists share the channels, so that every order costs the same."""
     return {"order": order, "lists": "share", "depth": 2, "mixer": MIXER}
-
-
-def tower_settings(attention: bool, positions: bool) -> tuple[str, ...]:
-    """Of the model whose tower is pretrained."""
-    return (f"model.image={_text(IMAGE)}", f"model.vision_encoder={_text(tower(attention, positions))}")
-
-
-def name_tower(attention: bool, positions: bool) -> str:
-    return f"{'attention' if attention else 'patch'}_{'positions' if positions else 'nowhere'}"
 
 
 def make_trial(place: str, order: str, seed: int, attention: bool = False, positions: bool = False) -> Trial:
@@ -76,15 +47,12 @@ def make_trial(place: str, order: str, seed: int, attention: bool = False, posit
     reading, it has three.
     """
     blocks = scan_blocks(order)
-    parts = {
-        "image": IMAGE,
-        "vision_encoder": tower(attention, positions, blocks if place == "tower" else None),
-        "connector": {"kind": "msc", **blocks} if place == "connector" else {"kind": "mlp"},
-        "lm.d_model": D_MODEL,
-        "lm.vocab_size": 320,
-        "lm.layers": [READER] * (3 if place == "reading" else 1),
-        "reading_order": order if place == "reading" else "raster",
-    }
+    settings = model_settings(
+        connector={"kind": "msc", **blocks} if place == "connector" else {"kind": "mlp"},
+        layers=[READER] * (3 if place == "reading" else 1),
+        vision_encoder=tower(attention, positions, blocks if place == "tower" else None),
+        reading_order=order if place == "reading" else "raster",
+    )
     return Trial(
         factors={
             "place": place,
@@ -94,20 +62,16 @@ def make_trial(place: str, order: str, seed: int, attention: bool = False, posit
         },
         seed=seed,
         tower=name_tower(attention, positions),
-        settings=tuple(f"model.{name}={_text(value)}" for name, value in parts.items()),
+        settings=settings,
         fresh=("vision_encoder.scans",) if place == "tower" else (),
     )
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _orders(place: str, orders: Sequence[str], seed: int) -> Iterator[str]:
     """The orders of a place: the control has a shuffle of its own for each seed, and a reader has one sequence."""
     for order in orders:
         if order == "random":
-            yield f"random(seed={seed})"
+            yield shuffled_order(seed)
         elif place != "reading" or len(sequential_order(order)) == 1:
             yield order
 
@@ -155,7 +119,7 @@ def study(levels: Sequence[str] | None = None, seeds: int | None = None) -> Stud
         version=VERSION,
         pictures=PICTURES,
         towers={name_tower(*kind): tower_settings(*kind) for kind in kinds},
-        tower_stage=Stage(data="plane", steps=150, settings=("train.batch_size=64",)),
+        tower_stage=TOWER_STAGE,
         course=COURSE,
         trials=design(orders, seeds or SEEDS),
         factor="order",

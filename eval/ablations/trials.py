@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Trial:
         tower: the pretrained tower that it begins with, a key of `Study.towers`.
         settings: what makes the model, as `--set` takes it.
         fresh: modules of the tower that begin at random, because they are what is compared.
+        sets: name of a set of pictures in the course -> the one that this trial has in its place, in training and in
+            scoring; those that are not named stay.
     """
 
     factors: Mapping[str, str]
@@ -52,12 +54,17 @@ class Trial:
     tower: str
     settings: tuple[str, ...]
     fresh: tuple[str, ...] = ()
+    sets: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """A folder's name."""
         levels = [level.translate(str.maketrans("(=", "--", ")")) for level in self.factors.values()]
         return "_".join([*levels, f"seed{self.seed}"])
+
+    def set_for(self, name: str) -> str:
+        """The set of pictures that it has where the course says `name`."""
+        return self.sets.get(name, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +74,7 @@ class Study:
     Attributes:
         name, about: of the command line.
         version: of everything that decides a score; results of another version are not mixed in.
-        pictures: name of a set -> arguments of plane_scenes.build; "plane" is the one whose test set scores.
+        pictures: name of a set -> arguments of plane_scenes.build; SCORED is the one whose test set scores.
         towers: name of a pretrained tower -> its settings.
         tower_stage: how towers are pretrained, all alike.
         course: the stages of a trial.
@@ -94,7 +101,7 @@ class Study:
 
 
 RESULTS, DATA, TOWERS, WORK = "results", "data", "towers", "work"  # folders of a study's output
-TASK = "plane_scenes"
+TASK, SCORED = "plane_scenes", "plane"
 
 
 def pretrain(study: Study, name: str, output: Path) -> None:
@@ -130,11 +137,11 @@ def run_trial(study: Study, trial: Trial, output: Path) -> dict:
             start = (f"init.path={origin}",)
         settings = (*start, *trial.settings, *stage.settings, f"train.seed={trial.seed}")
         origin = folder / f"stage-{number}"
-        if not run(_config("tiny", settings, stage, output), origin):
+        if not run(_config("tiny", settings, replace(stage, data=trial.set_for(stage.data)), output), origin):
             raise KeyboardInterrupt
         losses.append(_last_loss(origin))
     model = cobra.load(origin, dtype="float32")
-    samples = TASKS[TASK].load(output / DATA / "plane")
+    samples = TASKS[TASK].load(output / DATA / trial.set_for(SCORED))
     _, scored = runner.run_task(model, TASK, samples, model_name=trial.name, batch_size=100)
     groups = scored["summary"]["groups"]
     result = {

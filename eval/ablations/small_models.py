@@ -1,0 +1,193 @@
+"""What the studies share: pictures, small towers and readers, and the course in which they learn.
+
+What stands here decides the scores of every study: a change counts up the VERSION of all of them.
+"""
+
+import functools
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from cobra.connector import CONNECTORS
+from cobra.lm.mlp import MLPConfig
+from cobra.typed_config import from_dict
+from eval.ablations.trials import Stage, Study, Trial
+from vision_scan.errors import choose
+
+SIDE = 48  # of a picture, in pixels
+D_MODEL = 64
+LONGEST = 6  # cells of a curve
+
+MIXER = {"d_state": 16, "headdim": 16, "expand": 1, "chunk_size": 64, "A_init_range": [0.01, 1.0], "dt_min": 0.02,
+         "dt_max": 0.5}  # fmt: skip
+READER = {"kind": "mamba2", **MIXER, "d_state": 32}
+IMAGE = {"height": SIDE, "width": SIDE}
+VOCAB_SIZE = 320
+
+SEEDS = 8  # of the main cells
+SHUFFLED = "shuffled"  # the level of a control: the baseline, reading cells in a shuffle of its own for each seed
+LEAST_D_FF = 16
+
+
+def _pictures(longest: int, train: int, test: int, **kinds: Sequence[str]) -> dict:
+    difficulty = {"num_curves": 2, "cells": (2, longest)}
+    return {"train": train, "test": test, "seed": 0, "canvas": (SIDE, SIDE), "difficulty": difficulty, **kinds}
+
+
+# Curves are learned from short to long: from long ones alone, nothing is learned in any order.
+PICTURES = {
+    "near": _pictures(2, 3000, 1, kinds=("trace",)),
+    "middle": _pictures(3, 3000, 1, kinds=("trace",)),
+    "plane": _pictures(LONGEST, 6000, 400),
+}
+TOWER_STAGE = Stage(data="plane", steps=150, settings=("train.batch_size=64",))
+COURSE = (
+    Stage(data="near", steps=250, settings=("optim.decay_ratio=0.1",)),
+    Stage(data="middle", steps=250, settings=("optim.decay_ratio=0.1",)),
+    Stage(data="plane", steps=1000),
+)
+
+
+def tower(attention: bool, positions: bool, scan: dict | None = None) -> dict:
+    """A tower of one kind."""
+    return {"kind": "small", "patch_size": 8, "d_model": D_MODEL, "depth": 2 if attention else 0, "num_heads": 4,
+            "stem": "patch", "positions": positions, "scan": scan}  # fmt: skip
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def name_tower(attention: bool, positions: bool) -> str:
+    return f"{'attention' if attention else 'patch'}_{'positions' if positions else 'nowhere'}"
+
+
+def tower_settings(attention: bool, positions: bool) -> tuple[str, ...]:
+    """Of the model whose tower is pretrained."""
+    return (f"model.image={_text(IMAGE)}", f"model.vision_encoder={_text(tower(attention, positions))}")
+
+
+# The tower of the main cells: each feature is of its own patch and does not say where that is, so that whatever a
+# question needs of the plane is for connector and reader to find.
+PATCHES = name_tower(attention=False, positions=False)
+
+
+def model_settings(
+    *,
+    connector: Mapping[str, Any],
+    layers: Sequence[Mapping[str, Any]],
+    vision_encoder: Mapping[str, Any] | None = None,
+    reading_order: str = "raster",
+) -> tuple[str, ...]:
+    """A model, as `--set` takes it.
+
+    Args:
+        layers: of the language model.
+        vision_encoder: None: the tower of patches.
+    """
+    parts = {
+        "image": IMAGE,
+        "vision_encoder": vision_encoder or tower(attention=False, positions=False),
+        "connector": connector,
+        "lm.d_model": D_MODEL,
+        "lm.vocab_size": VOCAB_SIZE,
+        "lm.layers": list(layers),
+        "reading_order": reading_order,
+    }
+    return tuple(f"model.{name}={_text(value)}" for name, value in parts.items())
+
+
+def shuffled_order(seed: int) -> str:
+    """The order of the control."""
+    return f"random(seed={seed})"
+
+
+def choose_levels(
+    what: str,
+    given: Iterable[str] | None,
+    known: Collection[str],
+    always: Sequence[str],
+    default: Collection[str] | None = None,
+) -> list[str]:
+    """The levels that are compared: those that a study cannot do without, and what is asked for.
+
+    Args:
+        what: they are called in messages.
+        given: what is asked for; None: the default ones.
+        default: None: all.
+    Raises:
+        UserError: on one that is not known.
+    """
+    levels = list(dict.fromkeys((*always, *(given if given is not None else default or known))))
+    for level in levels:
+        choose(what, level, dict.fromkeys((*always, *known)))
+    return levels
+
+
+def patch_trial(
+    factors: Mapping[str, str],
+    seed: int,
+    *,
+    connector: Mapping[str, Any],
+    layers: Sequence[Mapping[str, Any]],
+    reading_order: str = "raster",
+    sets: Mapping[str, str] | None = None,
+) -> Trial:
+    """A trial behind the tower of patches; see `model_settings` and `Trial`."""
+    settings = model_settings(connector=connector, layers=layers, reading_order=reading_order)
+    return Trial(factors=factors, seed=seed, tower=PATCHES, settings=settings, sets=sets or {})
+
+
+def patch_study(
+    *,
+    name: str,
+    about: str,
+    version: int,
+    trials: Sequence[Trial],
+    factor: str,
+    baseline: str,
+    main: Mapping[str, str],
+    control: tuple[str, str] | None,
+) -> Study:
+    """A study of models behind the tower of patches, which learn and are scored as in every study; see `Study`."""
+    return Study(
+        name=name,
+        about=about,
+        version=version,
+        pictures=PICTURES,
+        towers={PATCHES: tower_settings(attention=False, positions=False)},
+        tower_stage=TOWER_STAGE,
+        course=COURSE,
+        trials=trials,
+        factor=factor,
+        baseline=baseline,
+        main=main,
+        control=control,
+    )
+
+
+def match_readers(connectors: Mapping[str, Mapping[str, Any]], num_layers: int) -> dict[str, list[dict]]:
+    """For each connector the layers of a language model, so that all models have as many parameters: Mamba-2, and a
+    gated feed-forward layer that takes up what the connector leaves of the largest one's."""
+    sizes = {name: count_parameters(connector) for name, connector in connectors.items()}
+    largest, channel = max(sizes.values()), MLPConfig(d_ff=1).cost(D_MODEL).parameters
+    return {
+        name: [READER] * num_layers + [{"kind": "mlp", "d_ff": LEAST_D_FF + round((largest - size) / channel)}]
+        for name, size in sizes.items()
+    }
+
+
+def count_parameters(connector: Mapping[str, Any]) -> int:
+    """Of a connector between tower and language model of the studies."""
+    return _count(json.dumps(connector))
+
+
+@functools.cache  # a study asks about the same few again for each trial
+def _count(connector: str) -> int:
+    config = json.loads(connector)
+    made = CONNECTORS[config["kind"]]
+    with torch.device("meta"):
+        module = made(from_dict(made.Config, config), D_MODEL, D_MODEL)
+    return sum(parameter.numel() for parameter in module.parameters())
