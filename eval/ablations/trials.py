@@ -169,6 +169,7 @@ def _config(recipe: str, settings: Sequence[str], stage: Stage, output: Path) ->
         f"train.steps={stage.steps}",
         f"train.save_every={stage.steps}",
         "train.keep=1",
+        f"train.skip_nonfinite={stage.steps}",  # a run that diverges counts with what it scores
         "log.ssm=false",
     )
     return change(RECIPES[recipe](), (*fixed, *settings))
