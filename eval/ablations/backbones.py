@@ -13,7 +13,7 @@ from eval.ablations.small_models import (
     READER,
     SEEDS,
     SHUFFLED,
-    VOCAB_SIZE,
+    VOCABULARY,
     choose_levels,
     patch_study,
     patch_trial,
@@ -41,7 +41,7 @@ BACKBONES: Mapping[str, Callable[[LMConfig], LMConfig]] = {
 def make_layers(name: str, num_layers: int = NUM_LAYERS) -> list[dict]:
     """Those of a backbone that has as many parameters as so many layers of Mamba-2."""
     layers = (from_dict(Mamba2Config, READER),) * num_layers
-    lm = LMConfig(d_model=D_MODEL, vocab_size=VOCAB_SIZE, layers=layers)
+    lm = LMConfig(d_model=D_MODEL, vocab_size=VOCABULARY, layers=layers)
     return to_dict(BACKBONES[name](lm).layers)
 
 

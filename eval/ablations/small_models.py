@@ -24,22 +24,22 @@ MIXER = {"d_state": 16, "headdim": 16, "expand": 1, "chunk_size": 64, "A_init_ra
          "dt_max": 0.5}  # fmt: skip
 READER = {"kind": "mamba2", **MIXER, "d_state": 32}
 IMAGE = {"height": SIDE, "width": SIDE}
-VOCAB_SIZE = 320
+VOCABULARY = 320
 
 SEEDS = 8  # of the main cells
 SHUFFLED = "shuffled"  # the level of a control: the baseline, reading cells in a shuffle of its own for each seed
 LEAST_D_FF = 16
 
 
-def _pictures(longest: int, train: int, test: int, **kinds: Sequence[str]) -> dict:
+def _pictures(longest: int, train: int, test: int) -> dict:
     difficulty = {"num_curves": 2, "cells": (2, longest)}
-    return {"train": train, "test": test, "seed": 0, "canvas": (SIDE, SIDE), "difficulty": difficulty, **kinds}
+    return {"train": train, "test": test, "seed": 0, "canvas": (SIDE, SIDE), "difficulty": difficulty}
 
 
 # Curves are learned from short to long: from long ones alone, nothing is learned in any order.
 PICTURES = {
-    "near": _pictures(2, 3000, 1, kinds=("trace",)),
-    "middle": _pictures(3, 3000, 1, kinds=("trace",)),
+    "near": _pictures(2, 2500, 1),
+    "middle": _pictures(3, 2500, 1),
     "plane": _pictures(LONGEST, 6000, 400),
 }
 TOWER_STAGE = Stage(data="plane", steps=150, settings=("train.batch_size=64",))
@@ -92,11 +92,14 @@ def model_settings(
         "vision_encoder": vision_encoder or tower(attention=False, positions=False),
         "connector": connector,
         "lm.d_model": D_MODEL,
-        "lm.vocab_size": VOCAB_SIZE,
+        "lm.vocab_size": VOCABULARY,
         "lm.layers": list(layers),
         "reading_order": reading_order,
     }
-    return tuple(f"model.{name}={_text(value)}" for name, value in parts.items())
+    return (
+        *(f"model.{name}={_text(value)}" for name, value in parts.items()),
+        f"tokenizer.vocab_size={VOCABULARY}",
+    )
 
 
 def shuffled_order(seed: int) -> str:
