@@ -15,9 +15,9 @@ from eval.ablations.small_models import (
     SHUFFLED,
     VOCABULARY,
     choose_levels,
-    patch_study,
-    patch_trial,
     shuffled_order,
+    small_study,
+    small_trial,
 )
 from eval.ablations.trials import Study, Trial
 
@@ -47,7 +47,7 @@ def make_layers(name: str, num_layers: int = NUM_LAYERS) -> list[dict]:
 
 def make_trial(name: str, seed: int) -> Trial:
     """A model with one backbone; the control is the baseline, which reads the picture in a shuffle."""
-    return patch_trial(
+    return small_trial(
         {"connector": "mlp", "backbone": name},
         seed,
         connector={"kind": "mlp"},
@@ -59,7 +59,7 @@ def make_trial(name: str, seed: int) -> Trial:
 def study(levels: Sequence[str] | None = None, seeds: int | None = None) -> Study:
     """The study of some backbones; Mamba-2 and the control are always among them."""
     names = choose_levels("backbone", levels, BACKBONES, (BASELINE, SHUFFLED))
-    return patch_study(
+    return small_study(
         name="backbones",
         about="Which language model reads the picture?",
         version=VERSION,

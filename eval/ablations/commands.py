@@ -9,6 +9,7 @@ from vision_scan.errors import UserError, choose
 EXAMPLES = """examples:
   python -m eval ablate scan_orders --output runs/scan_orders --minutes 9      again and again, until it is done
   python -m eval ablate scan_orders --output runs/two --seeds 3 --levels spiral,hilbert
+  python -m eval ablate connectors --levels msc,ldpv2
 
 What is done is skipped, so a study can be run in pieces, or by many processes that share the folder (a Slurm array
 of one command). The report is written anew each time: OUTPUT/report.md with its pictures, and OUTPUT/results.jsonl."""
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", metavar="STUDY", help="an unknown one lists them")
     parser.add_argument("--output", type=Path, metavar="DIR", help="the study's folder (default runs/STUDY)")
     parser.add_argument("--seeds", type=int, metavar="N", help="of the main cells (default: the study's)")
-    parser.add_argument("--levels", metavar="NAMES", help="what is compared, such as raster,hilbert (default all)")
+    parser.add_argument("--levels", metavar="NAMES", help="compared, such as raster,hilbert (default: the study's)")
     parser.add_argument("--jobs", type=int, metavar="N", help="trials at a time, one thread each (default: one a core)")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin no trial after so long (default: no limit)")
     parser.add_argument("--begin-with", type=Path, metavar="FILE", help="a results.jsonl whose trials are done")

@@ -1,4 +1,4 @@
-"""Which connector? Models of as many parameters, behind a tower whose features know nothing of one another."""
+"""Which connector? Models of as many parameters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,22 +6,21 @@ from typing import Any
 from eval.ablations.small_models import (
     MIXER,
     SEEDS,
-    SHUFFLED,
     choose_levels,
     match_readers,
-    patch_study,
-    patch_trial,
-    shuffled_order,
+    small_study,
+    small_trial,
 )
 from eval.ablations.trials import Study, Trial
 
 VERSION = 1  # counts up with everything that changes a score
 BASELINE = "mlp"
 NUM_LAYERS = 3  # of the reader: with three, the baseline learns to follow lines
+OTHER_SEEDS = 2  # behind a tower of patches
 
 SS2D = {"expand": 1.0, "dt_min": MIXER["dt_min"], "dt_max": MIXER["dt_max"]}
 
-# Of 36 cells, the first group makes 36 tokens and the second 9. The sizes are chosen where there is a choice, so that
+# Of 36 cells, the first six make 36 tokens and the others 9. The sizes are chosen where there is a choice, so that
 # no connector is much larger than the others; what is left of the parameters goes to the reader.
 CONNECTORS: dict[str, dict[str, Any]] = {
     "mlp": {"kind": "mlp"},
@@ -38,29 +37,31 @@ CONNECTORS: dict[str, dict[str, Any]] = {
 ASKED_FOR = ("vss_mlp", "reshape")  # alone: near twins of vss_l2 and space_to_depth
 
 
-def make_trial(name: str, seed: int) -> Trial:
-    """A model with one connector; the control is the baseline, whose tokens are read in a shuffle."""
-    kind = BASELINE if name == SHUFFLED else name
-    return patch_trial(
-        {"reader": "mamba2", "connector": name},
+def make_trial(name: str, seed: int, attention: bool = True) -> Trial:
+    """A model with one connector, behind a tower of one kind."""
+    return small_trial(
+        {"tower": "attention" if attention else "patch", "connector": name},
         seed,
-        connector=CONNECTORS[kind],
-        layers=match_readers(CONNECTORS, NUM_LAYERS)[kind],
-        reading_order=shuffled_order(seed) if name == SHUFFLED else "raster",
+        connector=CONNECTORS[name],
+        layers=match_readers(CONNECTORS, NUM_LAYERS)[name],
+        attention=attention,
     )
 
 
 def study(levels: Sequence[str] | None = None, seeds: int | None = None) -> Study:
-    """The study of some connectors; the baseline and the control are always among them."""
+    """The study of some connectors; the baseline is always among them."""
     default = [name for name in CONNECTORS if name not in ASKED_FOR]
-    names = choose_levels("connector of the study", levels, CONNECTORS, (BASELINE, SHUFFLED), default)
-    return patch_study(
+    names = choose_levels("connector of the study", levels, CONNECTORS, (BASELINE,), default)
+    seeds = seeds or SEEDS
+    trials = [make_trial(name, seed) for seed in range(seeds) for name in names]
+    others = [make_trial(name, seed, attention=False) for seed in range(min(seeds, OTHER_SEEDS)) for name in names]
+    return small_study(
         name="connectors",
         about="Which connector?",
         version=VERSION,
-        trials=[make_trial(name, seed) for seed in range(seeds or SEEDS) for name in names],
+        trials=trials + others,
         factor="connector",
         baseline=BASELINE,
-        main={"reader": "mamba2"},
-        control=(SHUFFLED, "trace"),
+        main={"tower": "attention"},
+        control=None,  # no connector is known to be worse than another behind such a tower
     )

@@ -9,9 +9,9 @@ from eval.ablations.small_models import (
     SHUFFLED,
     choose_levels,
     match_readers,
-    patch_study,
-    patch_trial,
     shuffled_order,
+    small_study,
+    small_trial,
 )
 from eval.ablations.trials import Study, Trial
 
@@ -32,7 +32,7 @@ def make_trial(name: str, seed: int) -> Trial:
     """A model with four passes over the grid; the control's go along a shuffle."""
     shape = BASELINE if name == SHUFFLED else name
     order = {"order": shuffled_order(seed)} if name == SHUFFLED else {}
-    return patch_trial(
+    return small_trial(
         {"connector": "msc", "lists_x_blocks": name},
         seed,
         connector={**SHAPES[shape], **order},
@@ -43,7 +43,7 @@ def make_trial(name: str, seed: int) -> Trial:
 def study(levels: Sequence[str] | None = None, seeds: int | None = None) -> Study:
     """The study of some shapes; the deepest and the control are always among them."""
     names = choose_levels("number of lists x blocks", levels, SHAPES, (BASELINE, SHUFFLED))
-    return patch_study(
+    return small_study(
         name="directions_vs_depth",
         about="Many directions in one block, or one direction in many?",
         version=VERSION,

@@ -9,9 +9,9 @@ from eval.ablations.small_models import (
     SHUFFLED,
     choose_levels,
     match_readers,
-    patch_study,
-    patch_trial,
     shuffled_order,
+    small_study,
+    small_trial,
 )
 from eval.ablations.trials import Study, Trial
 
@@ -29,7 +29,7 @@ MERGES: dict[str, dict[str, Any]] = {
 def make_trial(name: str, seed: int) -> Trial:
     """A model with two blocks of scans in four directions; the control's go along one list, a shuffle."""
     connectors = {**MERGES, SHUFFLED: {**MERGES[BASELINE], "order": shuffled_order(seed)}}
-    return patch_trial(
+    return small_trial(
         {"order": "cross4", "merge": name},
         seed,
         connector=connectors[name],
@@ -40,7 +40,7 @@ def make_trial(name: str, seed: int) -> Trial:
 def study(levels: Sequence[str] | None = None, seeds: int | None = None) -> Study:
     """The study of some ways of merging; the sum and the control are always among them."""
     names = choose_levels("merge", levels, MERGES, (BASELINE, SHUFFLED))
-    return patch_study(
+    return small_study(
         name="merge",
         about="How should the directions of a scan be put together?",
         version=VERSION,

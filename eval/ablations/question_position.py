@@ -12,9 +12,9 @@ from eval.ablations.small_models import (
     SEEDS,
     SHUFFLED,
     choose_levels,
-    patch_study,
-    patch_trial,
     shuffled_order,
+    small_study,
+    small_trial,
 )
 from eval.ablations.trials import Study, Trial
 from eval.scene_files import QUESTION_PLACES
@@ -34,7 +34,7 @@ def make_trial(reader: str, position: str, seed: int) -> Trial:
     """A model that learns with the question in one place and is asked so; the control is the baseline, which reads the
     picture in a shuffle."""
     is_control = position == SHUFFLED
-    return patch_trial(
+    return small_trial(
         {"reader": reader, "position": position},
         seed,
         connector={"kind": "mlp"},
@@ -51,7 +51,7 @@ def study(levels: Sequence[str] | None = None, seeds: int | None = None) -> Stud
     seeds = seeds or SEEDS
     trials = [make_trial("mamba2", name, seed) for seed in range(seeds) for name in names]
     others = [make_trial("transformer", name, seed) for seed in range(min(seeds, OTHER_SEEDS)) for name in places]
-    made = patch_study(
+    made = small_study(
         name="question_position",
         about="Should the question stand in front of the picture, behind it, or both?",
         version=VERSION,

@@ -69,27 +69,17 @@ def tower_settings(attention: bool, positions: bool) -> tuple[str, ...]:
     return (f"model.image={_text(IMAGE)}", f"model.vision_encoder={_text(tower(attention, positions))}")
 
 
-# The tower of the main cells: each feature is of its own patch and does not say where that is, so that whatever a
-# question needs of the plane is for connector and reader to find.
-PATCHES = name_tower(attention=False, positions=False)
-
-
 def model_settings(
     *,
     connector: Mapping[str, Any],
     layers: Sequence[Mapping[str, Any]],
-    vision_encoder: Mapping[str, Any] | None = None,
+    vision_encoder: Mapping[str, Any],
     reading_order: str = "raster",
 ) -> tuple[str, ...]:
-    """A model, as `--set` takes it.
-
-    Args:
-        layers: of the language model.
-        vision_encoder: None: the tower of patches.
-    """
+    """A model whose language model has some layers, as `--set` takes it."""
     parts = {
         "image": IMAGE,
-        "vision_encoder": vision_encoder or tower(attention=False, positions=False),
+        "vision_encoder": vision_encoder,
         "connector": connector,
         "lm.d_model": D_MODEL,
         "lm.vocab_size": VOCABULARY,
@@ -123,27 +113,36 @@ def choose_levels(
     Raises:
         UserError: on one that is not known.
     """
-    levels = list(dict.fromkeys((*always, *(given if given is not None else default or known))))
+    levels = list(dict.fromkeys((*always, *(given or default or known))))
     for level in levels:
         choose(what, level, dict.fromkeys((*always, *known)))
     return levels
 
 
-def patch_trial(
+def small_trial(
     factors: Mapping[str, str],
     seed: int,
     *,
     connector: Mapping[str, Any],
     layers: Sequence[Mapping[str, Any]],
+    attention: bool = False,
     reading_order: str = "raster",
     sets: Mapping[str, str] | None = None,
 ) -> Trial:
-    """A trial behind the tower of patches; see `model_settings` and `Trial`."""
-    settings = model_settings(connector=connector, layers=layers, reading_order=reading_order)
-    return Trial(factors=factors, seed=seed, tower=PATCHES, settings=settings, sets=sets or {})
+    """A trial of one model; see `Trial`.
+
+    Args:
+        layers: of the language model.
+        attention: whether the tower attends globally and knows positions. Else each of its features is of one patch and
+            does not say of which, and whatever a question needs of the plane is for connector and reader to find.
+    """
+    settings = model_settings(
+        connector=connector, layers=layers, vision_encoder=tower(attention, attention), reading_order=reading_order
+    )
+    return Trial(factors=factors, seed=seed, tower=name_tower(attention, attention), settings=settings, sets=sets or {})
 
 
-def patch_study(
+def small_study(
     *,
     name: str,
     about: str,
@@ -154,13 +153,14 @@ def patch_study(
     main: Mapping[str, str],
     control: tuple[str, str] | None,
 ) -> Study:
-    """A study of models behind the tower of patches, which learn and are scored as in every study; see `Study`."""
+    """A study whose models learn and are scored as in every study; see `Study`."""
+    kinds = {name_tower(attention, attention): tower_settings(attention, attention) for attention in (False, True)}
     return Study(
         name=name,
         about=about,
         version=version,
         pictures=PICTURES,
-        towers={PATCHES: tower_settings(attention=False, positions=False)},
+        towers={trial.tower: kinds[trial.tower] for trial in trials},
         tower_stage=TOWER_STAGE,
         course=COURSE,
         trials=trials,
@@ -190,7 +190,7 @@ def count_parameters(connector: Mapping[str, Any]) -> int:
 @functools.cache  # a study asks about the same few again for each trial
 def _count(connector: str) -> int:
     config = json.loads(connector)
-    made = CONNECTORS[config["kind"]]
+    made: Any = CONNECTORS[config["kind"]]
     with torch.device("meta"):
         module = made(from_dict(made.Config, config), D_MODEL, D_MODEL)
     return sum(parameter.numel() for parameter in module.parameters())

@@ -113,7 +113,9 @@ def test_trials_have_names_of_their_own_and_the_baseline_is_among_them(name):
 
 def test_levels_that_are_named_come_with_baseline_and_control():
     study = connectors.study(levels=["reshape"], seeds=1)
-    assert [trial.factors["connector"] for trial in study.trials] == ["mlp", SHUFFLED, "reshape"]
+    assert [trial.factors["connector"] for trial in study.trials] == ["mlp", "reshape"] * 2
+    study = merge.study(levels=["share"], seeds=1)
+    assert [trial.factors["merge"] for trial in study.trials] == ["sum", SHUFFLED, "share"]
 
 
 def test_all_connectors_leave_the_reader_as_much_as_they_save():
