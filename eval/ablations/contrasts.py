@@ -23,12 +23,14 @@ class Scores:
         cell, task: which.
         levels: level of the compared factor -> seed -> accuracy.
         chance: what guessing from the text scores.
+        one_suffices: whether a task counts where models of one level solve it, rather than those of all on average.
     """
 
     cell: Cell
     task: str
     levels: Mapping[str, Mapping[int, float]]
     chance: float
+    one_suffices: bool = False
 
     @property
     def mean(self) -> float:
@@ -38,7 +40,8 @@ class Scores:
     @property
     def counts(self) -> bool:
         """Whether models solve the task here at all."""
-        return self.mean >= self.chance + ABOVE_CHANCE
+        best = max(float(np.mean(list(scores.values()))) for scores in self.levels.values())
+        return (best if self.one_suffices else self.mean) >= self.chance + ABOVE_CHANCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,9 @@ class Contrast:
     p_holm: float = math.nan
 
 
-def gather(results: Iterable[Mapping], factor: str, chance: Mapping[str, float]) -> list[Scores]:
+def gather(
+    results: Iterable[Mapping], factor: str, chance: Mapping[str, float], one_suffices: bool = False
+) -> list[Scores]:
     """Scores by cell and task, in the order in which they first occur.
 
     Args:
@@ -79,7 +84,7 @@ def gather(results: Iterable[Mapping], factor: str, chance: Mapping[str, float])
         for task, accuracy in result["accuracy"].items():
             found[cell, task][level][result["seed"]] = accuracy
     return [
-        Scores(cell=cell, task=task, levels=dict(levels), chance=chance[task])
+        Scores(cell=cell, task=task, levels=dict(levels), chance=chance[task], one_suffices=one_suffices)
         for (cell, task), levels in found.items()
     ]
 

@@ -168,6 +168,7 @@ def small_study(
         baseline=baseline,
         main=main,
         control=control,
+        one_suffices=True,  # levels that learn nothing are a finding, and must not take it away
     )
 
 

@@ -111,6 +111,25 @@ def test_trials_have_names_of_their_own_and_the_baseline_is_among_them(name):
         assert study.baseline in levels and (study.control is None or study.control[0] in levels)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_task_is_judged_where_one_level_solves_it(name):
+    study = ABLATIONS[name](seeds=3)
+    results = [
+        {
+            "factors": trial.factors, "seed": trial.seed,
+            "accuracy": {
+                "trace": 0.9 + 0.01 * trial.seed if trial.factors[study.factor] == study.baseline else 0.5,
+                "count": 0.5 + 0.01 * trial.seed,
+            },
+        }
+        for trial in study.trials
+    ]  # fmt: skip
+    analysis = report.analyse(study, results, {"trace": 0.5, "count": 0.5})
+    assert {one.task for one in (*analysis.main, *analysis.others)} == {"trace"}
+    on_average = report.analyse(replace(study, one_suffices=False), results, {"trace": 0.5, "count": 0.5})
+    assert not (*on_average.main, *on_average.others)
+
+
 def test_levels_that_are_named_come_with_baseline_and_control():
     study = connectors.study(levels=["reshape"], seeds=1)
     assert [trial.factors["connector"] for trial in study.trials] == ["mlp", "reshape"] * 2
