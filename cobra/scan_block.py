@@ -39,11 +39,16 @@ class ScanBlocksConfig:
     mixer: Mamba2Config = field(default_factory=Mamba2Config)
 
     def __post_init__(self) -> None:
-        sequential_order(self.order)  # an unknown name fails here, not at the first image
+        example = sequential_order(self.order)  # an unknown name fails here, not at the first image
         require_positive(self, "depth")
         for name, allowed in (("combine", ("sum", "mean")), ("lists", ("all", "share"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"scan blocks: {name} {getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        if self.lists == "share" and example.merge == "scatter" and len(example) > 1:
+            raise UserError(
+                f"scan blocks: the lists of {self.order!r} hold different cells and cost what one does already; with a "
+                "share each, cells would lack the other channels: set lists=all"
+            )
 
 
 class ScanBlock(nn.Module):
