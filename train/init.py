@@ -97,8 +97,8 @@ def _keep_fresh(model: Cobra, tensors: dict[str, Tensor], init: InitSettings) ->
             raise UserError(f"init.fresh: the model has no module {module!r}; give names such as vision_encoder.scans")
         if module.partition(".")[0] not in init.parts:
             raise UserError(
-                f"init.fresh: {module!r} begins at random anyway, since init.parts takes {', '.join(init.parts)} alone; "
-                "leave it out"
+                f"init.fresh: {module!r} begins at random anyway, since init.parts takes {', '.join(init.parts)} "
+                "alone; leave it out"
             )
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{module}.")} | own
     return tensors

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from eval.ablations.contrasts import Contrast, Scores, interval
+from eval.ablations.contrasts import Contrast, Scores, interval, level_name
 from eval.ablations.trials import Study
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _costs(study: Study, scores: Sequence[Scores], results: Sequence[Mapping]) -
     cost = {}
     for result in results:
         cell = tuple((name, level) for name, level in result["factors"].items() if name != study.factor)
-        cost[cell, result["factors"][study.factor].partition("(")[0]] = result["flops"] / 1e6
+        cost[cell, level_name(result["factors"][study.factor])] = result["flops"] / 1e6
     for number, level in enumerate(levels):
         points = []
         for cell in cells:

@@ -6,7 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eval.ablations import plots
-from eval.ablations.contrasts import ABOVE_CHANCE, Cell, Contrast, Scores, contrast, friedman, gather, holm, interval
+from eval.ablations.contrasts import (
+    ABOVE_CHANCE,
+    Cell,
+    Contrast,
+    Scores,
+    contrast,
+    friedman,
+    gather,
+    holm,
+    interval,
+    level_name,
+)
 from eval.ablations.trials import DATA, Study
 from eval.files import read_json, write_lines, write_text
 
@@ -40,7 +51,7 @@ def analyse(study: Study, results: Sequence[Mapping], chance: Mapping[str, float
     ]
     main = [one for one in found if is_main(study, one.cell) and not math.isnan(one.p)]
     adjusted = holm([one.p for one in main])
-    main = [replace(one, p_holm=p) for one, p in zip(main, adjusted, strict=True)]
+    main = [replace(one, p_holm=p, family=len(main)) for one, p in zip(main, adjusted, strict=True)]
     kept = {(one.cell, one.task, one.level) for one in main}
     others = [one for one in found if (one.cell, one.task, one.level) not in kept]
     return Analysis(scores=scores, main=main, others=others)
@@ -97,13 +108,17 @@ def conclude(study: Study, analysis: Analysis) -> list[str]:
         said.append(f"After Holm, none of the {len(analysis.main)} contrasts of the main cell is significant.")
     open_ones = [one for one in analysis.main if one.p_holm >= 0.05]
     if open_ones:
-        settled = [one for one in open_ones if max(abs(one.low), abs(one.high)) <= NEGLIGIBLE]
-        least, most = (pick(100 * one.detectable for one in open_ones) for pick in (min, max))
+        rest = [one for one in open_ones if max(abs(one.low), abs(one.high)) > NEGLIGIBLE]
         said.append(
-            f"Of the {len(open_ones)} others, {len(settled)} are within {100 * NEGLIGIBLE:.0f} points by their whole "
-            f"interval, which can be called equal; about the rest nothing is known but that a true difference of "
-            f"{least:.1f} to {most:.1f} points (see the table) would have been found with a chance of 80 percent."
+            f"Of {'the others' if found else 'these'}, {len(open_ones) - len(rest)} of {len(open_ones)} are within "
+            f"{100 * NEGLIGIBLE:.0f} points by their whole interval, which can be called equal."
         )
+        if rest:
+            least, most = (pick(100 * one.detectable for one in rest) for pick in (min, max))
+            said.append(
+                f"About the rest nothing is known but that a true difference of {least:.1f} to {most:.1f} points (see "
+                "the table) would have been found, after Holm too, with a chance of 80 percent."
+            )
     left_out = sorted({(one.task, _describe(one.cell)) for one in analysis.scores if not one.counts})
     if left_out:
         listed = "; ".join(f"{task} ({cell})" for task, cell in left_out)
@@ -185,7 +200,7 @@ def _cost_table(study: Study, results: Sequence[Mapping]) -> list[str]:
     costs: dict[tuple[str, str], tuple[int, int]] = {}
     for result in results:
         place = _describe(tuple((n, level) for n, level in result["factors"].items() if n != study.factor))
-        level = result["factors"][study.factor].partition("(")[0]
+        level = level_name(result["factors"][study.factor])
         costs[place, level] = result["parameters"], result["flops"]
     lines = ["## Cost", "", "Parameters, and operations of reading a picture and 8 tokens of text.", ""]
     lines += ["| cell | level | parameters | operations |", "| --- " * 4 + "|"]
