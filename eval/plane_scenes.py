@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from eval.plane_curves import Difficulty, draw_trace
-from eval.plane_shapes import COLOURS, MIN_SIDE, Grid, Picture, draw_colour, draw_count, draw_relation
+from eval.plane_shapes import COLOURS, MIN_SIDE, RELATIONS, Grid, Picture, draw_colour, draw_count, draw_relation
 from eval.scene_files import Drawn, Split, check_canvas, check_counts, llava_row, question_row, write_set
 from eval.scene_questions import Question, guess_from_text
 from vision_scan.errors import UserError, choose
 
-VERSION = 1  # of the pictures and questions that a seed stands for
+VERSION = 2  # of the pictures and questions that a seed stands for
 PACKAGES = ("numpy", "pillow")  # whose versions meta.json records
 DEFAULT = Difficulty()
 CANVAS = 64, 64
@@ -36,7 +36,7 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     "colour": Kind(lambda _: tuple(COLOURS), lambda *drawn: draw_colour(*drawn[:3])),
-    "relation": Kind(lambda _: ("yes", "no"), lambda *drawn: draw_relation(*drawn[:3])),
+    "relation": Kind(lambda _: tuple(RELATIONS), lambda *drawn: draw_relation(*drawn[:3])),
     "count": Kind(lambda _: ("1", "2", "3", "4", "5"), lambda *drawn: draw_count(*drawn[:3])),
     "trace": Kind(lambda difficulty: difficulty.colours, draw_trace),
 }

@@ -52,12 +52,14 @@ SHAPES = {
 # The side of a square of the same area, for shapes that fill a cell. A square of 36 pixels has the mean
 # ink of the others (52, 32, 28 and 32), so that its colour is not the one with most ink.
 CELL_SIDES = {"circle": 6.92, "square": 6.0, "triangle": 5.65, "cross": 5.96, "bar": 5.65}
+SUBJECT, OTHER = "circle", "cross"  # of a relation
 RELATIONS = {  # axis (0: rows), and the sign of subject minus other along it
-    "left of": (1, -1),
-    "right of": (1, 1),
+    "left": (1, -1),
+    "right": (1, 1),
     "above": (0, -1),
     "below": (0, 1),
 }
+ALTERNATIVES = {1: "left or right of", 0: "above or below"}
 
 
 class Picture(NamedTuple):
@@ -136,24 +138,24 @@ def draw_colour(rng: np.random.Generator, canvas: tuple[int, int], answer: str) 
 
 
 def draw_relation(rng: np.random.Generator, canvas: tuple[int, int], answer: str) -> Picture:
-    """Different shapes, each within a cell: two of them stand, or do not, as the question says.
+    """Different shapes, each within a cell: two of them stand as the answer says.
 
     Their places are independent, but that they differ along the axis asked after, by `FARTHEST` of
     the canvas at most, and do not touch.
     """
-    names = [str(name) for name in rng.permutation(list(SHAPES))[: 2 + NUM_BYSTANDERS]]
-    relation = list(RELATIONS)[rng.integers(len(RELATIONS))]
-    axis, sign = RELATIONS[relation]
+    bystanders = [name for name in SHAPES if name not in (SUBJECT, OTHER)]
+    names = [SUBJECT, OTHER, *map(str, rng.permutation(bystanders)[:NUM_BYSTANDERS])]
+    axis, sign = RELATIONS[answer]
     grid = Grid(canvas)
     while True:
         pair = _free_cells(rng, grid, [], 2)
         if 1 <= abs(pair[0][axis] - pair[1][axis]) <= FARTHEST * grid.size[axis]:
             break
-    pair.sort(key=lambda cell: cell[axis], reverse=(sign > 0) == (answer == "yes"))
+    pair.sort(key=lambda cell: cell[axis], reverse=sign > 0)
     places = pair + _free_cells(rng, grid, pair, NUM_BYSTANDERS)
     pixels = empty(rng, canvas)
     regions = _paint_cells(rng, pixels, grid, names, rng.choice(list(COLOURS), len(names)), places)
-    return Picture(pixels, f"Is the {names[0]} {relation} the {names[1]}?", regions)
+    return Picture(pixels, f"Is the {SUBJECT} {ALTERNATIVES[axis]} the {OTHER}?", regions)
 
 
 def draw_count(rng: np.random.Generator, canvas: tuple[int, int], answer: str) -> Picture:

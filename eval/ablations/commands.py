@@ -1,6 +1,7 @@
 """The command `python -m eval ablate`."""
 
 import argparse
+import signal
 from pathlib import Path
 
 from vision_scan.errors import UserError, choose
@@ -32,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
     from eval.environment import num_cores
     from eval.progress import progress
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt: nothing is left running
     make = choose("study", options.study, ABLATIONS)
     for name in ("seeds", "jobs", "minutes"):
         value = getattr(options, name)

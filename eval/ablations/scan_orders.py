@@ -19,6 +19,7 @@ ORDERS = ("raster", "random", "cross4", "hilbert", "snake_row_tl", "local")
 PLACES = ("connector", "tower", "reading")
 SIDE = 48  # of a picture, in pixels
 D_MODEL = 64
+VOCABULARY = 320
 LONGEST = 6  # cells of a curve
 
 MIXER = {"d_state": 16, "headdim": 16, "expand": 1, "chunk_size": 64, "A_init_range": [0.01, 1.0], "dt_min": 0.02,
@@ -31,15 +32,16 @@ SEEDS, OTHER_SEEDS = 8, 2  # of the main cells, and of the others
 VERSION = 1  # counts up with everything that changes a score
 
 
-def _curves(longest: int) -> dict:
-    return {"num_curves": 2, "cells": (2, longest)}
+def _pictures(longest: int, train: int, test: int) -> dict:
+    difficulty = {"num_curves": 2, "cells": (2, longest)}
+    return {"train": train, "test": test, "seed": 0, "canvas": (SIDE, SIDE), "difficulty": difficulty}
 
 
 # Curves are learned from short to long: from long ones alone, nothing is learned in any order.
 PICTURES = {
-    "near": {"train": 3000, "test": 1, "difficulty": _curves(2), "kinds": ("trace",)},
-    "middle": {"train": 3000, "test": 1, "difficulty": _curves(3), "kinds": ("trace",)},
-    "plane": {"train": 6000, "test": 400, "difficulty": _curves(LONGEST)},
+    "near": _pictures(2, 2500, 1),
+    "middle": _pictures(3, 2500, 1),
+    "plane": _pictures(LONGEST, 6000, 400),
 }
 COURSE = (
     Stage(data="near", steps=250, settings=("optim.decay_ratio=0.1",)),
@@ -80,7 +82,7 @@ def make_trial(place: str, order: str, seed: int, attention: bool = False, posit
         "vision_encoder": tower(attention, positions, blocks if place == "tower" else None),
         "connector": {"kind": "msc", **blocks} if place == "connector" else {"kind": "mlp"},
         "lm.d_model": D_MODEL,
-        "lm.vocab_size": 320,
+        "lm.vocab_size": VOCABULARY,
         "lm.layers": [READER] * (3 if place == "reading" else 1),
         "reading_order": order if place == "reading" else "raster",
     }
@@ -93,7 +95,10 @@ def make_trial(place: str, order: str, seed: int, attention: bool = False, posit
         },
         seed=seed,
         tower=name_tower(attention, positions),
-        settings=tuple(f"model.{name}={_text(value)}" for name, value in parts.items()),
+        settings=(
+            *(f"model.{name}={_text(value)}" for name, value in parts.items()),
+            f"tokenizer.vocab_size={VOCABULARY}",
+        ),
         fresh=("vision_encoder.scans",) if place == "tower" else (),
     )
 

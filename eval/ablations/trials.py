@@ -14,6 +14,7 @@ from eval import runner
 from eval.environment import commit
 from eval.files import read_lines, write_json
 from eval.tasks import TASKS
+from train.processes import choose_device
 from train.recipes import RECIPES
 from train.run import run
 from train.settings import RunConfig, change
@@ -133,7 +134,7 @@ def run_trial(study: Study, trial: Trial, output: Path) -> dict:
         if not run(_config("tiny", settings, stage, output), origin):
             raise KeyboardInterrupt
         losses.append(_last_loss(origin))
-    model = cobra.load(origin, dtype="float32")
+    model = cobra.load(origin, choose_device("auto"), dtype="float32")
     samples = TASKS[TASK].load(output / DATA / "plane")
     _, scored = runner.run_task(model, TASK, samples, model_name=trial.name, batch_size=100)
     groups = scored["summary"]["groups"]
@@ -169,6 +170,7 @@ def _config(recipe: str, settings: Sequence[str], stage: Stage, output: Path) ->
         f"train.steps={stage.steps}",
         f"train.save_every={stage.steps}",
         "train.keep=1",
+        f"train.skip_nonfinite={stage.steps}",  # a run that diverges counts with what it scores
         "log.ssm=false",
     )
     return change(RECIPES[recipe](), (*fixed, *settings))

@@ -16,7 +16,6 @@ from cobra.connector import CONNECTORS, LinearConfig, MQTConfig
 from cobra.cost import tile_work
 from cobra.image import ImageConfig, to_patches, to_pixels
 from cobra.lm.mamba2 import Mamba2Config
-from cobra.lm.sequence_parallel import SequenceShard
 from cobra.lm.stack import LMConfig
 from cobra.processor import Processor
 from cobra.prompt import Turn
@@ -27,6 +26,7 @@ from cobra.tokenizer import Tokenizer
 from cobra.typed_config import from_dict, override, to_dict
 from cobra.vision_encoder import FusedEncoderConfig, S2EncoderConfig, SmallEncoderConfig, TimmEncoder, TimmEncoderConfig
 from tests.cobra import tower_samples
+from tests.cobra.shards import assert_pieces_are_of
 from tests.cobra.test_tiles import picture, rectangles
 from tests.tolerance import assert_close
 from vision_scan.errors import UserError
@@ -234,19 +234,7 @@ def test_pieces_of_a_row_are_embedded_as_the_whole(model, pictures):
     images = [pictures[:3], pictures[3:]]
     batch = model.processor(text=["ab<image>c<image><image>", "<image>" * 4], images=images)
     ids, pixels, sizes = batch["input_ids"], batch["pixel_values"].double(), batch["image_sizes"].tolist()
-    whole = model.embed(ids, pixels, sizes)
-    part = -(-ids.shape[1] // 3)
-
-    class Piece(SequenceShard):
-        def __init__(self, start):
-            object.__setattr__(self, "start", start)
-
-        def take(self, x):
-            return x[:, self.start : self.start + part]
-
-    for start in range(0, ids.shape[1], part):
-        shard = Piece(start)
-        assert_close("piece", model.embed_shard(ids, pixels, shard, sizes), shard.take(whole), 1e-12)
+    assert_pieces_are_of(model, model.embed(ids, pixels, sizes), ids, pixels, sizes)
 
 
 @pytest.mark.parametrize("kind", TILINGS)

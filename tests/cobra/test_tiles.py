@@ -13,7 +13,6 @@ from cobra.config import CobraConfig
 from cobra.connector import LinearConfig, Pool2dConfig
 from cobra.image import ImageConfig, open_image, to_pixels, upright_size
 from cobra.lm.mamba2 import Mamba2Config
-from cobra.lm.sequence_parallel import SequenceShard
 from cobra.lm.stack import LMConfig
 from cobra.processor import Processor
 from cobra.prompt import Turn
@@ -22,6 +21,7 @@ from cobra.token_reduction import ToMeConfig
 from cobra.tokenizer import Tokenizer
 from cobra.typed_config import from_dict, override, to_dict
 from cobra.vision_encoder import SmallEncoderConfig
+from tests.cobra.shards import assert_pieces_are_of
 from tests.tolerance import assert_close
 from vision_scan.errors import UserError
 
@@ -204,19 +204,7 @@ def test_pieces_of_a_row_are_embedded_as_the_whole(model):
     pictures = [picture(*size, seed=seed) for seed, size in enumerate(SIZES)]
     batch = model.processor(text=["ab<image>c<image><image>", "<image>d"], images=[pictures[:3], pictures[3:]])
     ids, pixels, sizes = batch["input_ids"], batch["pixel_values"].double(), batch["image_sizes"].tolist()
-    whole = model.embed(ids, pixels, sizes)
-    half = -(-ids.shape[1] // 3)
-
-    class Piece(SequenceShard):
-        def __init__(self, start):
-            object.__setattr__(self, "start", start)
-
-        def take(self, x):
-            return x[:, self.start : self.start + half]
-
-    for start in range(0, ids.shape[1], half):
-        shard = Piece(start)
-        assert_close("piece", model.embed_shard(ids, pixels, shard, sizes), shard.take(whole), 1e-12)
+    assert_pieces_are_of(model, model.embed(ids, pixels, sizes), ids, pixels, sizes)
 
 
 def test_newline_and_everything_else_learns_and_is_saved(tmp_path):

@@ -15,7 +15,6 @@ from cobra.config import CobraConfig
 from cobra.connector import CONNECTORS, LinearConfig, MQTConfig
 from cobra.image import ImageConfig
 from cobra.lm.mamba2 import Mamba2Config
-from cobra.lm.sequence_parallel import SequenceShard
 from cobra.lm.stack import LMConfig
 from cobra.prompt import Turn
 from cobra.tiles import AnyResConfig, NativeConfig, TileLayout, UHDConfig
@@ -23,6 +22,7 @@ from cobra.token_reduction import ToMeConfig
 from cobra.typed_config import from_dict, override, to_dict
 from cobra.video import EVSConfig, Video, changed_most
 from cobra.vision_encoder import SmallEncoderConfig
+from tests.cobra.shards import assert_pieces_are_of
 from tests.cobra.test_tiles import picture
 from tests.tolerance import assert_close
 from vision_scan.errors import UserError
@@ -125,19 +125,7 @@ def test_a_batch_is_its_rows_alone(model):
         alone = model.embed(one["input_ids"], pixels, one["image_sizes"], one["num_frames"])
         assert_close(text, together[row : row + 1, : alone.shape[1]], alone, 1e-12)
 
-    part = -(-together.shape[1] // 3)
-
-    class Piece(SequenceShard):
-        def __init__(self, start):
-            object.__setattr__(self, "start", start)
-
-        def take(self, x):
-            return x[:, self.start : self.start + part]
-
-    for start in range(0, together.shape[1], part):
-        shard = Piece(start)
-        found = model.embed_shard(batch["input_ids"], inputs[0], shard, *inputs[1:])
-        assert_close("piece", found, shard.take(together), 1e-12)
+    assert_pieces_are_of(model, together, batch["input_ids"], *inputs)
 
 
 @pytest.mark.parametrize("tiles", TILES)

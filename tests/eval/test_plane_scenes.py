@@ -21,6 +21,7 @@ from eval.scene_questions import guess_from_text
 from eval.tasks import TASKS
 
 NUMBERS = {"colour": 200, "relation": 1000, "count": 800, "trace": 400}  # of pictures that tests look at
+CHANCE = {"colour": 1 / 4, "relation": 1 / 2, "count": 1 / 5, "trace": 1 / 3}  # of who has read the question
 WHITE = (250, 250, 250)
 
 
@@ -89,9 +90,10 @@ def read_answer(scene) -> str:
     places = {blob.shape: blob.middle for blob in found}
     assert len(places) == len(found) == 4
     (y, x), (b, a) = places[words[2]], places[words[-1]]
-    difference = {"left": a - x, "right": x - a, "above": b - y, "below": y - b}[words[3]]
+    before, behind = words[3], words[5]
+    difference = {"left": a - x, "above": b - y}[before]
     assert abs(difference) >= 4
-    return "yes" if difference > 0 else "no"
+    return before if difference > 0 else behind
 
 
 def follow(image: np.ndarray) -> str:
@@ -157,7 +159,7 @@ def test_text_tells_nothing(drawn, kind):
     questions = [scene.question for scene in drawn[kind]]
     half = len(questions) // 2
     guess = guess_from_text(questions[:half], questions[half:], [kind])[kind]
-    assert guess <= 1 / len(KINDS[kind].answers(DEFAULT)) + 0.07
+    assert guess <= CHANCE[kind] + 0.07
 
 
 def statistics(image: np.ndarray) -> np.ndarray:
@@ -183,7 +185,7 @@ def linear_accuracy(features: np.ndarray, answers: list[str]) -> float:
 def test_simple_statistics_tell_nothing(drawn, kind):
     answers = [scene.question.answer for scene in drawn[kind]]
     features = np.stack([statistics(scene.image) for scene in drawn[kind]])
-    assert linear_accuracy(features, answers) <= 1 / len(set(answers)) + 0.07
+    assert linear_accuracy(features, answers) <= 1 / len(set(answers)) + 0.07  # the question unread
 
 
 def test_simple_statistics_would_show_a_leak(drawn):
@@ -217,10 +219,13 @@ def test_one_shape_of_a_relation_does_not_settle_it(drawn):
     for scene in drawn["relation"]:
         words = scene.question.text.rstrip("?").split()
         places = {blob.shape: np.array(blob.middle) // 8 for blob in blobs(scene.image)}
-        axis = 1 if words[3] in ("left", "right") else 0
+        axis = int(words[3] == "left")
         distances.append(abs(places[words[2]] - places[words[-1]])[axis])
         votes[words[3], places[words[2]][axis], scene.question.answer] += 1
-    best = sum(max(votes[w, x, "yes"], votes[w, x, "no"]) for w, x in {key[:2] for key in votes})
+    answers = KINDS["relation"].answers(DEFAULT)
+    best = sum(
+        max(votes[(*known, answer)] for answer in answers) for known in {key[:2] for key in votes}
+    )
     assert best / len(distances) < 0.85
     assert set(distances) == {1, 2, 3, 4, 5}
 
@@ -339,7 +344,7 @@ def test_other_processes_can_draw(data_dir, tmp_path, monkeypatch):
 def test_task_scores_each_kind(data_dir):
     class Guesser:
         def answer_batch(self, requests, *, max_new_tokens):
-            return ["Yes." for _ in requests]
+            return ["Left." for _ in requests]
 
     samples = TASKS["plane_scenes"].load(data_dir)
     assert len(samples) == 16 and [sample.group for sample in samples[:4]] == list(KINDS)
@@ -347,7 +352,7 @@ def test_task_scores_each_kind(data_dir):
     groups = result["summary"]["groups"]
     assert {kind: groups[kind]["accuracy"] for kind in groups} == {
         **dict.fromkeys(KINDS, 0.0),
-        "relation": 0.5,
+        "relation": 0.25,
     }
 
 
