@@ -106,7 +106,8 @@ def pretrain(study: Study, name: str, output: Path) -> None:
     draft = output / WORK / f"tower-{name}"
     shutil.rmtree(draft, ignore_errors=True)
     settings = (*study.towers[name], *study.tower_stage.settings, "train.seed=0")
-    run(_config("tiny-tower", settings, study.tower_stage, output), draft)
+    if not run(_config("tiny-tower", settings, study.tower_stage, output), draft):
+        raise KeyboardInterrupt  # told to stop: half a tower is none
     place.parent.mkdir(parents=True, exist_ok=True)
     draft.rename(place)
 
