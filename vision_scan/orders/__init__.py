@@ -136,8 +136,9 @@ def _order(
     @functools.wraps(lists_of)  # keeps the signature, which names the options
     def make(height: int, width: int, depth: int | None = None, **options: Any) -> ScanOrder:
         height, width = read_size(height, width)
-        grid = torch.arange(height * width, device="cpu").view(height, width)
-        built = ScanOrder(lists_of(grid, **options), height, width, **kind)
+        with torch.device("cpu"):  # whatever the device of a model that is being made
+            lists = lists_of(torch.arange(height * width).view(height, width), **options)
+        built = ScanOrder(lists, height, width, **kind)
         return built if depth is None else built.at(depth)
 
     make.__doc__ = about
