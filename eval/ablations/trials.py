@@ -93,6 +93,10 @@ class Study:
     control: tuple[str, str] | None = None
     fields: Callable[[Path], None] | None = None
 
+    def is_main(self, factors: Mapping[str, str]) -> bool:
+        """Whether a cell, or a trial, has the levels that the main cells have."""
+        return all(factors.get(name) == level for name, level in self.main.items())
+
 
 RESULTS, DATA, TOWERS, WORK = "results", "data", "towers", "work"  # folders of a study's output
 TASK = "plane_scenes"
