@@ -48,86 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     about = "draw the pictures of the study of scan orders, with a question each"
     scene_commands.add_plane_scenes(_command(commands, "plane-scenes", scene_commands.draw_plane_scenes, about))
 
-    tasks = _command(commands, "tasks", _tasks, "answer and score a benchmark")
-    tasks.add_argument("--model", metavar="DIR", help="a model directory")
-    tasks.add_argument(
-        "--task",
-        default="digit_scenes",
-        metavar="NAME",
-        help="the benchmark (default digit_scenes)",
-    )
-    tasks.add_argument("--data", type=Path, metavar="DIR", help="the benchmark's files")
-    tasks.add_argument("--output", type=Path, metavar="DIR", help="for one line per answer, and the summary")
-    tasks.add_argument(
-        "--control", default="none", metavar="NAME", help="blank: black pictures of the same size"
-    )
-    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
-    tasks.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="questions at once (default 32)"
-    )
-    tasks.add_argument(
-        "--max-new-tokens", type=int, default=24, metavar="N", help="longest answer (default 24)"
-    )
-    tasks.add_argument("--weights", metavar="FORM", help="int8 or int4: quantise the language model")
-    tasks.add_argument(
-        "--rescore",
-        type=Path,
-        metavar="FILE",
-        help="score the answers of a .jsonl again; no model needed",
-    )
-    _add_device(tasks)
-
-    efficiency = _command(
-        commands, "efficiency", _efficiency, "time decoding against context length, or beside rivals"
-    )
-    efficiency.add_argument(
-        "--model",
-        action="append",
-        metavar="[NAME=]DIR|PRESET",
-        help="once per model; a preset has random weights",
-    )
-    efficiency.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="a .json; a page with the plots goes beside it, with --peers a .md and a .png",
-    )
-    efficiency.add_argument(
-        "--shortest-context", type=int, default=256, metavar="N", help="then doubling (default 256)"
-    )
-    efficiency.add_argument(
-        "--longest-context", type=int, metavar="N", help="(default 16384, with --peers a million)"
-    )
-    efficiency.add_argument(
-        "--rounds", type=int, metavar="N", help="repeats of decoding (default 9), with --peers of all (7)"
-    )
-    efficiency.add_argument(
-        "--prefill-rounds",
-        type=int,
-        default=3,
-        metavar="N",
-        help="repeats of the first token (default 3)",
-    )
-    efficiency.add_argument(
-        "--peers",
-        metavar="NAMES",
-        help="measure beside these instead of --model, on the CPU: transformers,llama.cpp",
-    )
-    efficiency.add_argument(
-        "--preset", default="mamba2-130m", metavar="NAME", help="with --peers: our model (mamba2-130m)"
-    )
-    efficiency.add_argument(
-        "--only", metavar="NAMES", help="with --peers: decode,prefill,training,scan_2d,context (default all)"
-    )
-    efficiency.add_argument(
-        "--budget", type=float, metavar="S", help="with --peers: seconds of a contestant in a contest (120)"
-    )
-    efficiency.add_argument(
-        "--threads", type=int, metavar="N", help="with --peers: of every contestant (default torch's)"
-    )
-    _add_device(efficiency)
-
+    _add_tasks(_command(commands, "tasks", _tasks, "answer and score a benchmark"))
+    about = "time decoding against context length, or beside rivals"
+    _add_efficiency(_command(commands, "efficiency", _efficiency, about))
     about = "train variants at matched cost, compare them, and say what can be concluded"
     ablations.add_arguments(_command(commands, "ablate", ablations.run, about))
 
@@ -174,6 +97,88 @@ def _command(
     parser = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
     parser.set_defaults(run=run)
     return parser
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Options of `tasks`."""
+    parser.add_argument("--model", metavar="DIR", help="a model directory")
+    parser.add_argument(
+        "--task",
+        default="digit_scenes",
+        metavar="NAME",
+        help="the benchmark (default digit_scenes)",
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the benchmark's files")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for one line per answer, and the summary")
+    parser.add_argument(
+        "--control", default="none", metavar="NAME", help="blank: black pictures of the same size"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="questions at once (default 32)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=24, metavar="N", help="longest answer (default 24)"
+    )
+    parser.add_argument("--weights", metavar="FORM", help="int8 or int4: quantise the language model")
+    parser.add_argument(
+        "--rescore",
+        type=Path,
+        metavar="FILE",
+        help="score the answers of a .jsonl again; no model needed",
+    )
+    _add_device(parser)
+
+
+def _add_efficiency(parser: argparse.ArgumentParser) -> None:
+    """Options of `efficiency`."""
+    parser.add_argument(
+        "--model",
+        action="append",
+        metavar="[NAME=]DIR|PRESET",
+        help="once per model; a preset has random weights",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a .json; a page with the plots goes beside it, with --peers a .md and a .png",
+    )
+    parser.add_argument(
+        "--shortest-context", type=int, default=256, metavar="N", help="then doubling (default 256)"
+    )
+    parser.add_argument(
+        "--longest-context", type=int, metavar="N", help="(default 16384, with --peers a million)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="repeats of decoding (default 9), with --peers of all (7)"
+    )
+    parser.add_argument(
+        "--prefill-rounds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="repeats of the first token (default 3)",
+    )
+    parser.add_argument(
+        "--peers",
+        metavar="NAMES",
+        help="measure beside these instead of --model, on the CPU: transformers,llama.cpp",
+    )
+    parser.add_argument(
+        "--preset", default="mamba2-130m", metavar="NAME", help="with --peers: our model (mamba2-130m)"
+    )
+    parser.add_argument(
+        "--only", metavar="NAMES", help="with --peers: decode,prefill,training,scan_2d,context (default all)"
+    )
+    parser.add_argument(
+        "--budget", type=float, metavar="S", help="with --peers: seconds of a contestant in a contest (120)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="with --peers: of every contestant (default torch's)"
+    )
+    _add_device(parser)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,11 +36,23 @@ def library() -> Path:
     return found
 
 
+@pytest.fixture(scope="module")
+def outcomes(library: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, Future]]:
+    """The suites that are asked for, one on each core: the emulator runs on one thread, and for minutes."""
+    chosen = [item.callspec.params["suite"] for item in request.session.items if item.path == Path(__file__)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {suite: pool.submit(run_suite, suite, library) for suite in chosen}
+
+
+def run_suite(suite: str, library: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "VISION_SCAN_EMULATE": str(library), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", suite]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.skipif(bool(os.environ.get("VISION_SCAN_EMULATE")), reason="they are emulated already")
 @pytest.mark.parametrize("suite", SUITES)
-def test_emulated_kernels_pass(suite, library):
-    environment = {**os.environ, "VISION_SCAN_EMULATE": str(library)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", suite]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def test_emulated_kernels_pass(suite, outcomes):
+    done = outcomes[suite].result()
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout, done.stdout  # not all were skipped
