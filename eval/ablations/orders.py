@@ -5,29 +5,35 @@ import sys
 from pathlib import Path
 
 from eval.files import write_text
+from vision_scan import SCAN_ORDERS
 from vision_scan.errors import UserError
 
 KEPT = "orders.py"  # of a study's output
 
 
 def load(file: Path) -> None:
-    """Runs a file that adds scan orders, unless this process has run it already.
+    """Runs a file that adds lines to SCAN_ORDERS, unless this process has run it already.
 
     Raises:
-        UserError: if it cannot be read, or fails.
+        UserError: if it cannot be read, fails, or changes an order that there is.
     """
     name = f"scan orders of {file.resolve()}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None or not file.is_file():
-        raise UserError(f"--orders {file}: no such file, or no .py; give one that calls vision_scan.orders.register")
+        raise UserError(f"--orders {file}: no such file, or no .py; give one that adds to vision_scan.SCAN_ORDERS")
+    before = dict(SCAN_ORDERS)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise UserError(f"--orders {file}: {type(error).__name__}: {error}".replace("\n", " ")) from error
+    changed = [name for name, make in before.items() if SCAN_ORDERS.get(name) is not make]
+    if changed:
+        SCAN_ORDERS.update(before)
+        raise UserError(f"--orders {file}: {', '.join(changed)} is an order already; take another name")
 
 
 def keep(file: Path, output: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 import vision_scan
 from eval.__main__ import main
@@ -117,6 +118,8 @@ def test_command_refuses_in_one_line(tmp_path, monkeypatch, capsys, options, mes
 def test_the_order_of_the_page_reads_rings(rings):
     orders.load(rings)
     orders.load(rings)  # once
+    with torch.device("meta"):  # as when the parameters of a model are counted
+        assert vision_scan.order("rings", 3, 4)[0].device.type == "cpu"
     assert vision_scan.order("rings", 3, 4)[0].tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 5, 6]
     assert vision_scan.order("rings(outwards=true)", 3, 3)[0][0] == 4
     study = scan_orders.study(["rings"], 1)
@@ -130,16 +133,18 @@ def test_the_order_of_the_page_reads_rings(rings):
     [
         ("import nowhere_at_all", "ModuleNotFoundError"),
         ("def (", "SyntaxError"),
-        ("from vision_scan.orders import register\nregister('raster', lambda g: [g.flatten()])", "'raster' cannot be"),
-        ("from vision_scan.orders import register\nregister('x', lambda g: [g[0]])", "scan order"),
+        ("from vision_scan import SCAN_ORDERS as S\nS['raster'] = S['hilbert']", "raster is an order already"),
+        ("from vision_scan import SCAN_ORDERS as S\ndel S['random']", "random is an order already"),
     ],
 )
 def test_a_file_of_orders_that_fails_is_named(tmp_path, code, message):
     file = tmp_path / "own.py"
     file.write_text(code)
-    with mock.patch.dict(vision_scan.SCAN_ORDERS), pytest.raises(UserError, match=message) as caught:
+    before = dict(vision_scan.SCAN_ORDERS)
+    with mock.patch.dict(sys.modules), pytest.raises(UserError, match=message) as caught:
         orders.load(file)
     assert "own.py" in str(caught.value) and "\n" not in str(caught.value)
+    assert before == vision_scan.SCAN_ORDERS
 
 
 def test_the_study_is_paired_and_balanced():

@@ -5,7 +5,7 @@ An order is data: one or more visiting lists over the cells of a (height, width)
 map R[k][P[k][t]] = t. Reading is a gather with P, writing back a gather with R (see scan.py).
 
 To add an order, write a function from the grid of cell ids to its visiting lists (curves.py), and add one line
-to SCAN_ORDERS; `register` does so from outside. Keyword arguments with defaults become options: "random(seed=1)".
+to SCAN_ORDERS. Keyword arguments with defaults become options: "random(seed=1)".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vision_scan.errors import UserError, choose
 from . import curves
 from .scan_order import MERGES, SCHEDULES, ScanOrder, read_integer, read_size
 
-__all__ = ["MERGES", "SCAN_ORDERS", "SCHEDULES", "ScanOrder", "order", "register", "sequential_order"]
+__all__ = ["MERGES", "SCAN_ORDERS", "SCHEDULES", "ScanOrder", "order", "sequential_order"]
 
 def order(
     name: str | ScanOrder, height: int, width: int, depth: int | None = None, **options: Any
@@ -78,7 +78,8 @@ def _build(
 ) -> ScanOrder:
     in_brackets = ", ".join(f"{key}={value}" for key, value in options)
     label = f"{name}({in_brackets})" if options else name
-    return replace(make(height, width, depth, **dict(options)), name=label)
+    with torch.device("cpu"):  # whatever that of a model which is being made: the order is shared
+        return replace(make(height, width, depth, **dict(options)), name=label)
 
 
 @functools.lru_cache(maxsize=128)
@@ -136,32 +137,12 @@ def _order(
     @functools.wraps(lists_of)  # keeps the signature, which names the options
     def make(height: int, width: int, depth: int | None = None, **options: Any) -> ScanOrder:
         height, width = read_size(height, width)
-        with torch.device("cpu"):  # whatever the device of a model that is being made
-            lists = lists_of(torch.arange(height * width).view(height, width), **options)
-        built = ScanOrder(lists, height, width, **kind)
+        grid = torch.arange(height * width, device="cpu").view(height, width)
+        built = ScanOrder(lists_of(grid, **options), height, width, **kind)
         return built if depth is None else built.at(depth)
 
     make.__doc__ = about
     return make
-
-
-def register(name: str, lists_of: Callable[..., Sequence[Tensor]], about: str = "", **kind: Any) -> None:
-    """Adds an order of one's own to SCAN_ORDERS, for this process.
-
-    Args:
-        name: a word, new among the orders.
-        lists_of: from the grid of cell ids, (height, width) int64, to the visiting lists, each a permutation of them;
-            further arguments with defaults become options.
-        about: a line about it.
-        kind: merge, schedule and is_causal of the ScanOrder, where they are not the usual.
-    Raises:
-        UserError: if the name is no word or taken, or the lists of a small grid are not allowed.
-    """
-    if not name.isidentifier() or name in SCAN_ORDERS:
-        raise UserError(f"scan order {name!r} cannot be added: give a word that is none of {', '.join(SCAN_ORDERS)}")
-    make = _order(about, lists_of, **kind)
-    make(2, 3)
-    SCAN_ORDERS[name] = make
 
 
 # Sources: cross4, rot4: VMamba (arXiv:2401.10166); bi2: Vim (arXiv:2401.09417); plain4: PlainMamba
