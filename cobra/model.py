@@ -88,8 +88,8 @@ class Cobra(nn.Module):
             tokens = self.connector(features)
             if self.config.reading_order == "raster":
                 return tokens
-            order = vision_scan.order(self.config.reading_order, *features.shape[1:3]).to(tokens.device)
-            return tokens[:, order[0]]
+            (cells,) = vision_scan.order(self.config.reading_order, *features.shape[1:3])
+            return tokens[:, cells[cells >= 0].to(tokens.device)]  # windows that stick out of the grid have pads
         features, attention = self.vision_encoder(pixel_values, return_attention=True)
         features = features.to(self.dtype)
         if reduction.behind == "connector":

@@ -49,7 +49,7 @@ class ScanBlocksConfig:
     mixer: Mamba2Config = field(default_factory=Mamba2Config)
 
     def __post_init__(self) -> None:
-        sequential_order(self.order)  # an unknown name fails here, not at the first image
+        example = sequential_order(self.order)  # an unknown name fails here, not at the first image
         require_positive(self, "depth")
         for name, allowed in (("combine", COMBINATIONS), ("lists", ("all", "share"))):
             if getattr(self, name) not in allowed:
@@ -58,6 +58,11 @@ class ScanBlocksConfig:
             raise UserError(
                 f"scan blocks: combine {self.combine!r} needs lists of all channels, and under lists=share each has a "
                 "share of them: set lists=all, or combine=sum"
+            )
+        if self.lists == "share" and example.merge == "scatter" and len(example) > 1:
+            raise UserError(
+                f"scan blocks: the lists of {self.order!r} hold different cells and cost what one does already; with a "
+                "share each, cells would lack the other channels: set lists=all"
             )
 
 

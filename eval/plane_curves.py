@@ -78,6 +78,7 @@ def draw_trace(
 ) -> Picture:
     """Grey curves, each from a white mark to a coloured one; that from the star reaches `answer`."""
     grid = Grid(canvas)
+    difficulty.check_room(grid)  # else room would be sought for ever
     walks = _walks(rng, grid, difficulty)
     others = [colour for colour in difficulty.colours if colour != answer]
     colours = [answer, *rng.permutation(others)]
@@ -94,11 +95,11 @@ def draw_trace(
         else:
             paint(pixels, "circle", WHITE, (top, left), DOT * grid.unit)
         paint(pixels, "circle", COLOURS[str(colour)], (y, x), MARK * grid.unit)
-    regions = [
-        grid.region(grid.centre(cell), (CELL * grid.unit / 2,) * 2, labels)
-        for number, (walk, colour) in enumerate(zip(walks, colours, strict=True))
-        for cell, labels in _labels(walk, str(colour), "dot" if number else "star")
-    ]
+    labels: dict[Cell, dict[str, str]] = {}
+    for number, (walk, colour) in enumerate(zip(walks, colours, strict=True)):
+        for cell, found in _labels(walk, str(colour), "dot" if number else "star"):
+            labels[cell] = {**labels.get(cell, {}), **found}  # two lines may cross there
+    regions = [grid.region(grid.centre(cell), (CELL * grid.unit / 2,) * 2, found) for cell, found in labels.items()]
     return Picture(pixels, "Which colour does the line from the star reach?", regions)
 
 
@@ -145,6 +146,7 @@ def _grow_all(rng: np.random.Generator, grid: Grid, difficulty: Difficulty) -> l
     """One walk after the other, in what those before left free; None if there is no room."""
     free = set(grid.cells())
     mean = COVER * len(free) / difficulty.num_curves
+    longest = len(free) if difficulty.cells is None else difficulty.cells[1]  # a walk may be one cell longer than asked
     straight: dict[Cell, int] = {}  # cells that a walk goes straight through -> axis, 0 along a column
     walks: list[list[Cell]] = []
     for _ in range(difficulty.num_curves):
@@ -154,7 +156,7 @@ def _grow_all(rng: np.random.Generator, grid: Grid, difficulty: Difficulty) -> l
             length = int(rng.integers(difficulty.cells[0], difficulty.cells[1], endpoint=True))
         crossable = straight if difficulty.crossing else {}
         tries = (_grow(rng, free, crossable, length, difficulty.wiggle) for _ in range(10))
-        walk = next((walk for walk in tries if walk), None)
+        walk = next((walk for walk in tries if walk and len(walk) <= longest), None)
         if walk is None:
             return None
         for before, cell, after in zip(walk, walk[1:], walk[2:], strict=False):

@@ -1,6 +1,5 @@
 """What a run begins with: the model, its tokenizer, the objective."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from train import lora, processes
 from train.data.dataset import Dataset
 from train.objectives import OBJECTIVES, Conversation, Objective
 from train.resume import read_state
-from train.settings import LoraSettings, RunConfig
+from train.settings import InitSettings, LoraSettings, RunConfig
 from vision_scan.errors import UserError
 
 MOST_LOSS = 0.8  # share of the loss by chance that a pretrained language model may have; one of 130 M has about 0.35
@@ -74,7 +73,7 @@ def _build_base(config: RunConfig, rows: Dataset) -> Cobra:
     model.lm.scale_residual(config.init.residual)
     if source is not None:
         tensors = cobra.checkpoint.read_tensors(source, config.init.parts)
-        tensors = _keep_fresh(model, tensors, config.init.fresh)
+        tensors = _keep_fresh(model, tensors, config.init)
         cobra.checkpoint.assign_tensors(model, tensors, source, config.init.parts)
         model.float()  # whatever they are stored in
     if config.init.towers:
@@ -82,13 +81,13 @@ def _build_base(config: RunConfig, rows: Dataset) -> Cobra:
     return model
 
 
-def _keep_fresh(model: Cobra, tensors: dict[str, Tensor], modules: Sequence[str]) -> dict[str, Tensor]:
+def _keep_fresh(model: Cobra, tensors: dict[str, Tensor], init: InitSettings) -> dict[str, Tensor]:
     """The tensors to be assigned, those of some modules replaced by the model's own random ones.
 
     Raises:
-        UserError: if a module is not the model's.
+        UserError: if a module is not the model's, or not of a part that is taken.
     """
-    for module in modules:
+    for module in init.fresh:
         own = {
             name: tensor.detach().clone()
             for name, tensor in cobra.checkpoint.named_tensors(model).items()
@@ -96,6 +95,11 @@ def _keep_fresh(model: Cobra, tensors: dict[str, Tensor], modules: Sequence[str]
         }
         if not own:
             raise UserError(f"init.fresh: the model has no module {module!r}; give names such as vision_encoder.scans")
+        if module.partition(".")[0] not in init.parts:
+            raise UserError(
+                f"init.fresh: {module!r} begins at random anyway, since init.parts takes {', '.join(init.parts)} "
+                "alone; leave it out"
+            )
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{module}.")} | own
     return tensors
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from cobra.image import ImageConfig
 from cobra.scan_block import ScanBlock, ScanBlocksConfig
 from cobra.typed_config import require_positive
-from vision_scan.errors import UserError
+from vision_scan.errors import UserError, choose
 
 from .patches import PatchAttention, patch_grid
 
@@ -39,6 +40,7 @@ class SmallEncoderConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "d_model", "num_heads")
+        choose("stem", self.stem, STEMS)
         if self.depth < 0:
             raise UserError(f"small encoder: depth {self.depth} must be 0 or more")
         if self.patch_size < 2 or self.patch_size & (self.patch_size - 1):
@@ -71,7 +73,7 @@ class SmallEncoder(nn.Module):
         self.d_model = config.d_model
         self.patch_size = config.patch_size
         self.positions = config.positions
-        self.stem = (_convolutions if config.stem == "conv" else _patch_maps)(config)
+        self.stem = STEMS[config.stem](config)
         self.blocks = nn.ModuleList(
             EncoderBlock(config.d_model, config.num_heads) for _ in range(config.depth)
         )
@@ -124,6 +126,9 @@ def _patch_maps(config: SmallEncoderConfig) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 2 * d, side, stride=side), nn.GELU(), nn.Conv2d(2 * d, 2 * d, 1), nn.GELU(), nn.Conv2d(2 * d, d, 1)
     )
+
+
+STEMS: dict[str, Callable[[SmallEncoderConfig], nn.Sequential]] = {"conv": _convolutions, "patch": _patch_maps}
 
 
 class ResidualConv(nn.Module):

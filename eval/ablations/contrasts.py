@@ -1,6 +1,7 @@
 """What a study's scores say: means and paired differences with intervals, and what could have been found."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE, POWER = 0.95, 0.8
+LEAST_SPREAD = 1e-9  # standard error of equal differences: what is left of them by rounding
 ABOVE_CHANCE = 0.20  # of the mean over all levels, below which a task says nothing in a cell
 
 Cell = tuple[tuple[str, str], ...]
@@ -49,11 +51,14 @@ class Contrast:
     """A level against the baseline, paired by seed.
 
     Attributes:
-        difference, low, high: mean of the differences of accuracy and its 95 percent interval (Student's t).
+        difference, low, high: mean of the differences of accuracy and its 95 percent interval (Student's t); without
+            bounds (nan) where p is nan.
         num_seeds: pairs.
-        p: two-sided; nan with fewer than 2 seeds.
-        p_holm: after Holm, over the family that it belongs to; nan outside of one.
-        detectable: the smallest true difference that would have been found with a chance of 80 percent.
+        error: standard error of the difference; nan with fewer than 2 seeds.
+        p: two-sided; nan with fewer than 2 seeds, or if all differences are the same and not 0: of few seeds on few
+            questions, such a tie is chance, and no measure of the spread.
+        family: how many contrasts are judged together.
+        p_holm: after Holm, over the family; nan outside of one.
     """
 
     cell: Cell
@@ -63,9 +68,24 @@ class Contrast:
     low: float
     high: float
     num_seeds: int
+    error: float
     p: float
-    detectable: float
+    family: int = 1
     p_holm: float = math.nan
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true difference that would have been found, among the family, with a chance of 80 percent; given
+        the spread between seeds, and as the first of Holm's steps finds it."""
+        if math.isnan(self.p):
+            return math.nan
+        tail, freedom = (1 - CONFIDENCE) / 2 / self.family, self.num_seeds - 1
+        return self.error * float(stats.t.isf(tail, freedom) + stats.t.ppf(POWER, freedom))
+
+
+def level_name(level: str) -> str:
+    """A level but for its seed: "random(seed=3)", a shuffle of its own for each seed, is "random"."""
+    return re.sub(r"\(seed=\d+\)$", "", level)
 
 
 def gather(
@@ -75,12 +95,12 @@ def gather(
 
     Args:
         results: of trials.
-        factor: the one that is compared; what stands in brackets behind a level is left out ("random(seed=3)").
+        factor: the one that is compared, see `level_name`.
     """
     found: dict[tuple[Cell, str], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for result in results:
         cell = tuple((name, level) for name, level in result["factors"].items() if name != factor)
-        level = result["factors"][factor].partition("(")[0]
+        level = level_name(result["factors"][factor])
         for task, accuracy in result["accuracy"].items():
             found[cell, task][level][result["seed"]] = accuracy
     return [
@@ -104,17 +124,20 @@ def contrast(scores: Scores, level: str, baseline: str) -> Contrast | None:
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
-    differences = np.array([first[seed] - second[seed] for seed in seeds])
-    mean, low, high = interval(differences.tolist())
-    p = detectable = math.nan
+    differences = [first[seed] - second[seed] for seed in seeds]
+    mean, low, high = interval(differences)
+    error = p = math.nan
     if len(seeds) > 1:
         error = float(np.std(differences, ddof=1)) / math.sqrt(len(seeds))
-        freedom = len(seeds) - 1
-        p = float(2 * stats.t.sf(abs(mean) / error, freedom)) if error > 0 else float(mean == 0)
-        detectable = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) + stats.t.ppf(POWER, freedom))
+        if error > LEAST_SPREAD:
+            p = float(2 * stats.t.sf(abs(mean) / error, len(seeds) - 1))
+        elif abs(mean) <= LEAST_SPREAD:
+            p = 1.0
+        else:
+            low = high = math.nan
     return Contrast(
         cell=scores.cell, task=scores.task, level=level, difference=mean, low=low, high=high,
-        num_seeds=len(seeds), p=p, detectable=detectable,
+        num_seeds=len(seeds), error=error, p=p,
     )  # fmt: skip
 
 

@@ -6,7 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eval.ablations import plots
-from eval.ablations.contrasts import ABOVE_CHANCE, Cell, Contrast, Scores, contrast, friedman, gather, holm, interval
+from eval.ablations.contrasts import (
+    ABOVE_CHANCE,
+    Cell,
+    Contrast,
+    Scores,
+    contrast,
+    friedman,
+    gather,
+    holm,
+    interval,
+    level_name,
+)
 from eval.ablations.trials import DATA, SCORED, Study
 from eval.files import read_json, write_lines, write_text
 
@@ -19,7 +30,7 @@ class Analysis:
 
     Attributes:
         scores: by cell and task.
-        main: contrasts of the main cell, whose p values are adjusted together.
+        main: contrasts of the main cells; those that have a p value are adjusted together.
         others: those of the other cells.
     """
 
@@ -38,17 +49,13 @@ def analyse(study: Study, results: Sequence[Mapping], chance: Mapping[str, float
         for level in one.levels
         if level != study.baseline and (made := contrast(one, level, study.baseline)) is not None
     ]
-    main = [one for one in found if is_main(study, one.cell) and not math.isnan(one.p)]
-    adjusted = holm([one.p for one in main])
-    main = [replace(one, p_holm=p) for one, p in zip(main, adjusted, strict=True)]
-    kept = {(one.cell, one.task, one.level) for one in main}
-    others = [one for one in found if (one.cell, one.task, one.level) not in kept]
+    main = [one for one in found if study.is_main(dict(one.cell))]
+    others = [one for one in found if not study.is_main(dict(one.cell))]
+    judged = [number for number, one in enumerate(main) if not math.isnan(one.p)]
+    adjusted = holm([main[number].p for number in judged])
+    for number, p in zip(judged, adjusted, strict=True):
+        main[number] = replace(main[number], p_holm=p, family=len(judged))
     return Analysis(scores=scores, main=main, others=others)
-
-
-def is_main(study: Study, cell: Cell) -> bool:
-    """Whether a cell has the levels that the study calls its main ones."""
-    return all(dict(cell).get(name) == level for name, level in study.main.items())
 
 
 def write(study: Study, results: Sequence[Mapping], output: Path) -> list[Path]:
@@ -66,12 +73,12 @@ def render(study: Study, analysis: Analysis, results: Sequence[Mapping], picture
     """The report as markdown."""
     commits = sorted({str(result["commit"]) for result in results})
     seconds = sum(result["seconds"] for result in results)
+    made = f", at commit {', '.join(commits)}, in {seconds / 3600:.1f} hours of one core each" if results else ""
     lines = [
         f"# {study.about}",
         "",
-        f"{len(results)} of {len(study.trials)} trials are done, version {study.version}, at commit "
-        f"{', '.join(commits)}, in {seconds / 3600:.1f} hours of one core each. Differences are in points of accuracy, "
-        f"against {study.baseline}, paired by seed, with 95 percent intervals over seeds.",
+        f"{len(results)} of {len(study.trials)} trials are done, version {study.version}{made}. Differences are in "
+        f"points of accuracy, against {study.baseline}, paired by seed, with 95 percent intervals over seeds.",
         "",
         *conclude(study, analysis),
         "",
@@ -89,21 +96,26 @@ def conclude(study: Study, analysis: Analysis) -> list[str]:
     said = []
     if study.control is not None:
         said.append(_judge_control(study, analysis))
-    found = [one for one in analysis.main if one.p_holm < 0.05]
+    judged = [one for one in analysis.main if not math.isnan(one.p_holm)]
+    found = [one for one in judged if one.p_holm < 0.05]
     if found:
         listed = "; ".join(_phrase(one) for one in sorted(found, key=lambda one: -abs(one.difference)))
-        said.append(f"Found in the main cell, after Holm over {len(analysis.main)} contrasts: {listed}.")
-    elif analysis.main:
-        said.append(f"After Holm, none of the {len(analysis.main)} contrasts of the main cell is significant.")
-    open_ones = [one for one in analysis.main if one.p_holm >= 0.05]
+        said.append(f"Found in the main cell, after Holm over {len(judged)} contrasts: {listed}.")
+    elif judged:
+        said.append(f"After Holm, none of the {len(judged)} contrasts of the main cell is significant.")
+    open_ones = [one for one in judged if one.p_holm >= 0.05]
     if open_ones:
-        settled = [one for one in open_ones if max(abs(one.low), abs(one.high)) <= NEGLIGIBLE]
-        least, most = (pick(100 * one.detectable for one in open_ones) for pick in (min, max))
+        rest = [one for one in open_ones if max(abs(one.low), abs(one.high)) > NEGLIGIBLE]
         said.append(
-            f"Of the {len(open_ones)} others, {len(settled)} are within {100 * NEGLIGIBLE:.0f} points by their whole "
-            f"interval, which can be called equal; about the rest nothing is known but that a true difference of "
-            f"{least:.1f} to {most:.1f} points (see the table) would have been found with a chance of 80 percent."
+            f"Of {'the others' if found else 'these'}, {len(open_ones) - len(rest)} of {len(open_ones)} are within "
+            f"{100 * NEGLIGIBLE:.0f} points by their whole interval, which can be called equal."
         )
+        if rest:
+            least, most = (pick(100 * one.detectable for one in rest) for pick in (min, max))
+            said.append(
+                f"About the rest nothing is known but that a true difference of {least:.1f} to {most:.1f} points (see "
+                "the table) would have been found, after Holm too, with a chance of 80 percent."
+            )
     left_out = sorted({(one.task, _describe(one.cell)) for one in analysis.scores if not one.counts})
     if left_out:
         listed = "; ".join(f"{task} ({cell})" for task, cell in left_out)
@@ -115,7 +127,7 @@ def conclude(study: Study, analysis: Analysis) -> list[str]:
 
 def _judge_control(study: Study, analysis: Analysis) -> str:
     level, task = study.control
-    found = [one for one in analysis.main if (one.level, one.task) == (level, task)]
+    found = [one for one in analysis.main if (one.level, one.task) == (level, task) and not math.isnan(one.p_holm)]
     what = f"The positive control ({level} against {study.baseline} on {task})"
     if not found:
         return f"{what} cannot be judged yet: nothing below is to be relied on."
@@ -160,6 +172,8 @@ def _contrast_table(title: str, contrasts: Sequence[Contrast], adjusted: bool) -
 
 
 def _score_table(study: Study, scores: Sequence[Scores]) -> list[str]:
+    if not scores:
+        return []
     levels = list(dict.fromkeys(level for one in scores for level in one.levels))
     lines = ["## Accuracy", "", f"Percent, mean over seeds and half of the 95 percent interval, by {study.factor}.", ""]
     lines.append(f"| cell | task | chance | {' | '.join(levels)} | any difference (Friedman p) |")
@@ -182,10 +196,12 @@ def _score_table(study: Study, scores: Sequence[Scores]) -> list[str]:
 
 
 def _cost_table(study: Study, results: Sequence[Mapping]) -> list[str]:
+    if not results:
+        return []
     costs: dict[tuple[str, str], tuple[int, int]] = {}
     for result in results:
         place = _describe(tuple((n, level) for n, level in result["factors"].items() if n != study.factor))
-        level = result["factors"][study.factor].partition("(")[0]
+        level = level_name(result["factors"][study.factor])
         costs[place, level] = result["parameters"], result["flops"]
     lines = ["## Cost", "", "Parameters, and operations of reading a picture and 8 tokens of text.", ""]
     lines += ["| cell | level | parameters | operations |", "| --- " * 4 + "|"]

@@ -9,6 +9,7 @@ from torch import nn
 
 from cobra.scan_block import ScanBlock, ScanBlocksConfig
 from cobra.typed_config import from_dict
+from eval.ablations.contrasts import level_name
 from eval.ablations.small_models import (
     COURSE,
     D_MODEL,
@@ -26,6 +27,7 @@ from eval.ablations.small_models import (
 )
 from eval.ablations.trials import Study, Trial
 from vision_scan.draw import draw_receptive_fields
+from vision_scan.errors import UserError
 from vision_scan.orders import sequential_order
 from vision_scan.receptive import receptive_field
 
@@ -99,19 +101,33 @@ def draw_fields(orders: Sequence[str], path: Path) -> None:
     """Effective receptive fields of the two blocks along each order, before they learn, on the study's grid."""
     fields = {}
     for order in orders:
-        config = from_dict(ScanBlocksConfig, scan_blocks(order))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            blocks = nn.Sequential(*(ScanBlock(config, D_MODEL, depth) for depth in range(config.depth)))
-        fields[order] = receptive_field(blocks, SIDE // 8, SIDE // 8, D_MODEL)
+        fields[order] = receptive_field(_blocks(order), SIDE // 8, SIDE // 8, D_MODEL)
     draw_receptive_fields(fields, path)
 
 
+def _blocks(order: str) -> nn.Sequential:
+    config = from_dict(ScanBlocksConfig, scan_blocks(order))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(*(ScanBlock(config, D_MODEL, depth) for depth in range(config.depth)))
+
+
 def study(levels: Sequence[str] | None = None, seeds: int | None = None) -> Study:
-    """The study of some orders; raster, which the others are held against, and the control are always among them."""
+    """The study of some orders; raster, which the others are held against, and the control are always among them.
+
+    Raises:
+        UserError: if an order is unknown, its lists cannot share the channels, or it differs from another by its seed
+            alone.
+    """
     orders = list(dict.fromkeys(("raster", "random", *(levels or ORDERS))))
     for order in orders:
-        sequential_order(order)
+        _blocks(order)
+    names = [level_name(order) for order in orders]
+    if twice := [order for order in orders if names.count(level_name(order)) > 1]:
+        raise UserError(
+            f"levels {', '.join(twice)} differ in their seed alone, and count as one; random has a shuffle of its own "
+            "for each seed: name each order once"
+        )
     kinds = [(attention, positions) for attention in (False, True) for positions in (False, True)]
     return Study(
         name="scan_orders",

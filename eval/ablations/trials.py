@@ -103,6 +103,10 @@ class Study:
     one_suffices: bool = False
     fields: Callable[[Path], None] | None = None
 
+    def is_main(self, factors: Mapping[str, str]) -> bool:
+        """Whether a cell, or a trial, has the levels that the main cells have."""
+        return all(factors.get(name) == level for name, level in self.main.items())
+
 
 RESULTS, DATA, TOWERS, WORK = "results", "data", "towers", "work"  # folders of a study's output
 TASK, SCORED = "plane_scenes", "plane"
@@ -116,7 +120,8 @@ def pretrain(study: Study, name: str, output: Path) -> None:
     draft = output / WORK / f"tower-{name}"
     shutil.rmtree(draft, ignore_errors=True)
     settings = (*study.towers[name], *study.tower_stage.settings, "train.seed=0")
-    run(_config("tiny-tower", settings, study.tower_stage, output), draft)
+    if not run(_config("tiny-tower", settings, study.tower_stage, output), draft):
+        raise KeyboardInterrupt  # told to stop: half a tower is none
     place.parent.mkdir(parents=True, exist_ok=True)
     draft.rename(place)
 

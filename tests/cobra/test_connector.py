@@ -20,6 +20,7 @@ from cobra.connector import (
     VSSMLPConfig,
 )
 from cobra.lm.mamba2 import Mamba2Config
+from tests.cobra.slow_scan import slow_mixer
 from tests.tolerance import assert_close
 from tests.vision_scan.modules.slow_ss2d import layer_norm, silu, slow_ss2d, visiting_lists
 from train.optim import decays
@@ -160,43 +161,6 @@ def test_pointwise_connectors_by_formula():
     assert y.shape[-1] == 4 * D_VISION
     y = linear(F.gelu(linear(y, "fused_mlp", "proj.2")), "fused_mlp", "proj.4")
     assert_close("fused_mlp", build(FusedMLPConfig())(x), y, 1e-12)
-
-
-def slow_mixer(mixer, x: Tensor, lists: list[list[int]], combine: str) -> Tensor:
-    """The scan mixer of one picture, token by token: x (cells, d_model) -> (cells, d_model)."""
-    config = mixer.config
-    d_inner, groups = config.expand * D_MODEL, config.ngroups * config.d_state
-    heads = d_inner // config.headdim
-    projected = x @ mixer.in_proj.weight.T
-    z, content, dt = projected.split([d_inner, d_inner + 2 * groups, heads], dim=-1)
-    results = []
-    for k, cells in enumerate(lists):
-        state = torch.zeros(heads, config.headdim, config.d_state, dtype=x.dtype)
-        result = torch.zeros(len(cells), d_inner, dtype=x.dtype)
-        for t, cell in enumerate(cells):
-            mixed = mixer.conv_bias[k].clone()
-            for tap in range(config.d_conv):  # the last tap weighs the cell itself
-                before = t - (config.d_conv - 1) + tap
-                if before >= 0:
-                    mixed = mixed + mixer.conv_weight[k, :, tap] * content[cells[before]]
-            u, B, C = silu(mixed).split([d_inner, groups, groups])
-            u = u.view(heads, config.headdim)
-            output = torch.zeros_like(u)
-            for h in range(heads):
-                g = h // (heads // config.ngroups)
-                b, c = (part.view(config.ngroups, -1)[g] for part in (B, C))
-                step = torch.log1p(torch.exp(dt[cell, h] + mixer.dt_bias[k, h]))
-                step = step.clamp(*config.dt_limit)
-                state[h] = torch.exp(-step * torch.exp(mixer.A_log[k, h])) * state[h]
-                state[h] += step * torch.outer(u[h], b)
-                output[h] = state[h] @ c + mixer.D[k, h] * u[h]
-            gated = output.view(-1) * silu(z[cell])
-            for g in gated.split(d_inner // config.ngroups):
-                g /= ((g**2).mean() + config.norm_eps) ** 0.5  # in place, on a view
-            result[cell] = gated * mixer.norm.weight
-        results.append(result)
-    total = sum(results)
-    return (total / len(lists) if combine == "mean" else total) @ mixer.out_proj.weight.T
 
 
 def slow_msc(connector: MSCConnector, config: MSCConfig, x: Tensor) -> Tensor:

@@ -82,3 +82,85 @@ def test_towers_come_from_files(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="2 tower files for 1 pretrained towers"):
         config = small_config(data, *changes, "init.towers=a.safetensors,b.safetensors")
         build_model(config, load(config))
+
+
+SCAN = '{"order": "bi2", "lists": "share", "mixer": {"d_state": 4, "headdim": 8, "expand": 1, "chunk_size": 16}}'
+
+
+def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def begin(data: Path, *changes: str) -> dict[str, torch.Tensor]:
+    config = small_config(data, *changes)
+    return tensors(build_model(config, load(config)))
+
+
+def store(data: Path, path: Path, *changes: str) -> dict[str, torch.Tensor]:
+    """A model directory of another seed than runs have, and its tensors."""
+    model = cobra.build(small_config(data, *changes).model.build_config(), seed=31)
+    with torch.no_grad():  # biases and norms too
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    cobra.save(model, path)
+    return tensors(model)
+
+
+def assert_origins(begun: dict, stored: dict, random: dict, fresh: str) -> None:
+    """Every tensor of a module is the random model's, every other one the file's; both occur."""
+    names = {name for name in begun if name.startswith(f"{fresh}.")}
+    assert names and names != begun.keys()
+    for name, tensor in begun.items():
+        origin = random if name in names else stored
+        assert torch.equal(tensor, origin[name]), name
+
+
+def test_a_module_that_the_stored_tower_lacks_begins_at_random(data: Path, tmp_path: Path) -> None:
+    """As a study does: a tower that has learned without scans gets some, in front of an untrained model."""
+    stored = store(data, tmp_path / "model")
+    with_scan = f'model.vision_encoder={{"kind": "small", "d_model": 16, "num_heads": 4, "scan": {SCAN}}}'
+    taken = ("init.parts=vision_encoder", f"init.path={tmp_path / 'model'}")
+    with pytest.raises(UserError, match=r"missing.*vision_encoder\.scans|vision_encoder\.scans.*missing"):
+        begin(data, with_scan, *taken, "model.image.height=16")
+    begun = begin(data, with_scan, *taken, "init.fresh=vision_encoder.scans")
+    random = begin(data, with_scan)
+    kept = {name for name in begun if name.startswith("vision_encoder.") and ".scans." not in name}
+    assert kept and any(".scans." in name for name in begun)
+    for name, tensor in begun.items():
+        assert torch.equal(tensor, (stored if name in kept else random)[name]), name
+    again = begin(data, with_scan, *taken, "init.fresh=vision_encoder.scans", "train.seed=5")
+    for name in begun:
+        if name.startswith("vision_encoder.scans.") and name.endswith("in_proj.weight"):
+            assert not torch.equal(begun[name], again[name])
+
+
+@pytest.mark.parametrize("module", ["vision_encoder.stem.0", "connector", "lm.layers.0", "lm.layers.1.mixer.q_proj"])
+def test_modules_that_learn_anew_begin_at_random(data: Path, tmp_path: Path, module: str) -> None:
+    stored = store(data, tmp_path / "model")
+    begun = begin(data, f"init.path={tmp_path / 'model'}", f"init.fresh={module}")
+    assert_origins(begun, stored, begin(data), module)
+
+
+def test_fresh_modules_are_named_whole(data: Path, tmp_path: Path) -> None:
+    """lm.layers.1 is not the beginning of lm.layers.10, and several can be given."""
+    stored = store(data, tmp_path / "model")
+    begun = begin(data, f"init.path={tmp_path / 'model'}", "init.fresh=connector,lm.layers.0.norm")
+    random = begin(data)
+    for name, tensor in begun.items():
+        is_fresh = name.startswith(("connector.", "lm.layers.0.norm."))
+        assert torch.equal(tensor, (random if is_fresh else stored)[name]), name
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        (r"init\.fresh: the model has no module 'vision_encoder\.scan'", ("init.fresh=vision_encoder.scan",)),
+        (r"init\.fresh: .*'connector\.proj\.0'.*init\.parts", ("init.fresh=connector.proj.0", "init.parts=lm")),
+        (r"init\.fresh: the model has no module ''", ('init.fresh=[""]',)),
+    ],
+)
+def test_modules_that_cannot_be_fresh_are_refused_in_one_line(data, tmp_path, message, changes) -> None:
+    store(data, tmp_path / "model")
+    with pytest.raises(UserError, match=message) as caught:
+        begin(data, f"init.path={tmp_path / 'model'}", *changes)
+    assert "\n" not in str(caught.value)

@@ -78,7 +78,8 @@ def _build(
 ) -> ScanOrder:
     in_brackets = ", ".join(f"{key}={value}" for key, value in options)
     label = f"{name}({in_brackets})" if options else name
-    return replace(make(height, width, depth, **dict(options)), name=label)
+    with torch.device("cpu"):  # whatever that of a model which is being made: the order is shared
+        return replace(make(height, width, depth, **dict(options)), name=label)
 
 
 @functools.lru_cache(maxsize=128)
