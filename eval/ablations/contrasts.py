@@ -11,7 +11,7 @@ from scipy import stats
 
 CONFIDENCE, POWER = 0.95, 0.8
 LEAST_SPREAD = 1e-9  # standard error of equal differences: what is left of them by rounding
-ABOVE_CHANCE = 0.20  # of the mean over all levels, below which a task says nothing in a cell
+ABOVE_CHANCE = 0.20  # of the best level's mean, below which a task says nothing in a cell
 
 Cell = tuple[tuple[str, str], ...]
 """Levels of the factors but for the compared one, name and level."""
@@ -25,25 +25,18 @@ class Scores:
         cell, task: which.
         levels: level of the compared factor -> seed -> accuracy.
         chance: what guessing from the text scores.
-        one_suffices: whether a task counts where models of one level solve it, rather than those of all on average.
     """
 
     cell: Cell
     task: str
     levels: Mapping[str, Mapping[int, float]]
     chance: float
-    one_suffices: bool = False
-
-    @property
-    def mean(self) -> float:
-        """Over the levels, each counted once."""
-        return float(np.mean([np.mean(list(scores.values())) for scores in self.levels.values()]))
 
     @property
     def counts(self) -> bool:
-        """Whether models solve the task here at all."""
+        """Whether models of one level solve the task here: that those of others learn nothing is a finding too."""
         best = max(float(np.mean(list(scores.values()))) for scores in self.levels.values())
-        return (best if self.one_suffices else self.mean) >= self.chance + ABOVE_CHANCE
+        return best >= self.chance + ABOVE_CHANCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +81,7 @@ def level_name(level: str) -> str:
     return re.sub(r"\(seed=\d+\)$", "", level)
 
 
-def gather(
-    results: Iterable[Mapping], factor: str, chance: Mapping[str, float], one_suffices: bool = False
-) -> list[Scores]:
+def gather(results: Iterable[Mapping], factor: str, chance: Mapping[str, float]) -> list[Scores]:
     """Scores by cell and task, in the order in which they first occur.
 
     Args:
@@ -104,7 +95,7 @@ def gather(
         for task, accuracy in result["accuracy"].items():
             found[cell, task][level][result["seed"]] = accuracy
     return [
-        Scores(cell=cell, task=task, levels=dict(levels), chance=chance[task], one_suffices=one_suffices)
+        Scores(cell=cell, task=task, levels=dict(levels), chance=chance[task])
         for (cell, task), levels in found.items()
     ]
 

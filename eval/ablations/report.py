@@ -41,7 +41,7 @@ class Analysis:
 
 def analyse(study: Study, results: Sequence[Mapping], chance: Mapping[str, float]) -> Analysis:
     """The contrasts of every level against the baseline, in tasks that models solve in a cell at all."""
-    scores = gather(results, study.factor, chance, study.one_suffices)
+    scores = gather(results, study.factor, chance)
     found = [
         made
         for one in scores

@@ -168,7 +168,6 @@ def small_study(
         baseline=baseline,
         main=main,
         control=control,
-        one_suffices=True,  # levels that learn nothing are a finding, and must not take it away
     )
 
 

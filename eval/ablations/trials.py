@@ -83,8 +83,6 @@ class Study:
         factor, baseline: what is compared, and the level that the others are held against.
         main: levels of other factors that make the main cells, whose p values are adjusted together.
         control: level and task in which a difference must be found, else the study cannot find any; None: none.
-        one_suffices: whether a task counts in a cell where models of one level solve it; else those of all levels have
-            to, on average.
         fields: draws the effective receptive field of each level into a file; None: nothing is drawn.
     """
 
@@ -100,7 +98,6 @@ class Study:
     baseline: str
     main: Mapping[str, str]
     control: tuple[str, str] | None = None
-    one_suffices: bool = False
     fields: Callable[[Path], None] | None = None
 
     def is_main(self, factors: Mapping[str, str]) -> bool:

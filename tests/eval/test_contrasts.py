@@ -179,7 +179,6 @@ def test_scores_are_gathered_by_cell_and_task():
     ]
     assert found[0].levels == {"raster": {0: 0.9}, "random": {0: 0.8, 1: 0.7}}
     assert found[0].chance == 0.25 and found[0].counts and not found[1].counts
-    assert found[0].mean == pytest.approx((0.9 + 0.75) / 2)  # levels count alike, whatever their number of seeds
 
 
 def test_options_of_an_order_are_part_of_the_level():

@@ -126,8 +126,6 @@ def test_a_task_is_judged_where_one_level_solves_it(name):
     ]  # fmt: skip
     analysis = report.analyse(study, results, {"trace": 0.5, "count": 0.5})
     assert {one.task for one in (*analysis.main, *analysis.others)} == {"trace"}
-    on_average = report.analyse(replace(study, one_suffices=False), results, {"trace": 0.5, "count": 0.5})
-    assert not (*on_average.main, *on_average.others)
 
 
 def test_levels_that_are_named_come_with_baseline_and_control():
