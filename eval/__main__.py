@@ -1,6 +1,7 @@
 """The command line of evaluation: `python -m eval COMMAND`, see EXAMPLES and --help."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from eval.ablations import commands as ablations
 from vision_scan.errors import CommandParser, UserError
 
 DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+# What is wrong with a place or its disk, and not with the code.
+PLACES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
 
 EXAMPLES = """examples:
   python -m eval scenes --output scenes --scenes 5000
@@ -27,6 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return MISUSED
+    except OSError as error:
+        if error.errno not in PLACES:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; give an --output that can be written, on a disk with room",
+              file=sys.stderr)  # fmt: skip
         return MISUSED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -49,12 +49,12 @@ def run(options: argparse.Namespace) -> int:
     levels = None if options.levels is None else _split(options.levels)
     study = make(levels=levels, seeds=options.seeds)
     output = options.output or Path("runs") / study.name
+    taken = [] if options.begin_with is None else queue.read_results(study, options.begin_with)
     queue.open_output(study, output)
     if options.orders is not None:
         orders.keep(options.orders, output)
     if options.begin_with is not None:
-        taken = queue.take_results(study, output, options.begin_with)
-        print(f"{taken} trials taken from {options.begin_with}")
+        print(f"{queue.take_results(study, output, taken)} trials taken from {options.begin_with}")
     queue.prepare(study, output, progress)
     until = None if options.minutes is None else begun + 60 * options.minutes
     left = queue.run(study, output, options.jobs or num_cores(), until, progress)

@@ -9,9 +9,9 @@ from eval.ablations.small_models import (
     SHUFFLED,
     choose_levels,
     match_readers,
-    shuffled_order,
     small_study,
     small_trial,
+    with_shuffled,
 )
 from eval.ablations.trials import Study, Trial
 
@@ -30,13 +30,12 @@ SHAPES = {BASELINE: scans("raster", 4), "2x2": scans("bi2", 2), "4x1": scans("cr
 
 def make_trial(name: str, seed: int) -> Trial:
     """A model with four passes over the grid; the control's go along a shuffle."""
-    shape = BASELINE if name == SHUFFLED else name
-    order = {"order": shuffled_order(seed)} if name == SHUFFLED else {}
+    connectors = with_shuffled(SHAPES, BASELINE, seed)
     return small_trial(
         {"connector": "msc", "lists_x_blocks": name},
         seed,
-        connector={**SHAPES[shape], **order},
-        layers=match_readers(SHAPES, num_layers=1)[shape],
+        connector=connectors[name],
+        layers=match_readers(connectors, num_layers=1)[name],
     )
 
 

@@ -9,9 +9,9 @@ from eval.ablations.small_models import (
     SHUFFLED,
     choose_levels,
     match_readers,
-    shuffled_order,
     small_study,
     small_trial,
+    with_shuffled,
 )
 from eval.ablations.trials import Study, Trial
 
@@ -28,7 +28,7 @@ MERGES: dict[str, dict[str, Any]] = {
 
 def make_trial(name: str, seed: int) -> Trial:
     """A model with two blocks of scans in four directions; the control's go along one list, a shuffle."""
-    connectors = {**MERGES, SHUFFLED: {**MERGES[BASELINE], "order": shuffled_order(seed)}}
+    connectors = with_shuffled(MERGES, BASELINE, seed)
     return small_trial(
         {"order": "cross4", "merge": name},
         seed,

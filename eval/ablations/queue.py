@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -115,8 +115,8 @@ def results(study: Study, output: Path) -> list[dict]:
     return [read_json(path) for path in paths if path.exists()]
 
 
-def take_results(study: Study, output: Path, file: Path) -> int:
-    """Takes the trials of a results.jsonl as done, but for those that are; returns how many.
+def read_results(study: Study, file: Path) -> list[dict]:
+    """The trials of a results.jsonl.
 
     Raises:
         UserError: if they are of another study or version.
@@ -128,6 +128,11 @@ def take_results(study: Study, output: Path, file: Path) -> int:
                 f"{file} holds results of {record.get('study')} in version {record.get('version')}, this is "
                 f"{study.name} in version {study.version}: they cannot be mixed; leave --begin-with out"
             )
+    return records
+
+
+def take_results(study: Study, output: Path, records: Iterable[dict]) -> int:
+    """Takes trials as done, but for those that are; returns how many."""
     missing = {trial.name for trial in study.trials if not _result(output, trial).exists()}
     found = {record["name"]: record for record in records if record.get("name") in missing}
     for name, record in found.items():

@@ -22,6 +22,7 @@ from eval.ablations.trials import DATA, SCORED, Study
 from eval.files import read_json, write_lines, write_text
 
 NEGLIGIBLE = 0.03  # a difference that nobody would choose by
+UNFINISHED = "The study is not finished: what follows is how it stands, and no result of it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ def render(study: Study, analysis: Analysis, results: Sequence[Mapping], picture
         f"{len(results)} of {len(study.trials)} trials are done, version {study.version}{made}. Differences are in "
         f"points of accuracy, against {study.baseline}, paired by seed, with 95 percent intervals over seeds.",
         "",
+        *([] if len(results) == len(study.trials) else [f"{UNFINISHED}\n"]),
         *conclude(study, analysis),
         "",
         *(f"![{name}]({name})\n" for name in pictures),
@@ -111,11 +113,7 @@ def conclude(study: Study, analysis: Analysis) -> list[str]:
             f"{100 * NEGLIGIBLE:.0f} points by their whole interval, which can be called equal."
         )
         if rest:
-            least, most = (pick(100 * one.detectable for one in rest) for pick in (min, max))
-            said.append(
-                f"About the rest nothing is known but that a true difference of {least:.1f} to {most:.1f} points (see "
-                "the table) would have been found, after Holm too, with a chance of 80 percent."
-            )
+            said.append(_limit(rest))
     left_out = sorted({(one.task, _describe(one.cell)) for one in analysis.scores if not one.counts})
     if left_out:
         listed = "; ".join(f"{task} ({cell})" for task, cell in left_out)
@@ -123,6 +121,18 @@ def conclude(study: Study, analysis: Analysis) -> list[str]:
             f"Not judged, because models are less than {100 * ABOVE_CHANCE:.0f} points above chance there: {listed}."
         )
     return said or ["Too few trials are done to say anything."]
+
+
+def _limit(contrasts: Sequence[Contrast]) -> str:
+    """How large a difference would have been found, where none was; accuracies differ by 100 points at most."""
+    found = [100 * one.detectable for one in contrasts if one.detectable <= 1]
+    if not found:
+        return "About the rest nothing is known: with so few seeds, no difference would have been found."
+    blind = f"; {len(contrasts) - len(found)} of them could have had any" if len(found) < len(contrasts) else ""
+    return (
+        f"About the rest nothing is known but that a true difference of {min(found):.1f} to {max(found):.1f} points "
+        f"(see the table{blind}) would have been found, after Holm too, with a chance of 80 percent."
+    )
 
 
 def _judge_control(study: Study, analysis: Analysis) -> str:

@@ -97,6 +97,12 @@ def shuffled_order(seed: int) -> str:
     return f"random(seed={seed})"
 
 
+def with_shuffled(connectors: Mapping[str, Mapping[str, Any]], baseline: str, seed: int) -> dict[str, dict[str, Any]]:
+    """Connectors that scan, and the control's: the baseline along a shuffle."""
+    made = {name: dict(connector) for name, connector in connectors.items()}
+    return {**made, SHUFFLED: {**made[baseline], "order": shuffled_order(seed)}}
+
+
 def choose_levels(
     what: str,
     given: Iterable[str] | None,

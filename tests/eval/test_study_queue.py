@@ -1,6 +1,7 @@
 """Who does what of a study: claims, folders, what is left, when to stop."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from eval.__main__ import main
 from eval.ablations import queue, trials
-from eval.ablations.queue import claim, open_output, take_results
+from eval.ablations.queue import claim, open_output, read_results, take_results
 from eval.files import write_json, write_lines
 from tests.eval.fake_study import make_result, make_study
 from vision_scan.errors import UserError
@@ -288,7 +290,7 @@ def test_results_of_elsewhere_are_taken_as_done(here, tmp_path):
     write_json(tmp_path / "out" / "results" / f"{own['name']}.json", own)
     foreign = make_result(make_study(seeds=9), make_study(seeds=9).trials[-1], {"trace": 0.9}, name="other_seed8")
     write_lines(tmp_path / "results.jsonl", [*done, foreign])
-    assert take_results(study, tmp_path / "out", tmp_path / "results.jsonl") == 2
+    assert take_results(study, tmp_path / "out", read_results(study, tmp_path / "results.jsonl")) == 2
     found = queue.results(study, tmp_path / "out")
     assert found == [own, *done[1:]]  # one's own stay; those that are no trials of the study do not come
     queue.run(study, tmp_path / "out", 1, None, silent)
@@ -301,8 +303,26 @@ def test_results_of_another_study_or_version_are_refused_whole(tmp_path, change)
     done = [make_result(study, trial, {"trace": 0.9}) for trial in study.trials[:3]]
     write_lines(tmp_path / "results.jsonl", [*done, {**done[2], **change}])
     with pytest.raises(UserError, match=r"cannot be mixed; leave --begin-with out") as caught:
-        take_results(study, tmp_path / "out", tmp_path / "results.jsonl")
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+        read_results(study, tmp_path / "results.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_study_is_not_begun_with_results_of_another(tmp_path, capsys):
+    (tmp_path / "results.jsonl").write_text('{"study": "merge", "version": 1, "name": "x"}\n')
+    options = ["--output", str(tmp_path / "out"), "--begin-with", str(tmp_path / "results.jsonl")]
+    assert main(["ablate", "scan_orders", *options]) == 2
+    assert "cannot be mixed" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_takes_no_more_is_said_in_a_line(tmp_path, capsys, monkeypatch, number):
+    def fail(*arguments):
+        raise OSError(number, os.strerror(number), "somewhere")
+
+    monkeypatch.setattr(queue, "prepare", fail)
+    assert main(["ablate", "merge", "--output", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "somewhere" in told and os.strerror(number) in told and told.count("\n") == 1
 
 
 def test_half_a_tower_is_none(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from eval.ablations import report
-from eval.ablations.report import analyse, conclude
+from eval.ablations.report import UNFINISHED, analyse, conclude, render
 from tests.eval.fake_study import CHANCE, make_results, make_study, write_chance
 
 EASY = {"colour": 0.7, "trace": 0.8}
@@ -90,6 +90,20 @@ def test_nothing_found_says_how_small_a_difference_would_have_been():
     results = analyse(study, make_results(study, {}, EASY, 0.05), CHANCE).main
     rest = [one.detectable for one in results if max(abs(one.low), abs(one.high)) > 0.03]
     assert (float(least), float(most)) == pytest.approx((100 * min(rest), 100 * max(rest)), abs=0.051)
+
+
+def test_of_two_seeds_no_difference_would_have_been_found():
+    """Where the spread asks for more points than there are, no number of them is given."""
+    text = said({}, study=make_study(seeds=2), spread=0.2)
+    assert "with so few seeds, no difference would have been found" in text and "true difference" not in text
+
+
+def test_a_study_that_is_not_finished_says_so():
+    study = make_study()
+    results = make_results(study, CONTROL, EASY)
+    for number, is_finished in ((len(results), True), (len(results) - 1, False)):
+        text = render(study, analyse(study, results[:number], CHANCE), results[:number], [])
+        assert (UNFINISHED in text) != is_finished
 
 
 def test_everything_found_leaves_no_others():
