@@ -211,7 +211,7 @@ def _tasks(options: argparse.Namespace) -> int:
     if missing:
         raise UserError(f"{', '.join(missing)} missing: give --model, --data and --output, or --rescore FILE")
     import cobra
-    from eval.progress import progress
+    from cobra.progress import progress
 
     choose("control", options.control, runner.CONTROLS)
     samples = choose("task", options.task, TASKS).load(options.data, options.limit)
@@ -249,10 +249,10 @@ def _efficiency(options: argparse.Namespace) -> int:
         raise UserError("--model missing: give it once per model, or give --peers")
     import cobra
     from cobra.config import PRESETS
+    from cobra.progress import progress
     from eval import page
     from eval.efficiency import Protocol, crossover_sentence, doubling, measure, work_units
     from eval.files import write_json, write_text
-    from eval.progress import progress
 
     protocol = Protocol(
         contexts=doubling(options.shortest_context, options.longest_context or 16384),
@@ -294,10 +294,10 @@ def _peers(options: argparse.Namespace) -> int:
     import torch
 
     from cobra.memory import keep_freed_memory
+    from cobra.progress import progress
     from eval import peers
     from eval.files import write_json, write_text
     from eval.peers import plot, tables
-    from eval.progress import progress
 
     if options.model or options.device != "cpu":
         raise UserError("--peers measures --preset on the CPU: leave out --model and --device")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from eval.progress import progress
+from cobra.progress import progress
 
 
 def add_scenes(parser: argparse.ArgumentParser) -> None:

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 import torch
 
+from cobra.progress import on_terminal
 from cobra.typed_config import to_dict
 from train.hardware import peak_flops, peak_memory
 from train.profiling import StepProfiler
-from train.progress import ProgressBar, ProgressLines, on_terminal
+from train.progress import ProgressBar, ProgressLines
 from train.run_directory import write_atomic
 from train.settings import RunConfig
 from train.ssm_statistics import SSMStatistics

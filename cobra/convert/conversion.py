@@ -2,12 +2,9 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
-from sys import stderr
 
 import torch
 from torch import Tensor
@@ -17,6 +14,7 @@ from cobra.config import PRESETS, CobraConfig
 from cobra.lm import LanguageModel, LMConfig
 from cobra.lm.precision import Float32Parameters
 from cobra.model import make_vision_parts
+from cobra.progress import progress
 from cobra.prompt import TEMPLATES
 from cobra.tokenizer import Tokenizer
 from vision_scan.errors import UserError, choose
@@ -98,7 +96,7 @@ class Conversion:
             UserError: if there is something at `path` already.
         """
         check_destination(path)
-        with _progress(self.nbytes) as advance:
+        with progress("writing", self.nbytes) as advance:
             entries = [*self.language, *self.vision]
             write = functools.partial(write_tensors, entries=entries, advance=advance)
             write_model(path, self.config, self.tokenizer, write)
@@ -301,18 +299,3 @@ def _vision_entries(preset: str, config: CobraConfig, seed: int) -> list[Entry]:
 
 def _count(entries: list[Entry]) -> int:
     return sum(entry.nbytes // entry.dtype.itemsize for entry in entries)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal, where rich is; nothing elsewhere."""
-    if not stderr.isatty() or find_spec("rich") is None:
-        yield lambda nbytes: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("writing", total=total)
-        yield lambda nbytes: bar.advance(task, nbytes)

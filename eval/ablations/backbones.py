@@ -21,7 +21,7 @@ from eval.ablations.small_models import (
 )
 from eval.ablations.trials import Study, Trial
 
-VERSION = 1  # counts up with everything that changes a score
+VERSION = 2  # counts up with everything that changes a score
 BASELINE = "mamba2"
 NUM_LAYERS = 4  # the fewest of which a hybrid can be made
 

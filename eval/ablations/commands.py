@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs what is left of a study, and writes its report; returns the exit status."""
     begun = time.monotonic()
+    from cobra.progress import progress
     from eval.ablations import orders, queue, report
     from eval.ablations.studies import ABLATIONS
     from eval.environment import num_cores
-    from eval.progress import progress
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt: nothing is left running
     make = choose("study", options.study, ABLATIONS)

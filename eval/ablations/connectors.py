@@ -13,7 +13,7 @@ from eval.ablations.small_models import (
 )
 from eval.ablations.trials import Study, Trial
 
-VERSION = 1  # counts up with everything that changes a score
+VERSION = 2  # counts up with everything that changes a score
 BASELINE = "mlp"
 NUM_LAYERS = 3  # of the reader: with three, the baseline learns to follow lines
 OTHER_SEEDS = 2  # behind a tower of patches

@@ -15,7 +15,7 @@ from eval.ablations.small_models import (
 )
 from eval.ablations.trials import Study, Trial
 
-VERSION = 1  # counts up with everything that changes a score
+VERSION = 2  # counts up with everything that changes a score
 BASELINE, SHARE = "sum", "share"
 CROSS = {"kind": "msc", **scan_blocks("cross4")}
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from eval.ablations.small_models import SEEDS, choose_levels, match_readers, small_study, small_trial
 from eval.ablations.trials import Study, Trial
 
-VERSION = 1  # counts up with everything that changes a score
+VERSION = 2  # counts up with everything that changes a score
 BASELINE, MAIN = "36", "pool2d"
 OTHER_SEEDS = 4  # of the other connector
 NUM_LAYERS = 3  # of the reader

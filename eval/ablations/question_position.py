@@ -19,7 +19,7 @@ from eval.ablations.small_models import (
 from eval.ablations.trials import Study, Trial
 from eval.scene_files import QUESTION_PLACES
 
-VERSION = 1  # counts up with everything that changes a score
+VERSION = 2  # counts up with everything that changes a score
 BASELINE = "last"
 NUM_LAYERS = 3  # of the reader
 OTHER_SEEDS = 4  # of the transformer, which can look back

@@ -190,7 +190,7 @@ def run(study: Study, output: Path, jobs: int, until: float | None, progress: Ca
     Args:
         jobs: processes, of one thread each.
         until: the time.monotonic() from which on no trial is begun any more; None: no limit.
-        progress: see eval/progress.py.
+        progress: see cobra/progress.py.
     Returns:
         How many are still to be done here or elsewhere.
     """

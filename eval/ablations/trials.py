@@ -137,7 +137,7 @@ def run_trial(study: Study, trial: Trial, output: Path) -> dict:
     for number, stage in enumerate(study.course):
         if origin is None:
             fresh = f"init.fresh={','.join(trial.fresh)}"
-            start = (f"init.path={output / TOWERS / trial.tower}", "init.parts=vision_encoder", "init.tokenizer=false")
+            start = (f"init.path={output / TOWERS / trial.tower}", "init.parts=vision_encoder")
             start = (*start, fresh)
         else:
             start = (f"init.path={origin}",)

@@ -35,7 +35,7 @@ FORMAT = 1
 
 @contextmanager
 def no_progress(title: str, units: int) -> Iterator[Callable[[int], None]]:
-    """Stands in for `eval.progress.progress` where nobody watches."""
+    """Stands in for `cobra.progress.progress` where nobody watches."""
     yield lambda units: None
 
 
@@ -61,7 +61,7 @@ def measure(
     Args:
         peers: keys of PEERS.
         contests: keys of CONTESTS.
-        progress: as `eval.progress.progress`.
+        progress: as `cobra.progress.progress`.
         keep: called with the result so far after each contest, so that an interruption costs one.
     Returns:
         A JSON-able dict: format, peers, settings, environment, llama_cpp (what it was compiled for, None if

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import cobra
+from cobra.progress import track
 from tests.train.small_run import command, environment, losses, small_config, write_data
-from train.progress import track
 from train.run import run
 from train.run_directory import choose_checkpoint, find_damage, list_checkpoints
 

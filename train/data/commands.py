@@ -15,11 +15,11 @@ from typing import Any
 import cobra.checkpoint
 from cobra.config import PRESETS, CobraConfig
 from cobra.processor import Processor
+from cobra.progress import track
 from cobra.prompt import IGNORE, Rendered
 from cobra.tokenizer import Tokenizer
 from train.data.dataset import image_check, name_row, open_parts
 from train.data.rows import ImageFile, ImageFinder, Row, parse_row
-from train.progress import track
 from train.settings import DataSettings
 from vision_scan.errors import CommandParser, UserError, choose
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from cobra.progress import track
 from cobra.prompt import check_caption
 from cobra.tokenizer import IMAGE
 from train.data.rows import BadRowError, ImageFile, Row, parse_row, short
 from train.data.sources import Source, open_source
-from train.progress import track
 from train.settings import DataSettings
 from vision_scan.errors import UserError
 
