@@ -1,28 +1,24 @@
-"""Answers: prompts are read once, in chunks, then tokens are decoded one by one from the state.
+"""Answers: prompts are read once (reading.py), then tokens are decoded one by one from the state.
 
-These are the bodies of the methods of `Cobra` with the same names. A conversation is a `State`: its
-`info` says how many images were read (`num_images`) and whether a user turn stands open (`turn`: open or
-closed).
+These are the bodies of the methods of `Cobra` with the same names.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cobra.processor import Images, Tiles, iter_images, list_images, pad
-from cobra.prompt import body, count_marks, mark_images, open_turn, split_marks
+from cobra.processor import Images, Tiles, iter_images, pad
+from cobra.prompt import body, count_marks, mark_images
+from cobra.reading import CHUNK_SIZE, content_of, extend_turn, feed, last, note, opening, own, pieces_of, read
 from cobra.sampling import Sampler
-from cobra.streaming import Streamer
-from cobra.tokenizer import IMAGE
+from cobra.streaming import AnswerStream, Streamer
 from vision_scan.errors import UserError
 
 if TYPE_CHECKING:
     from cobra.lm.state import State
     from cobra.model import Cobra
-
-CHUNK_SIZE = 2048  # tokens read at a time: bounds the memory of a prefill, whatever its length
 
 
 @torch.no_grad()
@@ -72,14 +68,17 @@ def generate(
     if tiles_per_image is not None:
         _check_tiles(pixel_values, int(tiles_per_image.sum()))
     ids, mask = _align_left(input_ids.to(model.device), attention_mask, model.tokenizer.pad_id)
-    state = _own(model, state, batch)
+    state = own(model, state, batch)
     pixels = None if pixel_values is None else pixel_values.to(model.device)
     embeds = model.embed(ids, pixels, image_sizes, num_frames)
-    logits, state = _feed(model, embeds, mask, state, CHUNK_SIZE)
+    logits, state = last(feed(model, embeds, mask, state, CHUNK_SIZE))
     stop = [model.processor.template.end_id(model.tokenizer)] if stop_ids is None else stop_ids
-    new, state = _decode(model, logits, state, sampler, max_new_tokens, stop, streamer, return_state)
+    tokens = _decode(model, logits, state, sampler, max_new_tokens, stop, return_state)
+    new, state = _collect(tokens, streamer)
+    ids = torch.stack(new, dim=1) if new else ids.new_empty(batch, 0)
+    note(model, state, content=None)
     state.info["turn"] = "closed"
-    return (new, state) if return_state else new
+    return (ids, state) if return_state else ids
 
 
 @torch.no_grad()
@@ -99,7 +98,7 @@ def prefill(
         state: a conversation to continue, left as it is; an open turn is prolonged.
         chunk_size: tokens read at a time.
     """
-    return _extend_turn(model, _own(model, state, 1), text, images, chunk_size)
+    return extend_turn(model, own(model, state, 1), text, images, chunk_size)
 
 
 @torch.no_grad()
@@ -127,25 +126,32 @@ def answer(
             opened); left as it is.
         return_state: also return the state after the answer, for the next question.
     """
-    _check_length(max_new_tokens)
     sampler = Sampler(1, do_sample, temperature, top_k, top_p, seed)
-    tokenizer, template = model.tokenizer, model.processor.template
-    # Images ahead of the question are read exactly as prefill() reads them, which makes an answer
-    # from a state the same as a fresh one to the last bit.
-    inline = images if count_marks(question) else None
-    state = _own(model, state, 1)
-    state = _extend_turn(model, state, "", None if count_marks(question) else images)
-    pieces = [*_pieces(model, question, inline), template.encode(template.user_close, tokenizer)]
-    logits, state = _read(model, state, pieces)
-    end = template.end_id(tokenizer)
-    new, state = _decode(model, logits, state, sampler, max_new_tokens, [end], streamer, return_state)
-    text = tokenizer.decode(new[0].tolist())
-    if not return_state:
-        return text
-    if end not in new[0]:  # cut off: close the turn, so that the next one can open
-        _, state = _read(model, state, [[end]])
-    state.info["turn"] = "closed"
-    return text, state
+    tokens = _answer(model, question, images, state, sampler, max_new_tokens, return_state)
+    new, state = _collect(tokens, streamer)
+    text = model.tokenizer.decode([int(token) for token in new])
+    return (text, state) if return_state else text
+
+
+def stream(
+    model: "Cobra",
+    question: str,
+    images: Images = None,
+    *,
+    state: "State | None" = None,
+    max_new_tokens: int = 128,
+    do_sample: bool = False,
+    temperature: float | None = 1.0,
+    top_k: int | None = 0,
+    top_p: float | None = 1.0,
+    seed: int | None = None,
+) -> AnswerStream:
+    """Answers as `answer` does, piece by piece: an iterator over text, each piece made when it is asked for.
+
+    Its pieces join to the answer; behind the last, its `state` is the one for the next question.
+    """
+    sampler = Sampler(1, do_sample, temperature, top_k, top_p, seed)
+    return AnswerStream(model.tokenizer, _answer(model, question, images, state, sampler, max_new_tokens, True))
 
 
 def answer_batch(
@@ -171,7 +177,7 @@ def answer_batch(
     if not requests:
         return []
     tokenizer, template = model.tokenizer, model.processor.template
-    opening = _opening(model, state)
+    begin = opening(model, state)
     closing = template.encode(template.user_close, tokenizer)
     rows: list[list[int]] = []
     tiles: list[Tiles] = []
@@ -182,7 +188,7 @@ def answer_batch(
         except UserError as error:
             raise UserError(f"request {index}: {error}") from error
         lengths = (tile.num_tokens for tile in new)
-        rows.append([*opening, *body(marked, tokenizer, lengths), *closing])
+        rows.append([*begin, *body(marked, tokenizer, lengths), *closing])
         tiles += new
     input_ids, attention_mask = pad(rows, tokenizer.pad_id, "left")
     ids = generate(
@@ -200,17 +206,6 @@ def answer_batch(
     )
     assert isinstance(ids, Tensor)
     return [tokenizer.decode(row) for row in ids.tolist()]
-
-
-def _own(model: "Cobra", state: "State | None", batch: int) -> "State | None":
-    """A state for `batch` rows that may be overwritten."""
-    if state is None:
-        return None
-    if state.batch == batch:
-        return state.clone().to(model.device)
-    if state.batch == 1:
-        return state.select(torch.zeros(batch, dtype=torch.int64)).to(model.device)
-    raise UserError(f"a state of {state.batch} rows for {batch} prompts: give one with 1 or {batch}")
 
 
 def _check_length(max_new_tokens: int) -> None:
@@ -245,102 +240,49 @@ def _align_left(ids: Tensor, mask: Tensor | None, pad_id: int) -> tuple[Tensor, 
     return ids, None if mask.all() else mask.long()
 
 
-def _opening(model: "Cobra", state: "State | None") -> list[int]:
-    """The ids that the next words of the user need before them."""
-    turn = None if state is None else state.info.get("turn")
-    if turn == "open":
-        return []
-    return open_turn(model.processor.template, model.tokenizer, [], first=turn is None)
-
-
-def _extend_turn(
-    model: "Cobra", state: "State | None", text: str, images: Images, chunk_size: int = CHUNK_SIZE
-) -> "State":
-    """Appends to the open user turn of an own state, after opening one if there is none."""
-
-    def pieces() -> Iterator[list[int] | Tiles]:
-        yield opening
-        yield from _pieces(model, text, images)
-
-    opening = _opening(model, state)
-    _, state = _read(model, state, pieces(), chunk_size)
-    state.info["turn"] = "open"
+@torch.no_grad()
+def _answer(
+    model: "Cobra",
+    question: str,
+    images: Images,
+    state: "State | None",
+    sampler: Sampler,
+    max_new_tokens: int,
+    needs_state: bool,
+) -> "Generator[Tensor, None, State]":
+    """The tokens of an answer, and in the end the state for the next question, if it is needed."""
+    _check_length(max_new_tokens)
+    tokenizer, template = model.tokenizer, model.processor.template
+    # Images ahead of the question are read exactly as prefill() reads them, which makes an answer
+    # from a state the same as a fresh one to the last bit.
+    inline = images if count_marks(question) else None
+    state = own(model, state, 1)
+    state = extend_turn(model, state, "", None if count_marks(question) else images)
+    pieces = [*pieces_of(model, question, inline), list(template.encode(template.user_close, tokenizer))]
+    logits, state = read(model, state, pieces)
+    end, content = template.end_id(tokenizer), content_of(state)
+    ids: list[int] = []
+    tokens = _decode(model, logits, state, sampler, max_new_tokens, [end], needs_state)
+    while True:
+        try:
+            token = next(tokens)
+        except StopIteration as stop:
+            state = stop.value
+            break
+        ids.append(int(token))
+        yield token
+    if not needs_state:
+        return state
+    if content is not None:
+        content.read(ids)
+    note(model, state, content)
+    if end not in ids:  # cut off: close the turn, so that the next one can open
+        _, state = read(model, state, [[end]])
+    state.info["turn"] = "closed"
     return state
 
 
-def _pieces(model: "Cobra", text: str, images: Images) -> Iterator[list[int] | Tiles]:
-    """A text with images as ids and tiles, in reading order, one image at a time."""
-    encode, tiles = model.tokenizer.encode, model.processor.tiles
-    marks = count_marks(text)
-    if not marks:
-        for image in iter_images(images):
-            yield tiles(image)
-            yield encode("\n")
-        yield encode(text)
-        return
-    sources = list_images(images, most=marks + 1)
-    if len(sources) != marks:
-        given = f"more than {marks}" if len(sources) > marks else len(sources)
-        raise UserError(f"{marks} {IMAGE} marks for {given} images: the two must be equal")
-    remaining = iter(sources)
-    for piece in split_marks(text):
-        yield tiles(next(remaining)) if piece == IMAGE else encode(piece)
-
-
-def _read(
-    model: "Cobra",
-    state: "State | None",
-    pieces: Iterable[list[int] | Tiles],
-    chunk_size: int = CHUNK_SIZE,
-) -> "tuple[Tensor, State]":
-    """Reads ids and images into an own state of one row: (logits after the last token, state)."""
-    logits = torch.empty(0)
-    num_images = state.info.get("num_images", 0) if state else 0
-    ids: list[int] = []
-    tiles: list[Tiles] = []
-
-    def flush() -> None:
-        nonlocal logits, state
-        row = torch.tensor([ids], dtype=torch.int64, device=model.device)
-        embeds = model.embed(row, **model.processor.stack(tiles))
-        logits, state = _feed(model, embeds, None, state, chunk_size)
-        ids.clear()
-        tiles.clear()
-
-    for piece in pieces:
-        if isinstance(piece, Tiles):
-            num_images += 1
-            tiles.append(piece)
-            piece = [model.tokenizer.image_id] * piece.num_tokens
-        ids += piece
-        if len(ids) >= chunk_size:
-            flush()
-    if ids:
-        flush()
-    assert state is not None  # what starts with nothing starts with the opening of a turn
-    state.info["num_images"] = num_images
-    return logits, state
-
-
-def _feed(
-    model: "Cobra", embeds: Tensor, mask: Tensor | None, state: "State | None", chunk_size: int
-) -> "tuple[Tensor, State]":
-    """Runs embeddings (batch, seqlen, d_model) through the language model, a chunk at a time, over an
-    own state: (logits (batch, 1, vocab) after the last token, state)."""
-    logits = torch.empty(0)
-    for start in range(0, embeds.shape[1], chunk_size):
-        chunk = slice(start, start + chunk_size)
-        logits, state = model.lm(
-            inputs_embeds=embeds[:, chunk],
-            state=state,
-            attention_mask=None if mask is None else mask[:, chunk],
-            logits_to_keep=1,
-            overwrite_state=True,
-        )
-    assert state is not None  # callers have at least one token
-    return logits, state
-
-
+@torch.no_grad()
 def _decode(
     model: "Cobra",
     logits: Tensor,
@@ -348,25 +290,19 @@ def _decode(
     sampler: Sampler,
     max_new_tokens: int,
     stop_ids: Sequence[int],
-    streamer: Streamer | None,
     needs_state: bool,
-) -> "tuple[Tensor, State]":
-    """Makes tokens from the logits (batch, 1, vocab) after a prompt and an own state of it.
-
-    The last token is read into the state only if the state is needed.
-    """
+) -> "Generator[Tensor, None, State]":
+    """Makes tokens, (batch,) each, from the logits (batch, 1, vocab) after a prompt and an own state of it; rows that
+    have ended get pads. In the end the state, which has read the last token only if it is needed."""
     pad_id = model.tokenizer.pad_id
     stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=logits.device)
     running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    new: list[Tensor] = []
-    while len(new) < max_new_tokens:
+    for number in range(1, max_new_tokens + 1):
         token = sampler(logits[:, -1]).where(running, pad_id)
-        new.append(token)
-        if streamer is not None:
-            streamer.put(token.cpu())
+        yield token
         fed = running
         running = running & ~torch.isin(token, stop)
-        is_last = len(new) == max_new_tokens or not running.any()
+        is_last = number == max_new_tokens or not running.any()
         if is_last and not needs_state:
             break
         logits, state = model.lm(
@@ -378,8 +314,21 @@ def _decode(
         )
         if is_last:
             break
-    if streamer is not None:
-        streamer.end()
-    if not new:
-        return torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device), state
-    return torch.stack(new, dim=1), state
+    return state
+
+
+def _collect(
+    tokens: "Generator[Tensor, None, State]", streamer: Streamer | None
+) -> "tuple[list[Tensor], State]":
+    """All tokens, handed to the streamer as they come, and the state in the end."""
+    new: list[Tensor] = []
+    while True:
+        try:
+            token = next(tokens)
+        except StopIteration as end:
+            if streamer is not None:
+                streamer.end()
+            return new, end.value
+        new.append(token)
+        if streamer is not None:
+            streamer.put(token.cpu())

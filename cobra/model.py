@@ -283,6 +283,7 @@ class Cobra(nn.Module):
     generate = generation.generate
     answer = generation.answer
     answer_batch = generation.answer_batch
+    stream = generation.stream
     prefill = generation.prefill
 
 

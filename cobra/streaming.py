@@ -1,12 +1,15 @@
 """Answers as they are made."""
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from cobra.tokenizer import Tokenizer
 from vision_scan.errors import UserError
+
+if TYPE_CHECKING:
+    from cobra.lm.state import State
 
 
 class Streamer(Protocol):
@@ -55,3 +58,35 @@ class TextStreamer:
         if len(text) > len(before) and (is_end or not text.endswith("\ufffd")):
             self._write(text[len(before) :])
             self._context, self._written = self._written, len(self._ids)
+
+
+class AnswerStream(Iterator[str]):
+    """An answer piece by piece, as it is made; each is made when it is asked for.
+
+    Args:
+        tokenizer: of the model.
+        tokens: gives the new tokens, and in the end the state.
+    Attributes:
+        state: behind the whole answer, for the next question; None as long as it is not complete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tokens: "Generator[Tensor, None, State]") -> None:
+        self.state: State | None = None
+        self._tokens = tokens
+        self._pieces: list[str] = []
+        self._streamer = TextStreamer(tokenizer, self._pieces.append)
+
+    def __next__(self) -> str:
+        while not self._pieces:
+            if self.state is not None:
+                raise StopIteration
+            try:
+                self._streamer.put(next(self._tokens).cpu())
+            except StopIteration as end:
+                self.state = end.value
+                self._streamer.end()
+        return self._pieces.pop(0)
+
+    def close(self) -> None:
+        """Ends it early; there is no state then."""
+        self._tokens.close()

@@ -123,7 +123,11 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes the `tokenizer.json` that `from_file` reads."""
-        Path(path).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The text of that file."""
+        return self._backend.to_str(pretty=True)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Token ids of `text`; nothing is added at either end.

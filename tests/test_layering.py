@@ -17,8 +17,8 @@ PACKAGES = ("vision_scan", "cobra", "train", "eval")
 
 # Belong to extras or load slowly: imported by the function that needs them, never with the package.
 LAZY = {
-    "deepspeed", "fastapi", "matplotlib", "peft", "sklearn", "skimage", "timm", "tokenizers",
-    "transformers", "wandb",
+    "av", "deepspeed", "fastapi", "matplotlib", "peft", "pypdfium2", "sklearn", "skimage", "timm", "tokenizers",
+    "transformers", "uvicorn", "wandb",
 }  # fmt: skip
 
 

@@ -17,12 +17,11 @@ from vision_scan.ops.register import KERNELS, MISSING_KERNELS
 
 from .head import LMHead
 from .precision import Projection, RMSNorm
-from .state import State
+from .state import SSM_SCALE, State
 
 if TYPE_CHECKING:
     from .stack import LanguageModel
 
-SCALE = "ssm_scale"  # of an ssm state in 8 bits, where there is one
 MOST_ROWS = 64  # tokens of all rows, on a CPU; a product with more rows is no longer bound by memory
 
 
@@ -123,7 +122,7 @@ class Decoder:
         tensors = [
             layer[name]
             for names, layer in zip(self._names, layers, strict=True)
-            for name in (*names, SCALE)
+            for name in (*names, SSM_SCALE)
             if name in layer
         ]
         logits = self._native.step(hidden, tensors, state.lengths, mask, keep)

@@ -10,9 +10,8 @@ from PIL import Image
 
 import cobra
 from cobra import doctor
-from cobra.cli import find_images, main
+from cobra.cli import main
 from cobra.typed_config import override
-from vision_scan.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +85,67 @@ def test_answer_names_the_mistake(capsys, directory, picture, tmp_path):
     assert "no question" in fails(capsys, *answer, "--image", picture)
     assert "no question" in fails(capsys, *answer, "--image", picture, "none.png")
     assert "no such file" in fails(capsys, *answer, "--image", str(tmp_path / "none.png"), "What?")
-    assert "PDF" in fails(capsys, *answer, "--image", "paper.pdf", "What?")
-    assert "video" in fails(capsys, *answer, "--image", "film.mp4", "What?")
+    assert "no such file" in fails(capsys, *answer, "--image", "paper.pdf", "What?")
+    assert "every '1x'" in fails(capsys, *answer, "--image", picture, "--every", "1x", "What?")
+    assert "none.state" in fails(capsys, *answer, "--state", "none.state", "What?")
     assert "--temperature" in fails(capsys, *answer, "--temperature", "hot", "What?")
     assert "temperature=-1" in fails(capsys, *answer, "--temperature", "-1", "What?")
     assert "1 <image> marks for 0" in fails(capsys, *answer, "Is <image> red?")
     assert "no such model" in fails(capsys, "answer", "--model", str(tmp_path / "x"), "What?")
     assert "--model" in fails(capsys, "answer", "What?")
     assert "invalid choice" in fails(capsys, "answr")
+
+
+def test_read_keeps_what_answers_go_on_from(capsys, model, directory, picture, tmp_path):
+    album, state = tmp_path / "album", str(tmp_path / "album.state")
+    album.mkdir()
+    for name in ("10.png", "9.png"):
+        Image.new("RGB", (30, 20), "red" if name == "9.png" else "blue").save(album / name)
+    base = ("--model", directory, "--dtype", "float32")
+    status, out, error = run(capsys, "read", str(album), picture, *base, "-o", state)
+    assert (status, error) == (0, "")
+    images = [album / "9.png", album / "10.png", picture]
+    kept = model.prefill(images=images)
+    about = f"3 images, {int(kept.lengths):,} tokens, {kept.nbytes / 1e6:,.1f} MB"
+    assert out.startswith(f"{state}: {about}; 3 images read")
+    ask = ("answer", *base, "--max-new-tokens", "6", "--state", state)
+    assert run(capsys, *ask, "What is it?")[1] == model.answer("What is it?", images, max_new_tokens=6) + "\n"
+    # It is prolonged in place, and nowhere else overwritten; what is kept in 8 bits is smaller.
+    assert "go on with it" in fails(capsys, "read", picture, *base, "-o", state)
+    assert run(capsys, "read", picture, *base, "--text", "These?", "--state", state, "-o", state)[0] == 0
+    longer = model.prefill("These?", picture, state=kept)
+    assert run(capsys, *ask, "What?")[1] == model.answer("What?", state=longer, max_new_tokens=6) + "\n"
+    small = str(tmp_path / "small.state")
+    assert run(capsys, "read", picture, *base, "--int8", "-o", small)[0] == 0
+    assert Path(small).stat().st_size < 0.5 * Path(state).stat().st_size
+    assert run(capsys, *ask[:-1], small, "What?")[0] == 0
+
+
+def test_read_names_the_mistake_and_leaves_nothing(capsys, directory, picture, tmp_path):
+    output = tmp_path / "album.state"
+    read = ("read", "--model", directory, "-o", str(output))
+    (tmp_path / "bad.png").write_bytes(Path(picture).read_bytes()[:50])
+    assert "bad.png: the image is damaged" in fails(capsys, *read, picture, str(tmp_path / "bad.png"))
+    assert "no images, PDFs or videos" in fails(capsys, *read, str((tmp_path / "empty").mkdir() or tmp_path / "empty"))
+    nowhere = ("read", picture, "--model", directory, "-o", str(tmp_path / "no" / "album.state"))
+    assert "no directory" in fails(capsys, *nowhere)
+    other = cobra.build("tiny", seed=5)
+    other.prefill("Hello").save(tmp_path / "other.state")
+    assert "another model" in fails(capsys, *read, picture, "--state", str(tmp_path / "other.state"))
+    assert not output.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_chat_saves_what_was_read(capsys, monkeypatch, model, directory, picture, tmp_path):
+    state = tmp_path / "talk.state"
+    chat = ("chat", "--model", directory, *OPTIONS, "--image", picture)
+    typed = f"What?\n/save {state}\n/save\n/reset\n/save x"
+    status, out, error = run(capsys, *chat, typed=typed, monkeypatch=monkeypatch)
+    first, kept = model.answer("What?", picture, max_new_tokens=6, return_state=True)
+    assert status == 0 and out.splitlines()[0] == first and str(state) in out
+    assert ["give a path" in line or "nothing has been read" in line for line in error.splitlines()] == [True, True]
+    again = ("chat", "--model", directory, *OPTIONS, "--state", str(state))
+    _, out, _ = run(capsys, *again, typed="And?", monkeypatch=monkeypatch)
+    assert out == model.answer("And?", state=kept, max_new_tokens=6) + "\n"
 
 
 def test_chat_is_a_conversation(capsys, monkeypatch, model, directory, picture):
@@ -263,25 +315,6 @@ def test_help_fits_a_screen_and_has_an_example(capsys, command):
     assert status == 0
     assert "example: cobra" in out
     assert len(out.splitlines()) <= 30
-
-
-def test_find_images_expands_folders_in_order(tmp_path, picture):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    for name in ("b.PNG", "a.jpg"):
-        Image.new("RGB", (4, 4)).save(folder / name)
-    (folder / "notes.txt").write_text("text")
-    assert find_images([picture, str(folder)]) == [
-        Path(picture),
-        folder / "a.jpg",
-        folder / "b.PNG",
-    ]
-    (folder / "c.png").touch()
-    with pytest.raises(UserError, match=r"c\.png: the file is empty"):
-        find_images([str(folder)])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no images in this folder"):
-        find_images([str(tmp_path / "empty")])
 
 
 def test_doctor_reports_versions_operators_and_extras(capsys, monkeypatch):

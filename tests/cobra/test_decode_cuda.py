@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from cobra.lm import LanguageModel, LMConfig, decode_cuda
-from cobra.lm.decode import SCALE, Decoder
+from cobra.lm.decode import Decoder
 from cobra.lm.mamba2 import Mamba2, Mamba2Config
 from cobra.lm.precision import Projection, RMSNorm
-from cobra.lm.state import State
+from cobra.lm.state import SSM_SCALE, State
 from tests.cobra.decode_ways import assert_same_state, decode, fresh, model_of, plain_decode, random_ids
 from tests.tolerance import assert_close
 from tests.vision_scan.cuda.loaded import EMULATED, in_any_order_of_threads, needs_kernels
@@ -101,7 +101,7 @@ def test_a_state_of_8_bits_stays_near_that_of_float32():
     for layer in state.layers:
         codes = torch.zeros_like(layer["ssm"], dtype=torch.int8)
         layers.append(
-            {"conv": layer["conv"].clone(), "ssm": codes, SCALE: layer["ssm"].new_zeros(codes.shape[:3])}
+            {"conv": layer["conv"].clone(), "ssm": codes, SSM_SCALE: layer["ssm"].new_zeros(codes.shape[:3])}
         )
     compact, decoder = State(layers, state.lengths, {}), Decoder(model)
     for part in ids:
@@ -110,8 +110,8 @@ def test_a_state_of_8_bits_stays_near_that_of_float32():
         assert_close("logits", found, expected, 0.05)
     assert not torch.equal(found, expected)
     for layer, exact in zip(compact.layers, state.layers, strict=True):
-        assert_close("state", layer["ssm"] * layer[SCALE][..., None], exact["ssm"], 0.05)
-    del layers[-1][SCALE]
+        assert_close("state", layer["ssm"] * layer[SSM_SCALE][..., None], exact["ssm"], 0.05)
+    del layers[-1][SSM_SCALE]
     with pytest.raises(ValueError, match="state ssm must be"):
         decoder.step(model.embedding(ids[0]).float(), compact, None, 1)
 
