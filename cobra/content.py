@@ -34,12 +34,13 @@ class Content:
         if isinstance(piece, Tiles):
             shape = json.dumps([piece.pixel_values.shape, piece.sizes]).encode()
             pixels = piece.pixel_values.contiguous().numpy().data
-            self._link(b"image", shape, hashlib.sha256(pixels).digest())
+            self.link(b"image", shape, hashlib.sha256(pixels).digest())
             return
         for token in piece:
-            self._link(b"token", token.to_bytes(4, "little"))
+            self.link(b"token", token.to_bytes(4, "little"))
 
-    def _link(self, *parts: bytes) -> None:
+    def link(self, *parts: bytes) -> None:
+        """Adds what these bytes stand for, the first of which say of what kind it is."""
         self.digest = hashlib.sha256(b"".join((self.digest, *parts))).digest()
 
 

@@ -4,7 +4,7 @@ A conversation is a `State`: its `info` says how many images were read (`num_ima
 (`turn`: open or closed), which model read it (`model`) and what (`content`); see cobra/content.py.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -100,13 +100,20 @@ def read(
 
 @torch.no_grad()
 def read_by_chunks(
-    model: "Cobra", state: "State | None", pieces: Iterable[Piece], chunk_size: int = CHUNK_SIZE
+    model: "Cobra",
+    state: "State | None",
+    pieces: Iterable[Piece],
+    chunk_size: int | Callable[[], int] = CHUNK_SIZE,
 ) -> "Iterator[tuple[Tensor, State]]":
     """The same, chunk by chunk: logits and state after each. In between other work can be done; no piece is taken, and
     no image decoded, before the chunk that needs it.
 
     A text of any length is cut, an image is not: all its tokens come at once from the tower.
+
+    Args:
+        chunk_size: about how many tokens a chunk has; a function is asked anew for each.
     """
+    size = chunk_size if callable(chunk_size) else lambda: chunk_size
     content = content_of(state)
     num_images = state.info.get("num_images", 0) if state else 0
     ids: list[int] = []
@@ -118,12 +125,12 @@ def read_by_chunks(
         embeds = model.embed(row, **model.processor.stack(tiles))
         ids.clear()
         tiles.clear()
-        for logits, after in feed(model, embeds, None, state, chunk_size):
+        for logits, after in feed(model, embeds, None, state, size()):
             state = after
             note(model, state, content, num_images)
             yield logits, state
 
-    for piece in _cut(pieces, chunk_size):
+    for piece in _cut(pieces, size):
         if isinstance(piece, Tiles):
             num_images += 1
             tiles.append(piece)
@@ -132,19 +139,23 @@ def read_by_chunks(
             ids += piece
         if content is not None:
             content.read(piece)
-        if len(ids) >= chunk_size:
+        if len(ids) >= size():
             yield from flush()
     if ids:
         yield from flush()
 
 
-def _cut(pieces: Iterable[Piece], most: int) -> Iterator[Piece]:
-    """Texts in parts of at most so many ids: their embeddings are not to be in memory all at once."""
+def _cut(pieces: Iterable[Piece], most: Callable[[], int]) -> Iterator[Piece]:
+    """Texts in parts of about so many ids: their embeddings are not to be in memory all at once."""
     for piece in pieces:
         if isinstance(piece, Tiles):
             yield piece
-        else:
-            yield from (piece[start : start + most] for start in range(0, len(piece), most))
+            continue
+        start = 0
+        while start < len(piece):
+            stop = start + most()
+            yield piece[start:stop]
+            start = stop
 
 
 def feed(

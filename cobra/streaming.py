@@ -1,6 +1,6 @@
 """Answers as they are made."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -90,3 +90,48 @@ class AnswerStream(Iterator[str]):
     def close(self) -> None:
         """Ends it early; there is no state then."""
         self._tokens.close()
+
+
+class StopTexts:
+    """Ends a text in front of the first of some strings; holds back what may be the beginning of one.
+
+    Args:
+        stops: none of them empty.
+        write: called with every piece of text that is certain to stay.
+    Attributes:
+        is_hit: whether one was found. Nothing is written after it.
+    """
+
+    def __init__(self, stops: Sequence[str], write: Callable[[str], object]) -> None:
+        self.is_hit = False
+        self._stops = tuple(stops)
+        self._write = write
+        self._held = ""
+
+    def put(self, piece: str) -> None:
+        """Takes the next piece."""
+        if self.is_hit:
+            return
+        text = self._held + piece
+        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
+            self.is_hit = True
+            self._held, text = "", text[: min(found)]
+        else:
+            kept = max((_overlap(text, stop) for stop in self._stops), default=0)
+            self._held = text[len(text) - kept :]
+            text = text[: len(text) - kept]
+        if text:
+            self._write(text)
+
+    def end(self) -> None:
+        """Nothing follows: what was held back is no stop."""
+        if self._held:
+            self._write(self._held)
+        self._held = ""
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many letters at the end of a text begin `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((count for count in range(longest, 0, -1) if text.endswith(stop[:count])), 0)

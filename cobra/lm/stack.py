@@ -114,6 +114,22 @@ class LanguageModel(nn.Module):
         layers = [block.mixer.allocate(batch, capacity, self.device, self.dtype) for block in self.layers]
         return State(layers, torch.zeros(batch, dtype=torch.int64, device="cpu"))
 
+    def trim_state(self, state: State) -> State:
+        """The same without room for tokens that have not been read, as a view where nothing is cut."""
+        longest = max(1, int(state.lengths.max()))
+
+        def trim(tensor: Tensor, shape: tuple[int | None, ...]) -> Tensor:
+            for axis, size in enumerate(shape, start=1):
+                if size is None and tensor.shape[axis] > longest:
+                    tensor = tensor.narrow(axis, 0, longest).contiguous()
+            return tensor
+
+        layers = [
+            {name: trim(tensor, shapes[name]) for name, tensor in layer.items()}
+            for layer, shapes in zip(state.layers, self._state_shapes, strict=True)
+        ]
+        return State(layers, state.lengths, dict(state.info))
+
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -1,0 +1,422 @@
+"""Continuous batching: many conversations are read and answered in turn, a few tokens of each at a time.
+
+Each call of `Engine.step` decodes one token of every answer that is being made, and then reads one chunk of one
+conversation that is not yet read, no longer than answers may stall. So one that has a thousand images to read delays
+the others by that chunk, and nobody by its length. A conversation comes in when a slot is free and goes out when its
+answer ends; what stands behind its segments is kept for others that begin alike (prefix_cache.py).
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from cobra.reading import CHUNK_SIZE, read_by_chunks
+from cobra.sampling import Sampler, greedy
+from cobra.serve.prefix_cache import Known, PrefixCache
+from cobra.serve.prompt import Prompt
+from cobra.serve.slots import Slots
+from cobra.streaming import StopTexts, TextStreamer
+from vision_scan.errors import UserError
+
+if TYPE_CHECKING:
+    from cobra.content import Content
+    from cobra.lm.state import State
+    from cobra.model import Cobra
+
+log = logging.getLogger(__name__)
+LEAST_CHUNK = 16  # tokens: below, a chunk takes as long as one of so many
+Reason = Literal["stop", "length"]
+
+
+class BusyError(UserError):
+    """There are as many requests as may wait."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """An answer to be made.
+
+    Attributes:
+        prompt: the conversation.
+        sampler: of one row.
+        max_new_tokens: where the answer ends at the latest, at least 1.
+        stop: texts in front of which it ends.
+        on_text: told of each piece of text, from the engine's thread.
+        on_end: told once, and nothing afterwards: how it ended, or why it failed.
+    """
+
+    prompt: Prompt
+    sampler: Sampler
+    max_new_tokens: int
+    stop: Sequence[str] = ()
+    on_text: Callable[[str], object]
+    on_end: "Callable[[Outcome], object]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a request ended.
+
+    Attributes:
+        reason: "stop" at the end of the answer or a stop text, "length" at its last allowed token.
+        error: why there is no (whole) answer; None: there is.
+        prompt_tokens, cached_tokens, new_tokens: of the conversation, of it those not read again, and of the answer.
+        seconds_to_first: from the request to its first token.
+    """
+
+    reason: Reason = "stop"
+    error: Exception | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    seconds_to_first: float = 0.0
+
+
+@dataclass
+class Counters:
+    """What an engine has done since it began; read from other threads."""
+
+    requests: int = 0
+    refused: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    images: int = 0
+    gaps: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+    """Seconds between one token and the next of the same answer."""
+    first_tokens: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
+    """Seconds from a request to its first token."""
+
+
+class _Answer:
+    """A request on its way: read by `reader`, then decoded in slot `place`."""
+
+    def __init__(self, request: Request, tokenizer) -> None:
+        self.request = request
+        self.began = time.monotonic()
+        self.is_cancelled = False
+        self.cached_tokens = 0
+        self.reader: Iterator[int | Known] | None = None
+        self.place: int | None = None
+        self.next_token: int | None = None  # made, and not read yet
+        self.ids: list[int] = []
+        self.closing: deque[int] = deque()  # read behind the answer, so that the next turn can follow
+        self.content: Content | None = None
+        self.last_token_at = 0.0
+        self.seconds_to_first = 0.0
+        self.reason: Reason | None = None
+        self.stops = StopTexts(request.stop, request.on_text)
+        self.text = TextStreamer(tokenizer, self.stops.put)
+
+
+class Engine:
+    """Answers many conversations with one model.
+
+    Args:
+        model: not to be used elsewhere meanwhile.
+        slots: answers made at a time.
+        cache_bytes: for states behind what was read before.
+        max_waiting: requests that may wait for a slot; others are refused.
+        stall: seconds by which reading a chunk may delay answers that are being made, as far as chunks can be cut: not
+            below a few tokens, nor within an image's passage through the tower.
+    """
+
+    def __init__(
+        self, model: "Cobra", *, slots: int = 16, cache_bytes: int = 2**30, max_waiting: int = 64, stall: float = 0.1
+    ) -> None:
+        if min(slots, max_waiting + 1, cache_bytes + 1) < 1 or not stall > 0:
+            raise UserError("slots and stall must be above 0, max_waiting and cache_bytes 0 or more")
+        self.model = model
+        self.cache = PrefixCache(cache_bytes)
+        self.counters = Counters()
+        self.slots = Slots(model.lm, slots)
+        self._max_waiting, self._stall = max_waiting, stall
+        self._end_id = model.processor.template.end_id(model.tokenizer)
+        self._seconds_per_token = 0.0  # of reading, as measured
+        self._waiting: deque[_Answer] = deque()
+        self._reading: deque[_Answer] = deque()
+        self._decoding: list[_Answer] = []  # in the order of their slots
+        self._lock = threading.Condition()
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+
+    def submit(self, request: Request) -> Callable[[], None]:
+        """Takes a request; what it gives cancels it, which is then told of nothing more.
+
+        Raises:
+            BusyError: if as many as may wait are waiting, or the engine is closed.
+        """
+        answer = _Answer(request, self.model.tokenizer)
+        with self._lock:
+            if self._is_closed or len(self._waiting) >= self._max_waiting + self._num_free():
+                self.counters.refused += 1
+                why = "the server is stopping" if self._is_closed else f"{len(self._waiting)} requests are waiting"
+                raise BusyError(f"{why}; try again later")
+            self.counters.requests += 1
+            self._waiting.append(answer)
+            self._lock.notify_all()
+
+        def cancel() -> None:
+            with self._lock:
+                answer.is_cancelled = True
+                self._lock.notify_all()
+
+        return cancel
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Answers that have a slot, or will have the one that is kept for them."""
+        return len(self._reading) + len(self._decoding)
+
+    def _num_free(self) -> int:
+        return self.slots.count - self.num_running
+
+    def start(self) -> None:
+        """Steps in a thread of its own, until `close`."""
+        self._thread = threading.Thread(target=self._run, name="cobra-engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends every request with an error, and the thread."""
+        with self._lock:
+            self._is_closed = True
+            self._lock.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._reading.extend(self._waiting)
+        self._waiting.clear()
+        self._fail_running(BusyError("the server is stopping"))
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._is_closed or self._waiting or self.num_running)
+                if self._is_closed:
+                    return
+            try:
+                self.step()
+            except Exception as error:  # such as no memory: those that run fail, others go on
+                log.exception("a step failed")
+                self._fail_running(error)
+
+    def _fail_running(self, error: Exception) -> None:
+        for answer in [*self._reading, *self._decoding]:
+            if answer.reason is None:
+                self._finish(answer, error=error)
+        self._reading.clear()
+        self._decoding.clear()
+        self.slots.used = 0
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Makes the next token of every answer and reads a chunk; whether there was anything to do."""
+        self._drop_cancelled()
+        self._admit()
+        if not self.num_running:
+            return False
+        if self._decoding:
+            self._decode()
+        if self._reading:
+            self._read_chunk()
+        return True
+
+    def _drop_cancelled(self) -> None:
+        for answer in [each for each in self._decoding if each.is_cancelled]:
+            self._leave_slot(answer)
+            self.counters.cancelled += 1
+        with self._lock:
+            for queue in (self._waiting, self._reading):
+                for answer in [each for each in queue if each.is_cancelled]:
+                    queue.remove(answer)
+                    self.counters.cancelled += 1
+
+    def _admit(self) -> None:
+        while self._num_free() > 0:
+            with self._lock:
+                if not self._waiting:
+                    return
+                answer = self._waiting.popleft()
+                answer.reader = self._reader(answer)
+                self._reading.append(answer)
+
+    def _reader(self, answer: _Answer) -> Iterator[int | Known]:
+        """Reads a conversation: how many tokens each chunk had, and in the end what stands behind all of it."""
+        segments = answer.request.prompt.segments
+        known, first = self._find(answer)
+        if first == len(segments):
+            assert known is not None
+            yield known
+            return
+        state, logits = None if known is None else known.state.clone(), None
+        for segment in segments[first:]:
+            before = 0 if state is None else int(state.lengths)
+            chunks = read_by_chunks(self.model, state, segment.open(self.model), self._chunk_size)
+            for logits, state in chunks:  # noqa: B007 (the last ones)
+                yield int(state.lengths) - before
+                before = int(state.lengths)
+            assert state is not None  # no segment is empty
+            self._keep(segment.digest, state, logits if segment is segments[-1] else None)
+            self.counters.images += sum(not isinstance(piece, list) for piece in segment.pieces)
+        assert state is not None
+        yield Known(state, logits)
+
+    def _keep(self, digest: bytes, state: "State", logits: Tensor | None = None) -> None:
+        """Keeps a copy for others, if it has room at all."""
+        trimmed = self.model.lm.trim_state(state)
+        if trimmed.nbytes <= self.cache.budget:
+            self.cache.put(digest, Known(trimmed.clone(), logits))
+
+    def _find(self, answer: _Answer) -> tuple[Known | None, int]:
+        """The longest beginning of a conversation that is known, and the number of the first segment behind it."""
+        segments = answer.request.prompt.segments
+        for number in range(len(segments), 0, -1):
+            known = self.cache.get(segments[number - 1].digest)
+            if known is not None and (number < len(segments) or known.logits is not None):
+                answer.cached_tokens = sum(segment.num_tokens for segment in segments[:number])
+                self.cache.hits += 1
+                return known, number
+        self.cache.misses += 1
+        return None, 0
+
+    def _chunk_size(self) -> int:
+        if not self._decoding or not self._seconds_per_token:
+            return CHUNK_SIZE if not self._decoding else LEAST_CHUNK
+        return min(CHUNK_SIZE, max(LEAST_CHUNK, int(self._stall / self._seconds_per_token)))
+
+    def _read_chunk(self) -> None:
+        answer = self._reading.popleft()
+        assert answer.reader is not None
+        began = time.monotonic()
+        try:
+            read = next(answer.reader)
+        except Exception as error:  # of one conversation, such as an image that turns out to be damaged
+            if not isinstance(error, UserError):
+                log.exception("a request failed")
+            self._finish(answer, error=error)
+            return
+        if isinstance(read, int):
+            per_token = (time.monotonic() - began) / max(read, LEAST_CHUNK)
+            self._seconds_per_token = 0.5 * (self._seconds_per_token or per_token) + 0.5 * per_token
+            self._reading.append(answer)  # the others first
+        else:
+            self._begin_answer(answer, read)
+
+    def _begin_answer(self, answer: _Answer, read: Known) -> None:
+        prompt = answer.request.prompt
+        answer.content = prompt.content
+        answer.place = self.slots.put(read.state, prompt.num_tokens + answer.request.max_new_tokens + 2)
+        self._decoding.append(answer)
+        self.counters.prompt_tokens += prompt.num_tokens
+        self.counters.cached_tokens += answer.cached_tokens
+        assert read.logits is not None
+        self._take_token(answer, int(answer.request.sampler(read.logits[:, -1])))
+
+    def _decode(self) -> None:
+        answers = list(self._decoding)
+        tokens = torch.tensor([self._to_read(answer) for answer in answers], device=self.model.device)
+        logits = self.slots.step(tokens)
+        best = greedy(logits).tolist()
+        for row, answer in enumerate(answers):
+            if answer.reason is not None:
+                if not answer.closing:
+                    self._keep_turn(answer)
+                continue
+            sampler = answer.request.sampler
+            self._take_token(answer, best[row] if sampler.is_greedy else int(sampler(logits[row : row + 1])))
+        for answer in answers:
+            if answer.reason is not None and not answer.closing:
+                self._leave_slot(answer)
+
+    def _to_read(self, answer: _Answer) -> int:
+        if answer.closing:
+            return answer.closing.popleft()
+        assert answer.next_token is not None
+        return answer.next_token
+
+    def _take_token(self, answer: _Answer, token: int) -> None:
+        """Adds a token to an answer; if it is the last, the answer is told of its end."""
+        now = time.monotonic()
+        if answer.ids:
+            self.counters.gaps.append(now - answer.last_token_at)
+        else:
+            answer.seconds_to_first = now - answer.began
+            self.counters.first_tokens.append(answer.seconds_to_first)
+        answer.last_token_at = now
+        answer.ids.append(token)
+        answer.next_token = token
+        self.counters.new_tokens += 1
+        try:
+            if token != self._end_id:
+                answer.text.put(torch.tensor([token]))
+            if token == self._end_id or answer.stops.is_hit:
+                answer.reason = "stop"
+            elif len(answer.ids) >= answer.request.max_new_tokens:
+                answer.reason = "length"
+            if answer.reason is None:
+                return
+            answer.text.end()
+            answer.stops.end()
+        except Exception as error:  # of who is told, such as an event loop that is closed
+            answer.is_cancelled = True
+            log.debug("nobody hears an answer: %s", error)
+            return
+        self._finish(answer)
+        if answer.stops.is_hit:
+            answer.content = None  # what was made is not what the conversation goes on with
+        elif token == self._end_id:
+            answer.closing.append(token)
+        else:
+            answer.closing.extend([token, self._end_id])
+
+    def _keep_turn(self, answer: _Answer) -> None:
+        """Keeps the state behind an answer, from which the next turn goes on."""
+        if answer.content is None or answer.place is None:
+            return
+        ids = answer.ids if answer.ids[-1] == self._end_id else [*answer.ids, self._end_id]
+        answer.content.read(ids)
+        self._keep(answer.content.digest, self.slots.take(answer.place))
+
+    def _leave_slot(self, answer: _Answer) -> None:
+        assert answer.place is not None
+        moved_from = self.slots.free(answer.place)
+        last = self._decoding.pop()
+        if moved_from is not None:
+            last.place = answer.place
+            self._decoding[answer.place] = last
+        answer.place = None
+
+    def _finish(self, answer: _Answer, error: Exception | None = None) -> None:
+        if answer.is_cancelled:
+            return
+        self.counters.failed += error is not None
+        outcome = Outcome(
+            reason=answer.reason or "stop",
+            error=error,
+            prompt_tokens=answer.request.prompt.num_tokens,
+            cached_tokens=answer.cached_tokens,
+            new_tokens=len(answer.ids),
+            seconds_to_first=answer.seconds_to_first,
+        )
+        try:
+            answer.request.on_end(outcome)
+        except Exception as told:  # the server's event loop may be gone
+            log.debug("nobody hears the end of an answer: %s", told)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of them are; 0 of none."""
+    ordered = sorted(tuple(values))
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
