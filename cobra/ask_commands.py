@@ -30,7 +30,8 @@ def add_ask_commands(add) -> None:
         "print the answer to a question about images, and nothing else",
         'cobra answer --model runs/demo/cobra --image cat.png "What is it?"',
     )
-    _add_model_options(answer)
+    add_model_options(answer)
+    _add_state(answer)
     _add_image_options(answer)
     _add_sampling_options(answer)
     answer.add_argument("question", nargs="?", help="may hold <image> marks, as many as images")
@@ -46,22 +47,28 @@ def add_ask_commands(add) -> None:
     read.add_argument("--text", default="", help="read behind the images, or around them by <image> marks")
     read.add_argument("--int8", action="store_true", help="keep matrix states in 8 bits: about a quarter of the bytes")
     _add_every(read)
-    _add_model_options(read)
+    add_model_options(read)
+    _add_state(read)
 
     example = "cobra chat --model runs/demo/cobra --image cat.png"
     chat = add("chat", run_chat, f"talk with a model; {CHAT_HELP}", example)
-    _add_model_options(chat)
+    add_model_options(chat)
+    _add_state(chat)
     _add_image_options(chat)
     _add_sampling_options(chat)
 
 
-def _add_model_options(command: argparse.ArgumentParser) -> None:
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    """What `load_model` takes."""
     add = command.add_argument
     add("--model", required=True, metavar="DIR", help="the model directory")
-    add("--state", type=Path, metavar="FILE", help="go on from what `cobra read` has kept")
     add("--device", default=None, help="default: a GPU if there is one, else cpu")
     add("--dtype", default="auto", help="auto (the default), float32, bfloat16")
     add("--weights", default=None, help="int8 or int4: quantise the language model (default: as stored)")
+
+
+def _add_state(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--state", type=Path, metavar="FILE", help="go on from what `cobra read` has kept")
 
 
 def _add_image_options(command: argparse.ArgumentParser) -> None:

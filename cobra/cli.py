@@ -1,4 +1,4 @@
-"""The command line: `cobra answer | read | chat | convert | info | doctor | scan`."""
+"""The command line: `cobra answer | read | chat | serve | convert | info | doctor | scan`."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from cobra.ask_commands import add_ask_commands
 from cobra.scan_commands import add_scan_commands
+from cobra.serve.commands import add_serve_command
 from vision_scan.errors import CommandParser, UserError
 
 
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     add_ask_commands(add)
+    add_serve_command(add)
 
     convert = add(
         "convert",

@@ -167,10 +167,15 @@ class Engine:
 
         def cancel() -> None:
             with self._lock:
-                answer.is_cancelled = True
+                answer.is_cancelled |= answer.reason is None  # one that has ended is still kept for the next turn
                 self._lock.notify_all()
 
         return cancel
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its thread is there."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def num_waiting(self) -> int:
