@@ -9,7 +9,7 @@
 #   make gpu     builds, tests and times the CUDA kernels and the models on a GPU: benchmarks/results
 #   make gpu-peers fetches the archives of mamba_ssm and causal_conv1d that make gpu measures beside
 #   make wide    the same tests, on a machine without AVX-512, of the kernels for it in other instructions
-#   make soak    kills training thirty times, and says what was lost: runs/soak/train.json
+#   make soak    lets 200 clients come and go, kills training thirty times, and says what was lost: runs/soak
 #   make setup   only .venv (the other targets call it; a second call does nothing)
 #   make clean   removes build products and caches; keeps .venv and runs/
 
@@ -31,6 +31,7 @@ test: $(STAMP)
 	@$(PY) -m pytest -q tests
 
 soak: $(STAMP)
+	@$(PY) -m tests.cobra.serve_soak --clients 200 --seconds 120 --output runs/soak/serve.json
 	@$(PY) -m tests.train.soak --kills 30 --output runs/soak/train.json
 
 # llama.cpp is compiled for this machine, which takes a few minutes.

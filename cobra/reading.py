@@ -4,6 +4,7 @@ A conversation is a `State`: its `info` says how many images were read (`num_ima
 (`turn`: open or closed), which model read it (`model`) and what (`content`); see cobra/content.py.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -111,7 +112,7 @@ def read_by_chunks(
     A text of any length is cut, an image is not: all its tokens come at once from the tower.
 
     Args:
-        chunk_size: about how many tokens a chunk has; a function is asked anew for each.
+        chunk_size: how many tokens a chunk has at most; a function is asked anew for each.
     """
     size = chunk_size if callable(chunk_size) else lambda: chunk_size
     content = content_of(state)
@@ -164,10 +165,9 @@ def feed(
     """Runs embeddings (batch, seqlen, d_model) through the language model over an own state: after each chunk the
     logits (batch, 1, vocab) of its last token, and the state.
 
-    Chunks are about equally long, at most half longer than `chunk_size`: a rest of few tokens would take as long as
-    many.
+    Chunks are about equally long, at most `chunk_size`: a rest of few tokens would take as long as many.
     """
-    count = max(1, round(embeds.shape[1] / chunk_size))
+    count = math.ceil(embeds.shape[1] / chunk_size)
     masks = [None] * count if mask is None else mask.tensor_split(count, dim=1)
     for chunk, chunk_mask in zip(embeds.tensor_split(count, dim=1), masks, strict=True):
         logits, state = model.lm(

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from eval import scene_commands
+from eval import scene_commands, serving_commands
 from eval.ablations import commands as ablations
 from vision_scan.errors import CommandParser, UserError
 
@@ -61,6 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tasks(_command(commands, "tasks", _tasks, "answer and score a benchmark"))
     about = "time decoding against context length, or beside rivals"
     _add_efficiency(_command(commands, "efficiency", _efficiency, about))
+    about = "time many conversations at once, beside one after another"
+    serving_commands.add_serving(_command(commands, "serving", serving_commands.time_serving, about))
+    about = "time reading images, and measure its memory"
+    serving_commands.add_reading(_command(commands, "reading", serving_commands.time_reading, about))
     about = "train variants at matched cost, compare them, and say what can be concluded"
     ablations.add_arguments(_command(commands, "ablate", ablations.run, about))
 

@@ -6,8 +6,12 @@ import json
 import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -79,15 +83,30 @@ def somewhere(tmp_path, monkeypatch) -> Iterator[Path]:
         yield tmp_path
 
 
+@pytest.fixture
+def servers() -> Iterator[list[subprocess.Popen]]:
+    """Those that a page has started; they are ended with it."""
+    started: list[subprocess.Popen] = []
+    yield started
+    for server in started:
+        server.terminate()
+        assert server.wait(30) in (0, -signal.SIGTERM)
+
+
 @pytest.mark.parametrize("page", [README, *DOCS])
-def test_page_runs(page, somewhere, monkeypatch):
+def test_page_runs(page, somewhere, servers, monkeypatch):
     namespace: dict = {"__name__": "__main__"}
-    output = ""
+    output, port = "", free_port()
     for block in blocks(page):
         if block.language == "python":
-            exec(compile(block.text, f"{page}, block at line {block.line}", "exec"), namespace)
+            text = block.text.replace(":8000", f":{port}")
+            exec(compile(text, f"{page}, block at line {block.line}", "exec"), namespace)
         elif block.language == "sh":
-            output = "".join(run(line, page == README, monkeypatch) for line in commands(block.text))
+            for line in commands(block.text):
+                if line.startswith("cobra serve"):
+                    servers.append(serve(line, port))
+            others = (line for line in commands(block.text) if not line.startswith("cobra serve"))
+            output = "".join(run(line, page == README, monkeypatch) for line in others)
         elif block.language == "bash":
             pass  # of a cluster: tests/test_cluster_guide.py dry-runs it
         elif block.language == "json":
@@ -102,6 +121,28 @@ def commands(text: str) -> Iterator[str]:
     for line in text.replace("\\\n", " ").splitlines():
         if line.strip() and not line.startswith(SKIPPED):
             yield line
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def serve(line: str, port: int) -> subprocess.Popen:
+    """A server that is ready, at another port than the page says: that one may be taken here."""
+    command = [sys.executable, "-m", "cobra.cli", *shlex.split(line)[1:], "--port", str(port)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert str(port) in server.stdout.readline()
+    end = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            return server
+        except OSError:
+            assert time.monotonic() < end and server.poll() is None, f"{line}: no server"
+            time.sleep(0.1)
 
 
 def run(line: str, with_deepspeed: bool, monkeypatch) -> str:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cobra.model import Cobra
 
 log = logging.getLogger(__name__)
-LEAST_CHUNK = 16  # tokens: below, a chunk takes as long as one of so many
+LEAST_CHUNK = 16  # tokens: as many as the compiled decoder takes at a time
 Reason = Literal["stop", "length"]
 
 
@@ -48,6 +48,7 @@ class Request:
         sampler: of one row.
         max_new_tokens: where the answer ends at the latest, at least 1.
         stop: texts in front of which it ends.
+        ignores_end: go on behind the end token, as speeds are measured.
         on_text: told of each piece of text, from the engine's thread.
         on_end: told once, and nothing afterwards: how it ended, or why it failed.
     """
@@ -56,6 +57,7 @@ class Request:
     sampler: Sampler
     max_new_tokens: int
     stop: Sequence[str] = ()
+    ignores_end: bool = False
     on_text: Callable[[str], object]
     on_end: "Callable[[Outcome], object]"
 
@@ -141,7 +143,7 @@ class Engine:
         self.slots = Slots(model.lm, slots)
         self._max_waiting, self._stall = max_waiting, stall
         self._end_id = model.processor.template.end_id(model.tokenizer)
-        self._seconds_per_token = 0.0  # of reading, as measured
+        self._chunk = LEAST_CHUNK  # tokens that are read between two steps of decoding; follows what they take
         self._waiting: deque[_Answer] = deque()
         self._reading: deque[_Answer] = deque()
         self._decoding: list[_Answer] = []  # in the order of their slots
@@ -297,9 +299,15 @@ class Engine:
         return None, 0
 
     def _chunk_size(self) -> int:
-        if not self._decoding or not self._seconds_per_token:
-            return CHUNK_SIZE if not self._decoding else LEAST_CHUNK
-        return min(CHUNK_SIZE, max(LEAST_CHUNK, int(self._stall / self._seconds_per_token)))
+        return self._chunk if self._decoding else CHUNK_SIZE
+
+    def _adapt(self, tokens: int, seconds: float) -> None:
+        """Halves the chunks that take longer than others may wait, and doubles those that take less than half of it.
+        What a chunk takes is not in proportion to its tokens, least of all where few go another way than many."""
+        if seconds > self._stall:
+            self._chunk = max(LEAST_CHUNK, self._chunk // 2)
+        elif seconds < self._stall / 2 and tokens > self._chunk // 2:
+            self._chunk = min(CHUNK_SIZE, 2 * self._chunk)
 
     def _read_chunk(self) -> None:
         answer = self._reading.popleft()
@@ -313,8 +321,8 @@ class Engine:
             self._finish(answer, error=error)
             return
         if isinstance(read, int):
-            per_token = (time.monotonic() - began) / max(read, LEAST_CHUNK)
-            self._seconds_per_token = 0.5 * (self._seconds_per_token or per_token) + 0.5 * per_token
+            if self._decoding:
+                self._adapt(read, time.monotonic() - began)
             self._reading.append(answer)  # the others first
         else:
             self._begin_answer(answer, read)
@@ -366,7 +374,7 @@ class Engine:
         try:
             if token != self._end_id:
                 answer.text.put(torch.tensor([token]))
-            if token == self._end_id or answer.stops.is_hit:
+            if (token == self._end_id and not answer.request.ignores_end) or answer.stops.is_hit:
                 answer.reason = "stop"
             elif len(answer.ids) >= answer.request.max_new_tokens:
                 answer.reason = "length"
