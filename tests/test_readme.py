@@ -7,11 +7,8 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +27,7 @@ from cobra.lm.stack import LAYERS
 from cobra.typed_config import to_dict
 from eval import readme
 from eval.peers.tables import to_markdown
+from tests.cobra.serve_ways import start_server
 from tests.eval.fake_report import make_report
 from train.settings import RunConfig
 from vision_scan.errors import UserError
@@ -96,15 +94,16 @@ def servers() -> Iterator[list[subprocess.Popen]]:
 @pytest.mark.parametrize("page", [README, *DOCS])
 def test_page_runs(page, somewhere, servers, monkeypatch):
     namespace: dict = {"__name__": "__main__"}
-    output, port = "", free_port()
+    output, address = "", "http://127.0.0.1:8000"
     for block in blocks(page):
         if block.language == "python":
-            text = block.text.replace(":8000", f":{port}")
+            text = block.text.replace("http://127.0.0.1:8000", address)
             exec(compile(text, f"{page}, block at line {block.line}", "exec"), namespace)
         elif block.language == "sh":
             for line in commands(block.text):
                 if line.startswith("cobra serve"):
-                    servers.append(serve(line, port))
+                    server, address = start_server(*shlex.split(line)[2:])
+                    servers.append(server)
             others = (line for line in commands(block.text) if not line.startswith("cobra serve"))
             output = "".join(run(line, page == README, monkeypatch) for line in others)
         elif block.language == "bash":
@@ -121,28 +120,6 @@ def commands(text: str) -> Iterator[str]:
     for line in text.replace("\\\n", " ").splitlines():
         if line.strip() and not line.startswith(SKIPPED):
             yield line
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def serve(line: str, port: int) -> subprocess.Popen:
-    """A server that is ready, at another port than the page says: that one may be taken here."""
-    command = [sys.executable, "-m", "cobra.cli", *shlex.split(line)[1:], "--port", str(port)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert str(port) in server.stdout.readline()
-    end = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-            return server
-        except OSError:
-            assert time.monotonic() < end and server.poll() is None, f"{line}: no server"
-            time.sleep(0.1)
 
 
 def run(line: str, with_deepspeed: bool, monkeypatch) -> str:

@@ -80,6 +80,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
             log_config=None,
             log_level="warning",
             timeout_graceful_shutdown=5,
+            timeout_keep_alive=75,  # a client that asks again just as the server hangs up would get an error
         )
         uvicorn.Server(config).run(sockets=[listener])
 

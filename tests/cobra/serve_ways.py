@@ -1,8 +1,15 @@
 """Requests to an engine, made and waited for."""
 
 import io
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -112,3 +119,22 @@ def whole(model, conversation: Prompt) -> tuple[torch.Tensor, dict]:
                 ids += [model.tokenizer.image_id] * piece.num_tokens
                 tiles.append(piece)
     return torch.tensor([ids]), model.processor.stack(tiles)
+
+
+def start_server(*arguments: str) -> tuple[subprocess.Popen, str]:
+    """`cobra serve` in a process of its own, at a free port: the process, and the address at which it is ready."""
+    command = [sys.executable, "-m", "cobra.cli", "serve", *arguments, "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(Path(cobra.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    found = re.search(r"http://[\w.:]+\d", line)
+    assert found, f"no server: {line}"
+    end = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(f"{found[0]}/health", timeout=5).close()
+            return server, found[0]
+        except OSError:
+            assert time.monotonic() < end and server.poll() is None, "no server"
+            time.sleep(0.1)
