@@ -312,9 +312,12 @@ class Engine:
     def _read_chunk(self) -> None:
         answer = self._reading.popleft()
         assert answer.reader is not None
-        began = time.monotonic()
+        began, request = time.monotonic(), answer.request
         try:
             read = next(answer.reader)
+            if isinstance(read, Known):
+                most = request.prompt.num_tokens + request.max_new_tokens + 2  # the end token, and one to spare
+                answer.place = self.slots.put(read.state, most)
         except Exception as error:  # of one conversation, such as an image that turns out to be damaged
             if not isinstance(error, UserError):
                 log.exception("a request failed")
@@ -330,7 +333,7 @@ class Engine:
     def _begin_answer(self, answer: _Answer, read: Known) -> None:
         prompt = answer.request.prompt
         answer.content = prompt.content
-        answer.place = self.slots.put(read.state, prompt.num_tokens + answer.request.max_new_tokens + 2)
+        answer.reader = None  # it holds a state
         self._decoding.append(answer)
         self.counters.prompt_tokens += prompt.num_tokens
         self.counters.cached_tokens += answer.cached_tokens
@@ -383,12 +386,12 @@ class Engine:
             answer.text.end()
             answer.stops.end()
         except Exception as error:  # of who is told, such as an event loop that is closed
-            answer.is_cancelled = True
+            answer.is_cancelled, answer.content = True, None
             log.debug("nobody hears an answer: %s", error)
             return
         self._finish(answer)
-        if answer.stops.is_hit:
-            answer.content = None  # what was made is not what the conversation goes on with
+        if answer.stops.is_hit or not self.cache.budget:
+            answer.content = None  # what was made is not what the conversation goes on with, or is not kept
         elif token == self._end_id:
             answer.closing.append(token)
         else:
