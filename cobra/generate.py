@@ -256,30 +256,29 @@ def _answer(
     # Images ahead of the question are read exactly as prefill() reads them, which makes an answer
     # from a state the same as a fresh one to the last bit.
     inline = images if count_marks(question) else None
-    state = own(model, state, 1)
-    state = extend_turn(model, state, "", None if count_marks(question) else images)
+    opened = extend_turn(model, own(model, state, 1), "", None if count_marks(question) else images)
     pieces = [*pieces_of(model, question, inline), list(template.encode(template.user_close, tokenizer))]
-    logits, state = read(model, state, pieces)
-    end, content = template.end_id(tokenizer), content_of(state)
+    logits, asked = read(model, opened, pieces)
+    end, content = template.end_id(tokenizer), content_of(asked)
     ids: list[int] = []
-    tokens = _decode(model, logits, state, sampler, max_new_tokens, [end], needs_state)
+    tokens = _decode(model, logits, asked, sampler, max_new_tokens, [end], needs_state)
     while True:
         try:
             token = next(tokens)
         except StopIteration as stop:
-            state = stop.value
+            answered: State = stop.value
             break
         ids.append(int(token))
         yield token
     if not needs_state:
-        return state
+        return answered
     if content is not None:
         content.read(ids)
-    note(model, state, content)
+    note(model, answered, content)
     if end not in ids:  # cut off: close the turn, so that the next one can open
-        _, state = read(model, state, [[end]])
-    state.info["turn"] = "closed"
-    return state
+        _, answered = read(model, answered, [[end]])
+    answered.info["turn"] = "closed"
+    return answered
 
 
 @torch.no_grad()

@@ -208,20 +208,18 @@ class _VideoFile(Part):
                 yield _upright_frame(frame, stream.codec_context.sample_aspect_ratio)
 
     def _chosen(self, frames: Iterable[Any]) -> Iterator[Any]:
-        due = first = None
+        if self.every.seconds is None:
+            yield from islice(frames, 0, None, self.every.frames)
+            return
+        first = Fraction(0)
+        next_number = 0
         for number, frame in enumerate(frames):
-            if self.every.frames is not None:
-                if number % self.every.frames == 0:
-                    yield frame
-                continue
-            rate = frame.time_base if frame.time_base else Fraction(1, 25)
-            time = (frame.pts if frame.pts is not None else number) * rate
-            if due is None or first is None:
-                due = first = time
-            if time >= due:
+            time = (number if frame.pts is None else frame.pts) * (frame.time_base or Fraction(1, 25))
+            first = first if number else time
+            due = (time - first) / self.every.seconds
+            if due >= next_number:
                 yield frame
-                # From the first frame on, however late a frame was: no drift over hours.
-                due = first + self.every.seconds * (int((time - first) / self.every.seconds) + 1)
+                next_number = int(due) + 1  # from the first frame on, however late this one is: no drift over hours
 
 
 def _upright_frame(frame: Any, aspect: Fraction | None) -> Image.Image:

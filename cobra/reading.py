@@ -170,10 +170,11 @@ def feed(
     count = math.ceil(embeds.shape[1] / chunk_size)
     masks = [None] * count if mask is None else mask.tensor_split(count, dim=1)
     for chunk, chunk_mask in zip(embeds.tensor_split(count, dim=1), masks, strict=True):
-        logits, state = model.lm(
+        logits, after = model.lm(
             inputs_embeds=chunk, state=state, attention_mask=chunk_mask, logits_to_keep=1, overwrite_state=True
         )
-        yield logits, state
+        yield logits, after
+        state = after
 
 
 def last(chunks: "Iterable[tuple[Tensor, State]]", state: "State | None" = None) -> "tuple[Tensor, State]":

@@ -158,8 +158,8 @@ def read_messages(engine: Engine, messages: Sequence[schemas.Message], limits: L
     said: list[Part] = []
     for number, message in enumerate(messages):
         where = f"messages.{number}.content"
-        content = [schemas.TextPart(type="text", text=message.content)] if isinstance(message.content, str) else None
-        parts = [_read_part(engine, part, limits, where) for part in content or message.content]
+        content = message.content
+        parts = [content] if isinstance(content, str) else [_read_part(engine, part, limits, where) for part in content]
         if message.role in ("system", "developer"):
             if turns or any(isinstance(part, Picture) for part in parts):
                 raise ApiError(400, "a system message stands at the beginning, and has words alone", where)
