@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from cobra.lm.state import State
     from cobra.model import Cobra
 
+    Decoding = Generator[Tensor, None, tuple[Tensor, State]]
+
 
 @torch.no_grad()
 def generate(
@@ -74,8 +76,7 @@ def generate(
     logits, state = last(feed(model, embeds, mask, state, CHUNK_SIZE))
     stop = [model.processor.template.end_id(model.tokenizer)] if stop_ids is None else stop_ids
     tokens = _decode(model, logits, state, sampler, max_new_tokens, stop, return_state)
-    new, state = _collect(tokens, streamer)
-    ids = torch.stack(new, dim=1) if new else ids.new_empty(batch, 0)
+    ids, state = _collect(tokens, streamer)
     note(model, state, content=None)
     state.info["turn"] = "closed"
     return (ids, state) if return_state else ids
@@ -129,7 +130,7 @@ def answer(
     sampler = Sampler(1, do_sample, temperature, top_k, top_p, seed)
     tokens = _answer(model, question, images, state, sampler, max_new_tokens, return_state)
     new, state = _collect(tokens, streamer)
-    text = model.tokenizer.decode([int(token) for token in new])
+    text = model.tokenizer.decode(new[0].tolist())
     return (text, state) if return_state else text
 
 
@@ -249,8 +250,8 @@ def _answer(
     sampler: Sampler,
     max_new_tokens: int,
     needs_state: bool,
-) -> "Generator[Tensor, None, State]":
-    """The tokens of an answer, and in the end the state for the next question, if it is needed."""
+) -> "Decoding":
+    """The tokens of an answer; in the end all of them, and the state for the next question, if it is needed."""
     _check_length(max_new_tokens)
     tokenizer, template = model.tokenizer, model.processor.template
     # Images ahead of the question are read exactly as prefill() reads them, which makes an answer
@@ -260,25 +261,17 @@ def _answer(
     pieces = [*pieces_of(model, question, inline), list(template.encode(template.user_close, tokenizer))]
     logits, asked = read(model, opened, pieces)
     end, content = template.end_id(tokenizer), content_of(asked)
-    ids: list[int] = []
-    tokens = _decode(model, logits, asked, sampler, max_new_tokens, [end], needs_state)
-    while True:
-        try:
-            token = next(tokens)
-        except StopIteration as stop:
-            answered: State = stop.value
-            break
-        ids.append(int(token))
-        yield token
+    new, answered = yield from _decode(model, logits, asked, sampler, max_new_tokens, [end], needs_state)
     if not needs_state:
-        return answered
+        return new, answered
+    ids = new[0].tolist()
     if content is not None:
         content.read(ids)
     note(model, answered, content)
     if end not in ids:  # cut off: close the turn, so that the next one can open
         _, answered = read(model, answered, [[end]])
     answered.info["turn"] = "closed"
-    return answered
+    return new, answered
 
 
 @torch.no_grad()
@@ -290,18 +283,21 @@ def _decode(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     needs_state: bool,
-) -> "Generator[Tensor, None, State]":
+) -> "Decoding":
     """Makes tokens, (batch,) each, from the logits (batch, 1, vocab) after a prompt and an own state of it; rows that
-    have ended get pads. In the end the state, which has read the last token only if it is needed."""
+    have ended get pads. In the end all of them, (batch, num_new), and the state, which has read the last token only if
+    it is needed."""
     pad_id = model.tokenizer.pad_id
     stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=logits.device)
     running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    for number in range(1, max_new_tokens + 1):
+    new: list[Tensor] = []
+    while len(new) < max_new_tokens:
         token = sampler(logits[:, -1]).where(running, pad_id)
+        new.append(token)
         yield token
         fed = running
         running = running & ~torch.isin(token, stop)
-        is_last = number == max_new_tokens or not running.any()
+        is_last = len(new) == max_new_tokens or not running.any()
         if is_last and not needs_state:
             break
         logits, state = model.lm(
@@ -313,21 +309,17 @@ def _decode(
         )
         if is_last:
             break
-    return state
+    return torch.stack(new, 1) if new else stop.new_empty(len(logits), 0), state
 
 
-def _collect(
-    tokens: "Generator[Tensor, None, State]", streamer: Streamer | None
-) -> "tuple[list[Tensor], State]":
-    """All tokens, handed to the streamer as they come, and the state in the end."""
-    new: list[Tensor] = []
+def _collect(tokens: "Decoding", streamer: Streamer | None) -> "tuple[Tensor, State]":
+    """What stands in the end, with tokens handed to the streamer as they come."""
     while True:
         try:
             token = next(tokens)
         except StopIteration as end:
             if streamer is not None:
                 streamer.end()
-            return new, end.value
-        new.append(token)
+            return end.value
         if streamer is not None:
             streamer.put(token.cpu())

@@ -65,12 +65,12 @@ class AnswerStream(Iterator[str]):
 
     Args:
         tokenizer: of the model.
-        tokens: gives the new tokens, and in the end the state.
+        tokens: gives the new tokens, and in the end all of them and the state.
     Attributes:
         state: behind the whole answer, for the next question; None as long as it is not complete.
     """
 
-    def __init__(self, tokenizer: Tokenizer, tokens: "Generator[Tensor, None, State]") -> None:
+    def __init__(self, tokenizer: Tokenizer, tokens: "Generator[Tensor, None, tuple[Tensor, State]]") -> None:
         self.state: State | None = None
         self._tokens = tokens
         self._pieces: list[str] = []
@@ -83,7 +83,7 @@ class AnswerStream(Iterator[str]):
             try:
                 self._streamer.put(next(self._tokens).cpu())
             except StopIteration as end:
-                self.state = end.value
+                _, self.state = end.value
                 self._streamer.end()
         return self._pieces.pop(0)
 

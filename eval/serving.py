@@ -1,23 +1,23 @@
-"""How fast many conversations are answered at once, how long they wait for one another, and how many images a second a
-model reads in how much memory."""
+"""How fast many conversations are answered at once, and how long they wait for one another."""
 
+import io
 import random
-import resource
 import string
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
-from PIL import Image
 
 from cobra.cost import LMCost
 from cobra.model import Cobra
 from cobra.sampling import Sampler
-from cobra.serve.engine import Engine, Outcome, Request, percentile
-from cobra.serve.prompt import Message, Prompt
+from cobra.serve.answer import Outcome, Request
+from cobra.serve.engine import Engine, percentile
+from cobra.serve.prompt import Message, Picture, Prompt
 from eval.environment import describe_environment
+from eval.image_reading import pictures_of
 from eval.machine import gemm_peak, measure_machine
 
 FORMS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -181,51 +181,9 @@ def _gaps_beside_reading(model: Cobra, load: Load, images: int, draw: random.Ran
 
 
 def _long_reading(model: Cobra, images: int) -> Prompt:
-    import io
-
-    from cobra.serve.prompt import Picture
-
     pictures = []
     for image in pictures_of(images):
         buffer = io.BytesIO()
         image.save(buffer, "png")
         pictures.append(Picture.of(model, buffer.getvalue()))
     return Prompt(model, [Message("user", (*pictures, "What is it?"))])
-
-
-def pictures_of(count: int, height: int = 96, width: int = 128) -> Iterator[Image.Image]:
-    """Pictures of noise, each drawn when it is asked for."""
-    for number in range(count):
-        noise = torch.Generator().manual_seed(number)
-        yield Image.fromarray(torch.randint(256, (height, width, 3), generator=noise, dtype=torch.uint8).numpy())
-
-
-def measure_reading(model: Cobra, counts: Sequence[int], advance: Callable[[int], None]) -> list[dict]:
-    """Reads pictures in one go, for each count anew: seconds, images and tokens a second, and the peak of the process's
-    memory. Counts ascend, so that a peak is that of the largest so far.
-
-    Returns:
-        for each count images, tokens, seconds, images_per_s, peak_bytes, state_bytes.
-    """
-    rows = []
-    for count in sorted(counts):
-        began = time.perf_counter()
-
-        def told(count: int = count) -> Iterator[Image.Image]:
-            for image in pictures_of(count):
-                yield image
-                advance(1)
-
-        state = model.prefill(images=told())
-        seconds = time.perf_counter() - began
-        rows.append(
-            {
-                "images": count,
-                "tokens": int(state.lengths),
-                "seconds": seconds,
-                "images_per_s": count / seconds,
-                "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-                "state_bytes": state.nbytes,
-            }
-        )
-    return rows

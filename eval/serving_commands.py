@@ -72,7 +72,7 @@ def time_reading(options: argparse.Namespace) -> int:
     from cobra.progress import progress
     from eval.environment import describe_environment
     from eval.files import write_json
-    from eval.serving import measure_reading
+    from eval.image_reading import measure
 
     try:
         counts = [int(count) for count in options.images.split(",")]
@@ -82,7 +82,7 @@ def time_reading(options: argparse.Namespace) -> int:
         raise UserError(f"--images {options.images!r}: give numbers of 1 or more, as in 10,100,1000")
     model = _one_model(options)
     with progress("reading", sum(counts)) as advance:
-        rows = measure_reading(model, counts, advance)
+        rows = measure(model, counts, advance)
     if options.output:
         write_json(options.output, {"rows": rows, "environment": describe_environment(options.device)})
     print("   images      tokens  images/s   tokens/s   peak MB   state MB")

@@ -1,75 +1,32 @@
 """OpenAI's chat completions over HTTP, and the page at /."""
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import hmac
-import io
 import json
-import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, StreamingResponse
 
 from cobra.cost import LMCost
-from cobra.image import upright_size
 from cobra.sampling import Sampler
-from cobra.serve import engine as engines
+from cobra.serve import answer as answers
 from cobra.serve import schemas
-from cobra.serve.engine import BusyError, Engine, Outcome
+from cobra.serve.answer import BusyError, Outcome
+from cobra.serve.engine import Engine
+from cobra.serve.errors import ApiError, add_error_handlers, as_api_error
+from cobra.serve.limits import BodyLimit, Limits
+from cobra.serve.messages import read_messages
 from cobra.serve.metrics import CONTENT_TYPE, render
-from cobra.serve.prompt import Message, Part, Picture, Prompt
-from vision_scan.errors import UserError
+from cobra.serve.prompt import Prompt
 
 PAGE = Path(__file__).with_name("page.html")
-DATA_URL = re.compile(r"data:(?P<kind>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
 POLL_SECONDS = 0.5  # how soon it is noticed that nobody waits for an answer any more
-TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 413: "request_too_large",
-         503: "overloaded_error", 504: "timeout_error"}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a request may ask for.
-
-    Attributes:
-        body_bytes: of a request.
-        images: of a request.
-        pixels: of an image.
-        prompt_tokens: of a conversation, its images included.
-        new_tokens: of an answer; also what it gets if the request does not say.
-        seconds: from a request to the end of its answer.
-    """
-
-    body_bytes: int = 64 * 2**20
-    images: int = 1024
-    pixels: int = 64 * 10**6
-    prompt_tokens: int = 1_000_000
-    new_tokens: int = 4096
-    seconds: float = 600.0
-
-
-class ApiError(Exception):
-    """An answer that is an error, in OpenAI's form."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = schemas.ErrorResponse(
-            error=schemas.ErrorBody(message=message, type=TYPES.get(status, "server_error"), param=param, code=code)
-        )
-
-    def response(self) -> JSONResponse:
-        headers = {"Retry-After": "1"} if self.status == 503 else None
-        return JSONResponse(self.body.model_dump(), self.status, headers)
+ERRORS: Any = {status: {"model": schemas.ErrorResponse} for status in (400, 401, 404, 413, 503, 504)}
 
 
 def create_app(engine: Engine, name: str, limits: Limits | None = None, api_key: str | None = None) -> FastAPI:
@@ -89,129 +46,64 @@ def create_app(engine: Engine, name: str, limits: Limits | None = None, api_key:
         yield
         await asyncio.to_thread(engine.close)
 
-    async def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
-            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-
     app = FastAPI(title="cobra", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_BodyLimit, limit=limits.body_bytes)
-    _add_error_handlers(app)
-    card = schemas.ModelCard(id=name, created=int(time.time()))
-    errors: Any = {status: {"model": schemas.ErrorResponse} for status in (400, 401, 404, 413, 503, 504)}
-    guarded = {"dependencies": [Depends(check_key)], "responses": {**errors}}
+    app.add_middleware(BodyLimit, limit=limits.body_bytes)
+    add_error_handlers(app)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
         return PAGE.read_text(encoding="utf-8")
 
-    @app.get("/health")
+    @app.get("/health", responses={503: ERRORS[503]})
     async def health() -> dict[str, str]:
         if not engine.is_running:
             raise ApiError(503, "the engine has stopped")
         return {"status": "ok"}
 
-    @app.get("/metrics", response_class=Response, **guarded)
+    app.include_router(_guarded(engine, name, limits, api_key))
+    return app
+
+
+def _guarded(engine: Engine, name: str, limits: Limits, api_key: str | None) -> APIRouter:
+    """What asks for the key."""
+
+    async def check_key(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
+            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+
+    router = APIRouter(dependencies=[Depends(check_key)], responses=ERRORS)
+    card = schemas.ModelCard(id=name, created=int(time.time()))
+
+    @router.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         return Response(render(engine), media_type=CONTENT_TYPE)
 
-    @app.get("/v1/models", **guarded)
+    @router.get("/v1/models")
     async def models() -> schemas.ModelList:
         return schemas.ModelList(data=[card])
 
-    @app.get("/v1/models/{model}", **guarded)
+    @router.get("/v1/models/{model}")
     async def one_model(model: str) -> schemas.ModelCard:
         _check_model(model, name)
         return card
 
-    @app.post("/v1/chat/completions", response_model=schemas.ChatCompletion, **guarded)
+    @router.post("/v1/chat/completions", response_model=schemas.ChatCompletion)
     async def complete(body: schemas.ChatRequest, request: Request) -> Any:
         _check_model(body.model, name)
-        messages = await asyncio.to_thread(read_messages, engine, body.messages, limits)
-        answer = _Answer(engine, name, body, messages, limits)
+        prompt = await asyncio.to_thread(read_messages, engine.model, body.messages, limits)
+        answer = _Answer(engine, name, body, prompt, limits)
         if body.stream:
             first = await answer.begin(request)
             return StreamingResponse(answer.stream(first), media_type="text/event-stream")
         return await answer.whole(request)
 
-    return app
+    return router
 
 
 def _check_model(asked: str, name: str) -> None:
     if asked != name:
         raise ApiError(404, f"no model {asked!r} here; the one that is served is {name!r}", "model", "model_not_found")
-
-
-def read_messages(engine: Engine, messages: Sequence[schemas.Message], limits: Limits) -> Prompt:
-    """A request's conversation as the engine takes it.
-
-    What a system says is put in front of the user's first words, as models here have no place for it.
-
-    Raises:
-        ApiError: if it is not one, or more than may be asked for.
-    """
-    count = sum(isinstance(part, schemas.ImagePart) for one in messages if isinstance(one.content, list)
-                for part in one.content)  # fmt: skip
-    if count > limits.images:
-        raise ApiError(400, f"{count} images: at most {limits.images} in a request", "messages")
-    turns: list[Message] = []
-    said: list[Part] = []
-    for number, message in enumerate(messages):
-        where = f"messages.{number}.content"
-        content = message.content
-        parts = [content] if isinstance(content, str) else [_read_part(engine, part, limits, where) for part in content]
-        if message.role in ("system", "developer"):
-            if turns or any(isinstance(part, Picture) for part in parts):
-                raise ApiError(400, "a system message stands at the beginning, and has words alone", where)
-            said += [*parts, "\n\n"]
-        elif message.role == "user":
-            turns.append(Message("user", (*said, *parts)))
-            said = []
-        elif any(isinstance(part, Picture) for part in parts):
-            raise ApiError(400, "images are of the user; an assistant's message has words alone", where)
-        else:
-            turns.append(Message("assistant", tuple(parts)))
-    try:
-        prompt = Prompt(engine.model, turns)
-    except UserError as error:
-        raise ApiError(400, str(error), "messages") from error
-    if prompt.num_tokens > limits.prompt_tokens:
-        raise ApiError(
-            400,
-            f"the conversation has {prompt.num_tokens} tokens: at most {limits.prompt_tokens} are read",
-            "messages",
-            "context_length_exceeded",
-        )
-    return prompt
-
-
-def _read_part(engine: Engine, part: schemas.TextPart | schemas.ImagePart, limits: Limits, where: str) -> Part:
-    if isinstance(part, schemas.TextPart):
-        return part.text
-    data = read_data_url(part.image_url.url, where)
-    try:
-        height, width = upright_size(io.BytesIO(data))
-        if height * width > limits.pixels:
-            raise ApiError(400, f"an image of {width} x {height} pixels: at most {limits.pixels:,}", where)
-        return Picture.of(engine.model, data)
-    except UserError as error:
-        raise ApiError(400, f"not an image that can be read: {error}", where) from error
-
-
-def read_data_url(url: str, where: str) -> bytes:
-    """The bytes in a data URL.
-
-    Raises:
-        ApiError: if it is another URL, or not base64.
-    """
-    found = DATA_URL.match(url)
-    if not found:
-        scheme = url.partition(":")[0][:20] if ":" in url else "no"
-        raise ApiError(400, f"{scheme} URLs are not fetched: send the image itself, data:image/png;base64,...", where)
-    try:
-        return base64.b64decode(url[found.end() :], validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ApiError(400, f"the image's data URL is not base64 ({error})", where) from error
 
 
 class _Answer:
@@ -235,7 +127,7 @@ class _Answer:
             self._cancel()
             raise
         if isinstance(first, Outcome) and first.error is not None:
-            raise _as_api_error(first.error)
+            raise as_api_error(first.error)
         return first
 
     def _submit(self) -> None:
@@ -248,7 +140,7 @@ class _Answer:
         sampler = Sampler(1, temperature > 0, temperature, body.top_k, body.top_p, body.seed)
         try:
             self._cancel = self._engine.submit(
-                engines.Request(
+                answers.Request(
                     prompt=self._prompt,
                     sampler=sampler,
                     max_new_tokens=min(body.most_tokens or self._limits.new_tokens, self._limits.new_tokens),
@@ -258,7 +150,7 @@ class _Answer:
                 )
             )
         except BusyError as error:
-            raise _as_api_error(error) from error
+            raise as_api_error(error) from error
 
     async def _next(self, request: Request | None = None) -> str | Outcome:
         """What the engine tells next; gives up if nobody listens, or it takes too long."""
@@ -283,7 +175,7 @@ class _Answer:
         finally:
             self._cancel()
         if told.error is not None:
-            raise _as_api_error(told.error)
+            raise as_api_error(told.error)
         message = schemas.AnswerMessage(content="".join(pieces))
         choice = schemas.Choice(message=message, finish_reason=told.reason)
         return schemas.ChatCompletion(model=self._name, choices=[choice], usage=self._usage(told))
@@ -303,7 +195,7 @@ class _Answer:
                 yield event(schemas.Delta(content=told))
                 told = await self._next()
             if told.error is not None:
-                raise _as_api_error(told.error)
+                raise as_api_error(told.error)
             yield event(schemas.Delta(), told.reason)
             if wants_usage:
                 yield _event(chunk.model_copy(update={"usage": self._usage(told)}), wants_usage)
@@ -334,69 +226,3 @@ def _event(chunk: schemas.ChatChunk, wants_usage: bool) -> str:
     if wants_usage:
         body["usage"] = chunk.usage and chunk.usage.model_dump()
     return f"data: {json.dumps(body)}\n\n"
-
-
-def _as_api_error(error: Exception) -> ApiError:
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, BusyError):
-        return ApiError(503, str(error), code="overloaded")
-    if isinstance(error, UserError):
-        return ApiError(400, str(error), "messages")
-    return ApiError(500, "the answer could not be made; the server's log says why")
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def of_ours(request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def of_the_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        worst = max(error.errors(), key=lambda one: len(one["loc"]))  # of several readings the one that got furthest
-        # What pydantic calls the members of a union is no part of the body.
-        place = ".".join(str(part) for part in worst["loc"] if part not in ("body", "str") and "[" not in str(part))
-        message = worst["msg"].removeprefix("Value error, ")
-        return ApiError(400, f"{place}: {message}" if place else message, place or None).response()
-
-    @app.exception_handler(StarletteHTTPException)
-    async def of_http(request: Request, error: HTTPException) -> JSONResponse:
-        response = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
-        response.headers.update(error.headers or {})
-        return response
-
-
-class _BodyLimit:
-    """Refuses bodies above a number of bytes: by their announced length before they are read, by what comes else."""
-
-    def __init__(self, app: Any, limit: int) -> None:
-        self._app, self._limit = app, limit
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        refusal = ApiError(413, f"the body has more than {self._limit:,} bytes", code="body_too_large").response()
-        if announced.isdigit() and int(announced) > self._limit:
-            await refusal(scope, receive, send)
-            return
-        taken, is_refused = 0, False
-
-        async def counting() -> Any:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > self._limit:
-                raise ValueError("the body is too large")  # whatever is answered to that, it is replaced below
-            return message
-
-        async def sending(message: Any) -> None:
-            nonlocal is_refused
-            if taken <= self._limit:
-                await send(message)
-            elif not is_refused:
-                is_refused = True
-                await refusal(scope, receive, send)
-
-        await self._app(scope, counting, sending)

@@ -45,8 +45,9 @@ def run_serve(arguments: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from cobra.serve.app import Limits, create_app
+        from cobra.serve.app import create_app
         from cobra.serve.engine import Engine
+        from cobra.serve.limits import Limits
     except ImportError as error:
         raise UserError(f"serving needs {error.name}: pip install 'cobra-vlm[serve]'") from error
     from cobra.ask_commands import load_model

@@ -12,73 +12,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cobra.reading import CHUNK_SIZE, read_by_chunks
-from cobra.sampling import Sampler, greedy
+from cobra.sampling import greedy
+from cobra.serve.answer import Answer, BusyError, Request
 from cobra.serve.prefix_cache import Known, PrefixCache
-from cobra.serve.prompt import Prompt
 from cobra.serve.slots import Slots
-from cobra.streaming import StopTexts, TextStreamer
 from vision_scan.errors import UserError
 
 if TYPE_CHECKING:
-    from cobra.content import Content
     from cobra.lm.state import State
     from cobra.model import Cobra
 
 log = logging.getLogger(__name__)
 LEAST_CHUNK = 16  # tokens: as many as the compiled decoder takes at a time
-Reason = Literal["stop", "length"]
-
-
-class BusyError(UserError):
-    """There are as many requests as may wait."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """An answer to be made.
-
-    Attributes:
-        prompt: the conversation.
-        sampler: of one row.
-        max_new_tokens: where the answer ends at the latest, at least 1.
-        stop: texts in front of which it ends.
-        ignores_end: go on behind the end token, as speeds are measured.
-        on_text: told of each piece of text, from the engine's thread.
-        on_end: told once, and nothing afterwards: how it ended, or why it failed.
-    """
-
-    prompt: Prompt
-    sampler: Sampler
-    max_new_tokens: int
-    stop: Sequence[str] = ()
-    ignores_end: bool = False
-    on_text: Callable[[str], object]
-    on_end: "Callable[[Outcome], object]"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How a request ended.
-
-    Attributes:
-        reason: "stop" at the end of the answer or a stop text, "length" at its last allowed token.
-        error: why there is no (whole) answer; None: there is.
-        prompt_tokens, cached_tokens, new_tokens: of the conversation, of it those not read again, and of the answer.
-        seconds_to_first: from the request to its first token.
-    """
-
-    reason: Reason = "stop"
-    error: Exception | None = None
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    seconds_to_first: float = 0.0
 
 
 @dataclass
@@ -97,27 +48,6 @@ class Counters:
     """Seconds between one token and the next of the same answer."""
     first_tokens: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
     """Seconds from a request to its first token."""
-
-
-class _Answer:
-    """A request on its way: read by `reader`, then decoded in slot `place`."""
-
-    def __init__(self, request: Request, tokenizer) -> None:
-        self.request = request
-        self.began = time.monotonic()
-        self.is_cancelled = False
-        self.cached_tokens = 0
-        self.reader: Iterator[int | Known] | None = None
-        self.place: int | None = None
-        self.next_token: int | None = None  # made, and not read yet
-        self.ids: list[int] = []
-        self.closing: deque[int] = deque()  # read behind the answer, so that the next turn can follow
-        self.content: Content | None = None
-        self.last_token_at = 0.0
-        self.seconds_to_first = 0.0
-        self.reason: Reason | None = None
-        self.stops = StopTexts(request.stop, request.on_text)
-        self.text = TextStreamer(tokenizer, self.stops.put)
 
 
 class Engine:
@@ -144,9 +74,9 @@ class Engine:
         self._max_waiting, self._stall = max_waiting, stall
         self._end_id = model.processor.template.end_id(model.tokenizer)
         self._chunk = LEAST_CHUNK  # tokens that are read between two steps of decoding; follows what they take
-        self._waiting: deque[_Answer] = deque()
-        self._reading: deque[_Answer] = deque()
-        self._decoding: list[_Answer] = []  # in the order of their slots
+        self._waiting: deque[Answer] = deque()
+        self._reading: deque[Answer] = deque()
+        self._decoding: list[Answer] = []  # in the order of their slots
         self._lock = threading.Condition()
         self._is_closed = False
         self._thread: threading.Thread | None = None
@@ -157,7 +87,7 @@ class Engine:
         Raises:
             BusyError: if as many as may wait are waiting, or the engine is closed.
         """
-        answer = _Answer(request, self.model.tokenizer)
+        answer = Answer(request, self.model.tokenizer, self._end_id)
         with self._lock:
             if self._is_closed or len(self._waiting) >= self._max_waiting + self._num_free():
                 self.counters.refused += 1
@@ -219,10 +149,14 @@ class Engine:
                 log.exception("a step failed")
                 self._fail_running(error)
 
+    def _fail(self, answer: Answer, error: Exception) -> None:
+        self.counters.failed += not answer.is_cancelled
+        answer.finish(error)
+
     def _fail_running(self, error: Exception) -> None:
         for answer in [*self._reading, *self._decoding]:
             if answer.reason is None:
-                self._finish(answer, error=error)
+                self._fail(answer, error)
         self._reading.clear()
         self._decoding.clear()
         self.slots.used = 0
@@ -259,7 +193,7 @@ class Engine:
                 answer.reader = self._reader(answer)
                 self._reading.append(answer)
 
-    def _reader(self, answer: _Answer) -> Iterator[int | Known]:
+    def _reader(self, answer: Answer) -> Iterator[int | Known]:
         """Reads a conversation: how many tokens each chunk had, and in the end what stands behind all of it."""
         segments = answer.request.prompt.segments
         known, first = self._find(answer)
@@ -286,7 +220,7 @@ class Engine:
         if trimmed.nbytes <= self.cache.budget:
             self.cache.put(digest, Known(trimmed.clone(), logits))
 
-    def _find(self, answer: _Answer) -> tuple[Known | None, int]:
+    def _find(self, answer: Answer) -> tuple[Known | None, int]:
         """The longest beginning of a conversation that is known, and the number of the first segment behind it."""
         segments = answer.request.prompt.segments
         for number in range(len(segments), 0, -1):
@@ -321,7 +255,7 @@ class Engine:
         except Exception as error:  # of one conversation, such as an image that turns out to be damaged
             if not isinstance(error, UserError):
                 log.exception("a request failed")
-            self._finish(answer, error=error)
+            self._fail(answer, error)
             return
         if isinstance(read, int):
             if self._decoding:
@@ -330,82 +264,43 @@ class Engine:
         else:
             self._begin_answer(answer, read)
 
-    def _begin_answer(self, answer: _Answer, read: Known) -> None:
+    def _begin_answer(self, answer: Answer, read: Known) -> None:
         prompt = answer.request.prompt
-        answer.content = prompt.content
+        answer.content = prompt.content if self.cache.budget else None
         answer.reader = None  # it holds a state
         self._decoding.append(answer)
         self.counters.prompt_tokens += prompt.num_tokens
         self.counters.cached_tokens += answer.cached_tokens
         assert read.logits is not None
-        self._take_token(answer, int(answer.request.sampler(read.logits[:, -1])))
+        self._take(answer, int(answer.request.sampler(read.logits[:, -1])))
+
+    def _take(self, answer: Answer, token: int) -> None:
+        is_first = not answer.has_begun
+        seconds = answer.take(token)
+        (self.counters.first_tokens if is_first else self.counters.gaps).append(seconds)
+        self.counters.new_tokens += 1
 
     def _decode(self) -> None:
         answers = list(self._decoding)
-        tokens = torch.tensor([self._to_read(answer) for answer in answers], device=self.model.device)
+        tokens = torch.tensor([answer.next_to_read() for answer in answers], device=self.model.device)
         logits = self.slots.step(tokens)
         best = greedy(logits).tolist()
         for row, answer in enumerate(answers):
-            if answer.reason is not None:
-                if not answer.closing:
-                    self._keep_turn(answer)
-                continue
-            sampler = answer.request.sampler
-            self._take_token(answer, best[row] if sampler.is_greedy else int(sampler(logits[row : row + 1])))
-        for answer in answers:
-            if answer.reason is not None and not answer.closing:
-                self._leave_slot(answer)
-
-    def _to_read(self, answer: _Answer) -> int:
-        if answer.closing:
-            return answer.closing.popleft()
-        assert answer.next_token is not None
-        return answer.next_token
-
-    def _take_token(self, answer: _Answer, token: int) -> None:
-        """Adds a token to an answer; if it is the last, the answer is told of its end."""
-        now = time.monotonic()
-        if answer.ids:
-            self.counters.gaps.append(now - answer.last_token_at)
-        else:
-            answer.seconds_to_first = now - answer.began
-            self.counters.first_tokens.append(answer.seconds_to_first)
-        answer.last_token_at = now
-        answer.ids.append(token)
-        answer.next_token = token
-        self.counters.new_tokens += 1
-        try:
-            if token != self._end_id:
-                answer.text.put(torch.tensor([token]))
-            if (token == self._end_id and not answer.request.ignores_end) or answer.stops.is_hit:
-                answer.reason = "stop"
-            elif len(answer.ids) >= answer.request.max_new_tokens:
-                answer.reason = "length"
             if answer.reason is None:
-                return
-            answer.text.end()
-            answer.stops.end()
-        except Exception as error:  # of who is told, such as an event loop that is closed
-            answer.is_cancelled, answer.content = True, None
-            log.debug("nobody hears an answer: %s", error)
-            return
-        self._finish(answer)
-        if answer.stops.is_hit or not self.cache.budget:
-            answer.content = None  # what was made is not what the conversation goes on with, or is not kept
-        elif token == self._end_id:
-            answer.closing.append(token)
-        else:
-            answer.closing.extend([token, self._end_id])
+                sampler = answer.request.sampler
+                self._take(answer, best[row] if sampler.is_greedy else int(sampler(logits[row : row + 1])))
+            elif answer.is_over:
+                self._keep_turn(answer)
+        for answer in [each for each in answers if each.is_over]:
+            self._leave_slot(answer)
 
-    def _keep_turn(self, answer: _Answer) -> None:
+    def _keep_turn(self, answer: Answer) -> None:
         """Keeps the state behind an answer, from which the next turn goes on."""
-        if answer.content is None or answer.place is None:
-            return
-        ids = answer.ids if answer.ids[-1] == self._end_id else [*answer.ids, self._end_id]
-        answer.content.read(ids)
-        self._keep(answer.content.digest, self.slots.take(answer.place))
+        digest = answer.turn_digest()
+        if digest is not None and answer.place is not None:
+            self._keep(digest, self.slots.take(answer.place))
 
-    def _leave_slot(self, answer: _Answer) -> None:
+    def _leave_slot(self, answer: Answer) -> None:
         assert answer.place is not None
         moved_from = self.slots.free(answer.place)
         last = self._decoding.pop()
@@ -413,23 +308,6 @@ class Engine:
             last.place = answer.place
             self._decoding[answer.place] = last
         answer.place = None
-
-    def _finish(self, answer: _Answer, error: Exception | None = None) -> None:
-        if answer.is_cancelled:
-            return
-        self.counters.failed += error is not None
-        outcome = Outcome(
-            reason=answer.reason or "stop",
-            error=error,
-            prompt_tokens=answer.request.prompt.num_tokens,
-            cached_tokens=answer.cached_tokens,
-            new_tokens=len(answer.ids),
-            seconds_to_first=answer.seconds_to_first,
-        )
-        try:
-            answer.request.on_end(outcome)
-        except Exception as told:  # the server's event loop may be gone
-            log.debug("nobody hears the end of an answer: %s", told)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

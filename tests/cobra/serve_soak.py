@@ -19,8 +19,7 @@ import httpx
 import cobra
 from cobra.progress import progress
 from cobra.serve.engine import percentile
-from tests.cobra.serve_ways import fresh, lively, png, prompt, start_server
-from tests.cobra.test_serve import NAME, image, user, wait_until
+from tests.cobra.serve_ways import NAME, fresh, image, lively, png, prompt, start_server, user, wait_until
 
 KINDS = 12  # of conversations, whose answers are known
 NEW_TOKENS = 64

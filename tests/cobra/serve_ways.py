@@ -1,5 +1,6 @@
 """Requests to an engine, made and waited for."""
 
+import base64
 import io
 import os
 import re
@@ -16,15 +17,18 @@ from PIL import Image
 
 import cobra
 from cobra.sampling import Sampler
-from cobra.serve.engine import Engine, Outcome, Request
+from cobra.serve.answer import Outcome, Request
+from cobra.serve.engine import Engine
 from cobra.serve.prompt import Message, Picture, Prompt
 
+NAME = "a-model"  # of one that is served
 
-def lively(preset: str = "tiny", layers=None) -> cobra.Cobra:
+
+def lively(layers, tiles=None) -> cobra.Cobra:
     """A small model whose random weights are large enough that its answers depend on the prompt."""
-    config = cobra.PRESETS[preset]
-    lm = replace(config.lm, vocab_size=261, tie_word_embeddings=False)
-    model = cobra.build(replace(config, lm=lm if layers is None else replace(lm, layers=layers)), seed=1)
+    config = cobra.PRESETS["tiny"]
+    lm = replace(config.lm, layers=layers, vocab_size=261, tie_word_embeddings=False)
+    model = cobra.build(replace(config, lm=lm, image=replace(config.image, tiles=tiles)), seed=1)
     for name, parameter in model.lm.named_parameters():
         if parameter.dim() == 2 and "layers" in name:
             parameter.data *= 4
@@ -34,12 +38,12 @@ def lively(preset: str = "tiny", layers=None) -> cobra.Cobra:
     return model
 
 
-def png(value: int, size: tuple[int, int] = (24, 16)) -> bytes:
+def png(value: int, size: tuple[int, int] = (24, 16), exif: Image.Exif | None = None) -> bytes:
     """Pictures that look alike: one pixel differs."""
     image = Image.new("RGB", size, "teal")
     image.putpixel((size[0] // 2, size[1] // 2), (value % 256, value // 256 % 256, value // 65536))
     buffer = io.BytesIO()
-    image.save(buffer, "png")
+    image.save(buffer, "png", exif=exif or Image.Exif())
     return buffer.getvalue()
 
 
@@ -138,3 +142,27 @@ def start_server(*arguments: str) -> tuple[subprocess.Popen, str]:
         except OSError:
             assert time.monotonic() < end and server.poll() is None, "no server"
             time.sleep(0.1)
+
+
+def data_url(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def linked(url: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def image(data: bytes) -> dict:
+    return linked(data_url(data))
+
+
+def user(*parts) -> dict:
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return {"role": "user", "content": content}
+
+
+def wait_until(is_done, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not is_done():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)

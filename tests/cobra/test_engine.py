@@ -1,17 +1,21 @@
 """Continuous batching: whatever runs beside a conversation, and whatever was read before, its answer is that of a fresh
 reading."""
 
+import copy
 import random
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 import cobra
-from cobra.serve.engine import BusyError, Engine
+from cobra.serve.answer import BusyError
+from cobra.serve.engine import Engine
 from cobra.serve.prompt import IMAGES_PER_SEGMENT, Message, Picture, Prompt, arrange
-from tests.cobra.serve_ways import ask, behind, fresh, lively, png, prompt, run
+from cobra.tiles import AnyResConfig, NativeConfig, UHDConfig
+from tests.cobra.serve_ways import ask, behind, fresh, lively, png, prompt, run, wait_until, whole
 from vision_scan.errors import UserError
 
 
@@ -256,16 +260,13 @@ def test_a_failing_step_fails_what_runs_and_nothing_else(model, monkeypatch):
     engine = Engine(model)
     engine.start()
     first = ask(engine, prompt(model, "Hello"), 10_000)
-    while not first.pieces:
-        pass
+    wait_until(lambda: first.pieces)
     monkeypatch.setattr(engine.slots, "step", lambda tokens: 1 / 0)
-    while first.outcome is None:
-        pass
+    wait_until(lambda: first.outcome)
     assert isinstance(first.outcome.error, ZeroDivisionError)
     monkeypatch.undo()
     second = ask(engine, prompt(model, "Hello"), 3)
-    while second.outcome is None:
-        pass
+    wait_until(lambda: second.outcome)
     engine.close()
     assert second.text == fresh(model, prompt(model, "Hello"), 3)
     with pytest.raises(BusyError, match="stopping"):
@@ -276,8 +277,7 @@ def test_closing_tells_everybody(model):
     engine = Engine(model, slots=1)
     engine.start()
     told = [ask(engine, prompt(model, "Hello"), 100_000) for _ in range(3)]
-    while not told[0].pieces:
-        pass
+    wait_until(lambda: told[0].pieces)
     engine.close()
     assert all(isinstance(one.outcome.error, BusyError) for one in told)
 
@@ -308,6 +308,48 @@ def test_slots_grow_with_what_is_kept_of_each_token(model):
     run(engine)
     expected = [fresh(model, short, 150), fresh(model, long, 40), fresh(model, short, 30)]
     assert [one.text for one in told] == expected
+
+
+@pytest.mark.parametrize(
+    "tiles", [AnyResConfig(), NativeConfig(min_cells=2, max_cells=30), UHDConfig()], ids=["anyres", "native", "uhd"]
+)
+def test_images_that_take_tokens_by_their_shape(tiles):
+    """Tokens are counted by the header, before anything is decoded: of pictures of every shape, and turned by EXIF."""
+    model = lively(layers=cobra.PRESETS["tiny"].lm.layers[:1], tiles=tiles)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    files = [png(1, (200, 70)), png(2, (31, 150)), png(3, (7, 5)), png(4, (200, 70), exif=turned)]
+    engine = Engine(model)
+    conversations = [prompt(model, [*files[:2], "a"]), prompt(model, [files[2], "b"]), prompt(model, [files[3], "c"])]
+    told = [ask(engine, conversation) for conversation in conversations]
+    run(engine)
+    for conversation, one in zip(conversations, told, strict=True):
+        assert one.outcome.error is None and one.text == fresh(model, conversation)
+        assert one.outcome.prompt_tokens == whole(model, conversation)[0].shape[1]
+    assert model.answer("c", [files[3]], max_new_tokens=8) == told[2].text
+
+
+def test_bfloat16_is_within_its_own_error():
+    """What stands behind conversations in bfloat16, read in chunks beside others, is as near to float32 as a reading in
+    one piece is."""
+    exact = lively(layers=cobra.PRESETS["tiny"].lm.layers[:2])
+    half = copy.deepcopy(exact).to(torch.bfloat16)
+    engine = Engine(half, slots=3, stall=1e-9)
+    found, begin = [], engine._begin_answer
+    engine._begin_answer = lambda answer, read: (found.append((answer, read.logits[0, -1])), begin(answer, read))[1]
+    turns = [[[png(number, (90, 33)), f"Question {number}" * (number + 1)]] for number in range(5)]
+    told = [ask(engine, prompt(half, *turn), 20) for turn in turns]
+    run(engine)
+    assert all(one.outcome.error is None for one in told) and len(found) == 5
+    ours = theirs = 0.0
+    for turn in turns:
+        conversation = prompt(half, *turn)
+        digest = conversation.segments[-1].digest
+        (logits,) = [row for answer, row in found if answer.request.prompt.segments[-1].digest == digest]
+        truth = behind(exact, conversation)
+        ours += (logits.float() - truth).square().mean().item()
+        theirs += (behind(half, conversation).float() - truth).square().mean().item()
+    assert 0 < ours < 4 * theirs
 
 
 def test_a_cache_without_room_keeps_nothing(model):

@@ -1,29 +1,26 @@
 """The server, over real connections: OpenAI's own client, what is refused, clients that go away, the page."""
 
 import asyncio
-import base64
 import contextlib
 import json
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
 
 import cobra
-from tests.cobra.serve_ways import fresh, lively, png, prompt
+from tests.cobra.serve_ways import NAME, fresh, image, linked, lively, png, prompt, user, wait_until
 
 fastapi = pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 
-from cobra.serve.app import Limits, create_app  # noqa: E402
+from cobra.serve.app import create_app  # noqa: E402
 from cobra.serve.engine import Engine  # noqa: E402
-
-NAME = "a-model"
+from cobra.serve.limits import Limits  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +52,6 @@ def serving(
             assert not thread.is_alive() and not engine.is_running
 
 
-def wait_until(is_done, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not is_done():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def server(model):
     with serving(model, Limits(images=5, pixels=10**6, prompt_tokens=2000, new_tokens=400, body_bytes=2**20)) as made:
@@ -71,23 +61,6 @@ def server(model):
 @pytest.fixture
 def client(server):
     return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0)
-
-
-def data_url(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def linked(url: str) -> dict:
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def image(data: bytes) -> dict:
-    return linked(data_url(data))
-
-
-def user(*parts) -> dict:
-    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
-    return {"role": "user", "content": content}
 
 
 def ask(client, *messages, **options):
