@@ -27,8 +27,9 @@ demo: $(STAMP)
 quick: $(STAMP)
 	@$(PY) -m eval demo --quick --output runs/quick
 
+# A process for each core, a thread for each process: most tests are too small for more.
 test: $(STAMP)
-	@$(PY) -m pytest -q tests
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests
 
 soak: $(STAMP)
 	@$(PY) -m tests.cobra.serve_soak --clients 200 --seconds 120 --output runs/soak/serve.json

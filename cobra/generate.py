@@ -173,10 +173,15 @@ def answer_batch(
         requests: pairs of a question and its images (or None).
         state: what all of them are asked about, read once and left as it is.
     Raises:
-        UserError: naming the request, if its marks and images differ in number.
+        UserError: naming the request, where there are several, if its marks and images differ in number.
     """
     if not requests:
         return []
+    if len(requests) == 1:  # in chunks: its images need not be in memory all at once
+        ((question, images),) = requests
+        sampler = Sampler(1, do_sample, temperature, top_k, top_p, seed)
+        new, _ = _collect(_answer(model, question, images, state, sampler, max_new_tokens, False), None)
+        return [model.tokenizer.decode(new[0].tolist())]
     tokenizer, template = model.tokenizer, model.processor.template
     begin = opening(model, state)
     closing = template.encode(template.user_close, tokenizer)

@@ -57,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     scene_commands.add_scenes(_command(commands, "scenes", scene_commands.draw_scenes, about))
     about = "draw the pictures of the study of scan orders, with a question each"
     scene_commands.add_plane_scenes(_command(commands, "plane-scenes", scene_commands.draw_plane_scenes, about))
+    about = "draw rows of pictures of which one shows a digit, to train and to test on"
+    scene_commands.add_needles(_command(commands, "needles", scene_commands.draw_needles, about))
 
     _add_tasks(_command(commands, "tasks", _tasks, "answer and score a benchmark"))
     about = "time decoding against context length, or beside rivals"
@@ -118,6 +120,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="a model directory")
     parser.add_argument(
         "--task",
+        "--tasks",
         default="digit_scenes",
         metavar="NAME",
         help="the benchmark (default digit_scenes)",

@@ -6,7 +6,7 @@ texts`.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,6 +18,7 @@ from eval.files import read_lines, write_json, write_lines
 from eval.tasks import TASKS, Sample
 from vision_scan.errors import UserError, choose
 
+MOST_PICTURES = 128  # of a batch, if it has more than a sample
 Control = Literal["none", "blank"]
 CONTROLS: dict[str, str] = {
     "none": "the pictures as they are",
@@ -47,6 +48,7 @@ def answer_samples(
 
     Args:
         control: a key of CONTROLS.
+        batch_size: of samples, or fewer where these have more than MOST_PICTURES in all.
         advance: called with the number of samples just answered.
     Raises:
         UserError: for an unknown control, a batch size below 1, or a picture that cannot be read.
@@ -55,8 +57,7 @@ def answer_samples(
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}: give at least 1")
     answers: list[str] = []
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start : start + batch_size]
+    for batch in _batches(samples, batch_size):
         requests = [
             (s.question, [_blank(i) for i in s.images] if control == "blank" else list(s.images))
             for s in batch
@@ -64,6 +65,18 @@ def answer_samples(
         answers += model.answer_batch(requests, max_new_tokens=max_new_tokens)
         advance(len(batch))
     return answers
+
+
+def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
+    batch: list[Sample] = []
+    for sample in samples:
+        pictures = sum(len(each.images) for each in (*batch, sample))
+        if batch and (len(batch) == batch_size or pictures > max(MOST_PICTURES, batch_size)):
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch
 
 
 def run_task(

@@ -1,9 +1,11 @@
-"""The commands that draw data sets: `python -m eval scenes` and `python -m eval plane-scenes`."""
+"""The commands that draw data sets: `python -m eval scenes | plane-scenes | needles`."""
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cobra.progress import progress
+from vision_scan.errors import UserError
 
 
 def add_scenes(parser: argparse.ArgumentParser) -> None:
@@ -90,14 +92,67 @@ def draw_plane_scenes(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def add_needles(parser: argparse.ArgumentParser) -> None:
+    """Options of `needles`."""
+    parser.add_argument("--train", type=int, default=5000, metavar="N", help="rows to train on (default 5000)")
+    parser.add_argument(
+        "--test", type=int, default=20, metavar="N", help="rows of each length and depth to test on (default 20)"
+    )
+    parser.add_argument(
+        "--longest", type=int, default=1, metavar="N", help="pictures of a row to train on (default 1: the digit alone)"
+    )
+    parser.add_argument("--lengths", metavar="N,N", help="pictures of a test row (default 1,3,10,30,100,300,1000)")
+    parser.add_argument(
+        "--depths", metavar="D,D", help="shares of them in front of the digit (default 0,0.25,0.5,0.75,1)"
+    )
+    _add_common(parser, size=32)
+
+
+def draw_needles(options: argparse.Namespace) -> int:
+    """Draws needles; returns the exit status."""
+    from eval.needles import DEPTHS, LENGTHS, build, num_pictures
+
+    lengths = _numbers("lengths", options.lengths, int, LENGTHS)
+    depths = _numbers("depths", options.depths, float, DEPTHS)
+    total = num_pictures(options.train, options.test, longest=options.longest, lengths=lengths, depths=depths)
+    with progress("pictures", max(1, total)) as advance:
+        build(
+            options.output,
+            options.train,
+            options.test,
+            options.seed,
+            longest=options.longest,
+            lengths=lengths,
+            depths=depths,
+            canvas=tuple(options.size),
+            on_progress=lambda done, total: advance(1),
+            workers=_workers(options),
+        )
+    tests = options.test * len(lengths) * len(depths)
+    print(f"{options.output}: {options.train:,} rows to train on, {tests:,} to test on")
+    return 0
+
+
+def _numbers(name: str, given: str | None, kind: Callable, default: Sequence) -> Sequence:
+    """Numbers joined by commas."""
+    if given is None:
+        return default
+    try:
+        return [kind(part) for part in given.split(",")]
+    except ValueError:
+        example = ",".join(f"{number:g}" for number in default[:2])
+        raise UserError(f"--{name} {given!r}: give numbers joined by commas, such as {example}") from None
+
+
+def _add_common(parser: argparse.ArgumentParser, size: int = 64) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty directory")
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that draw the same scenes (default: one a core)"
     )
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other scenes (default 0)")
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(64, 64), metavar=("H", "W"), help="of a picture (default 64 64)"
+        "--size", type=int, nargs=2, default=(size, size), metavar=("H", "W"),
+        help=f"of a picture (default {size} {size})",
     )
 
 

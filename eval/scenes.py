@@ -12,7 +12,7 @@ asked.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -75,9 +75,10 @@ def make_scene(
     """
     check_canvas(canvas)
     rng = np.random.default_rng([seed, ("train", "test").index(split), index])
-    pixels = _background(rng, canvas)
-    digits = _draw_digits(rng, pixels, split_scans(seed)[split])
-    image = np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
+    pixels = draw_background(rng, canvas)
+    values = rng.choice(10, int(rng.integers(1, MAX_DIGITS + 1)), replace=False).tolist()
+    digits = draw_digits(rng, pixels, split_scans(seed)[split], values)
+    image = to_bytes(pixels)
     questions = ask(rng, digits, canvas, first_truth=index % 2 == 0)
     return Scene(image=image, digits=digits, questions=questions)
 
@@ -121,7 +122,7 @@ def _photographs() -> tuple[Image.Image, ...]:
     return tuple(Image.fromarray(array).convert("RGB") for array in arrays)
 
 
-def _background(rng: np.random.Generator, canvas: tuple[int, int]) -> np.ndarray:
+def draw_background(rng: np.random.Generator, canvas: tuple[int, int]) -> np.ndarray:
     """A dark, half-grey crop of a photograph, maybe with clutter: (height, width, 3) float32."""
     height, width = canvas
     photograph = _photographs()[rng.integers(len(PHOTOGRAPHS))]
@@ -156,15 +157,23 @@ def _clutter(rng: np.random.Generator, image: Image.Image) -> None:
             draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=shade)
 
 
-def _draw_digits(
-    rng: np.random.Generator, pixels: np.ndarray, scans: tuple[np.ndarray, ...]
+def to_bytes(pixels: np.ndarray) -> np.ndarray:
+    """A picture as it is saved."""
+    return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
+
+
+def draw_digits(
+    rng: np.random.Generator, pixels: np.ndarray, scans: tuple[np.ndarray, ...], values: Sequence[int], scale: float = 1
 ) -> tuple[Digit, ...]:
-    """Paints one to six different digits into `pixels`; returns them from left to right."""
+    """Paints one to six different digits into `pixels`; returns them from left to right.
+
+    Args:
+        scans: to choose from, by value.
+        scale: of the digits, beside their usual height.
+    """
     unit = min(pixels.shape[:2]) / MIN_SIDE
-    count = int(rng.integers(1, MAX_DIGITS + 1))
-    values = rng.choice(10, count, replace=False)
     chosen = [int(rng.choice(scans[value])) for value in values]
-    inks = [_ink(scan, unit * rng.uniform(*HEIGHTS[count])) for scan in chosen]
+    inks = [_ink(scan, unit * scale * rng.uniform(*HEIGHTS[len(values)])) for scan in chosen]
     boxes = _place(rng, [ink.shape for ink in inks], pixels.shape[:2])
     digits = []
     for value, scan, ink, (x0, y0, x1, y1) in zip(values, chosen, inks, boxes, strict=True):
@@ -172,7 +181,7 @@ def _draw_digits(
         shade = np.array(COLOURS[colour]) * rng.uniform(0.9, 1.0) + rng.uniform(-12, 12, 3)
         patch = pixels[y0:y1, x0:x1]
         patch += ink[..., None] * (shade.clip(0, 255).astype(np.float32) - patch)
-        digits.append(Digit(value=int(value), colour=colour, box=(x0, y0, x1, y1), scan=scan))
+        digits.append(Digit(value=value, colour=colour, box=(x0, y0, x1, y1), scan=scan))
     return tuple(sorted(digits, key=lambda digit: digit.x))
 
 
@@ -302,11 +311,16 @@ def _first_of_each_kind(questions: Iterable[Question]) -> list[Question]:
 
 def _train_row(name: str, scene: Scene, rng: np.random.Generator) -> dict:
     turns = [(question.text, question.answer) for question in order_turns(rng, scene.questions)]
-    canvas = height, width = scene.image.shape[:2]
-    regions = []
-    for digit in scene.digits:
-        x0, y0, x1, y1 = digit.box
-        box = [round(v, 4) for v in (x0 / width, y0 / height, x1 / width, y1 / height)]
-        labels = {"digit": str(digit.value), "colour": digit.colour, "place": digit.cell(canvas)}
-        regions.append({"box": box, "labels": labels})
+    canvas = scene.image.shape[:2]
+    regions = [
+        region(digit, canvas, digit=str(digit.value), colour=digit.colour, place=digit.cell(canvas))
+        for digit in scene.digits
+    ]
     return {**llava_row(name, turns), "regions": regions}
+
+
+def region(digit: Digit, canvas: tuple[int, ...], /, **labels: str) -> dict:
+    """What stands where, for a tower to learn."""
+    (height, width), (x0, y0, x1, y1) = canvas, digit.box
+    box = [round(v, 4) for v in (x0 / width, y0 / height, x1 / width, y1 / height)]
+    return {"box": box, "labels": labels}

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from vision_scan.ops import register
 
 DEVICE = os.environ.get("COBRA_TEST_DEVICE", "cpu")
+LONG = ("test_emulated.py", "test_zero.py", "test_demo.py")
 
 
 class DrawnOnTheCpu(TorchFunctionMode):
@@ -39,6 +40,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The files that take minutes come first, so that no process is left with one at the end.
+    items.sort(key=lambda item: item.path.name not in LONG)
     if torch.cuda.is_available():
         return
     for item in items:

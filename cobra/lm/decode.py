@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from vision_scan.ops.register import KERNELS, MISSING_KERNELS
 
 from .head import LMHead
+from .mixer import UPDATE_TOKENS
 from .precision import Projection, RMSNorm
 from .state import SSM_SCALE, State
 
 if TYPE_CHECKING:
     from .stack import LanguageModel
 
-MOST_ROWS = 64  # tokens of all rows, on a CPU; a product with more rows is no longer bound by memory
+MOST_ROWS = 64  # tokens of all rows, on a CPU: with more, the layers, whose products are one large one each, are faster
 
 
 class Native(NamedTuple):
@@ -32,22 +33,24 @@ class Native(NamedTuple):
         make: (norm, eps, head, vocab) -> what the layers add themselves to, and what makes the steps.
         dtypes: of a model.
         most_rows: tokens of all rows that a step may have.
+        most_tokens: tokens of one row that it may have.
     """
 
     make: Callable[..., Any]
     dtypes: tuple[torch.dtype, ...]
     most_rows: float
+    most_tokens: int
 
 
 def native_for(device: str) -> Native | None:
     """The compiled steps for a type of device. Where the CUDA kernels are emulated, that is the CPU."""
     if device == "cpu" and "cpu" not in MISSING_KERNELS:
-        return Native(torch.classes.vision_scan_cpu.Decoder, (torch.float32, torch.bfloat16), MOST_ROWS)
+        return Native(torch.classes.vision_scan_cpu.Decoder, (torch.float32, torch.bfloat16), MOST_ROWS, MOST_ROWS)
     if "cuda" in MISSING_KERNELS or ("ssd_update", device) not in KERNELS:
         return None
     from .decode_cuda import CudaDecoder
 
-    return Native(CudaDecoder, (torch.float32, torch.bfloat16, torch.float16), float("inf"))
+    return Native(CudaDecoder, (torch.float32, torch.bfloat16, torch.float16), float("inf"), UPDATE_TOKENS)
 
 
 class UnservableError(Exception):
@@ -78,7 +81,7 @@ class Decoder:
         )
         for block in lm.layers:
             block.mixer.add_to(self._native, block.norm)
-        self._most_tokens = min(mixer.most_step_tokens for mixer in mixers)
+        self._most_tokens = min(getattr(mixer, "most_step_tokens", native.most_tokens) for mixer in mixers)
         self._names = [mixer.step_states for mixer in mixers]
         self._reserve = [getattr(mixer, "reserve", None) for mixer in mixers]
         self._tables = [

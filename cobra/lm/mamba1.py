@@ -82,7 +82,6 @@ class Mamba1(Float32Parameters):
     step_projection = "dt_proj"
     float32_parameters = ("A_log", "D")
     step_states = ("conv", "ssm")
-    most_step_tokens = UPDATE_TOKENS
 
     def __init__(self, config: Mamba1Config, d_model: int) -> None:
         super().__init__()

@@ -88,7 +88,6 @@ class Mamba2(Float32Parameters):
     step_projection = "in_proj"
     float32_parameters = ("dt_bias", "A_log", "D")
     step_states = ("conv", "ssm")
-    most_step_tokens = UPDATE_TOKENS
 
     def __init__(self, config: Mamba2Config, d_model: int) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ A kind that csrc/cpu/decode.h knows (or, on a GPU, decode_cuda.py) is decoded th
 
     add_to(decoder, norm)      adds itself and the norm in front of it to a decoder (decode.py)
     step_states                names of the tensors of its state, in the order in which the decoder takes them
-    most_step_tokens           the most tokens of a row in one step
+    most_step_tokens           optional: the most tokens of a row in one step, where that is fewer than elsewhere
     reserve(state, lengths)    optional: the state with room for one token more
 """
 

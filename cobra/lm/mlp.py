@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cobra.typed_config import require_positive
 
 from .decode import stored
-from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
+from .mixer import LayerCost, LayerState, Segments
 from .precision import Projection, RMSNorm
 
 
@@ -37,7 +37,6 @@ class MLP(nn.Module):
     residual_projection = "down_proj"
     reads_shards = True
     step_states = ()
-    most_step_tokens = UPDATE_TOKENS
 
     def __init__(self, config: MLPConfig, d_model: int) -> None:
         super().__init__()

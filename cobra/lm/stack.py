@@ -157,7 +157,7 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: on inputs that do not fit together.
         """
-        if state is not None and overwrite_state and seq_idx is None:
+        if overwrite_state and seq_idx is None:
             decoded = self._decode(input_ids, inputs_embeds, state, attention_mask, logits_to_keep)
             if decoded is not None:
                 return decoded
@@ -185,6 +185,7 @@ class LanguageModel(nn.Module):
         decoder = decoder_for(self, batch, seqlen)
         if decoder is None:
             return None
+        state = self.allocate_state(batch) if state is None else state
         self._check_state(state, batch)
         hidden = self.embedding(given).float() if inputs_embeds is None else inputs_embeds.float().clone()
         try:

@@ -36,10 +36,9 @@ def draw(study: Study, analysis: "Analysis", results: Sequence[Mapping], output:
             paths.append(_save(_effects(study, analysis.main, colours), output / "effects.png"))
         if main := [one for one in analysis.scores if study.is_main(dict(one.cell))]:
             paths.append(_save(_costs(study, main, results, colours), output / "cost.png"))
-        if study.fields is not None:
-            path = output / "fields.png"
-            study.fields(path)
-            paths.append(path)
+        for name, draw_more in study.plots.items():
+            draw_more(results, output / name)
+            paths.append(output / name)
     return paths
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from cobra import checkpoint
 from eval.ablations import orders
 from eval.ablations.trials import DATA, RESULTS, TOWERS, WORK, Study, Trial
-from eval.environment import num_cores
 from eval.files import read_json, read_lines, write_json
 from vision_scan.errors import UserError
 
@@ -146,16 +145,11 @@ def _result(output: Path, trial: Trial) -> Path:
 
 def prepare(study: Study, output: Path, progress: Callable) -> None:
     """Draws the pictures and pretrains the towers that are not there; waits for those that somebody else is making."""
-    from eval.plane_curves import Difficulty
-    from eval.plane_scenes import KINDS, build
-
     for name, given in study.pictures.items():
-        arguments = {**given, "difficulty": Difficulty(**given["difficulty"])}
-        total = (given["train"] + given["test"]) * len(given.get("kinds", KINDS))
 
-        def draw(name=name, arguments=arguments, total=total) -> None:
-            with progress(f"pictures {name}", total) as advance:
-                build(output / DATA / name, **arguments, on_progress=lambda *_: advance(1), workers=num_cores())
+        def draw(name=name, given=given) -> None:
+            with progress(f"pictures {name}", study.benchmark.count(given)) as advance:
+                study.benchmark.build(output / DATA / name, given, lambda *_: advance(1))
 
         _make(output, f"pictures-{name}", output / DATA / name, draw)
     missing = [name for name in study.towers if not _tower(output, name).exists()]

@@ -18,7 +18,7 @@ from eval.ablations.contrasts import (
     interval,
     level_name,
 )
-from eval.ablations.trials import DATA, SCORED, Study
+from eval.ablations.trials import DATA, Study
 from eval.files import read_json, write_lines, write_text
 
 NEGLIGIBLE = 0.03  # a difference that nobody would choose by
@@ -62,7 +62,7 @@ def analyse(study: Study, results: Sequence[Mapping], chance: Mapping[str, float
 def write(study: Study, results: Sequence[Mapping], output: Path) -> list[Path]:
     """Writes results.jsonl, report.md and its pictures; returns the report's paths."""
     write_lines(output / "results.jsonl", results)
-    chance = read_json(output / DATA / SCORED / "meta.json")["chance"]
+    chance = read_json(output / DATA / study.benchmark.scored / "meta.json")["chance"]
     analysis = analyse(study, results, chance)
     pictures = plots.draw(study, analysis, results, output)
     text = render(study, analysis, results, [path.name for path in pictures])

@@ -1,7 +1,7 @@
 """Does the order in which patches are read matter? The design that docs/ablate.md lays down."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from eval.ablations.small_models import (
     D_MODEL,
     MIXER,
     PICTURES,
+    PLANE,
     READER,
     SEEDS,
     SIDE,
@@ -97,7 +98,7 @@ def design(orders: Sequence[str], seeds: int, other_seeds: int = OTHER_SEEDS) ->
     return trials + others
 
 
-def draw_fields(orders: Sequence[str], path: Path) -> None:
+def draw_fields(orders: Sequence[str], results: Sequence[Mapping], path: Path) -> None:
     """Effective receptive fields of the two blocks along each order, before they learn, on the study's grid."""
     fields = {}
     for order in orders:
@@ -133,6 +134,7 @@ def study(levels: Sequence[str] | None = None, seeds: int | None = None) -> Stud
         name="scan_orders",
         about="Does the order in which patches are read matter?",
         version=VERSION,
+        benchmark=PLANE,
         pictures=PICTURES,
         towers={name_tower(*kind): tower_settings(*kind) for kind in kinds},
         tower_stage=TOWER_STAGE,
@@ -142,5 +144,5 @@ def study(levels: Sequence[str] | None = None, seeds: int | None = None) -> Stud
         baseline="raster",
         main={"tower": "patch", "positions": "no"},
         control=("random", "trace"),
-        fields=functools.partial(draw_fields, orders),
+        plots={"fields.png": functools.partial(draw_fields, orders)},
     )

@@ -5,7 +5,8 @@ What stands here decides the scores of every study: a change counts up the VERSI
 
 import functools
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ import torch
 from cobra.connector import CONNECTORS
 from cobra.lm.mlp import MLPConfig
 from cobra.typed_config import from_dict
-from eval.ablations.trials import Stage, Study, Trial
+from eval import plane_scenes
+from eval.ablations.trials import Benchmark, Stage, Study, Trial
+from eval.environment import num_cores
+from eval.plane_curves import Difficulty
 from vision_scan.errors import choose
 
 SIDE = 48  # of a picture, in pixels
@@ -43,6 +47,18 @@ PICTURES = {
     "near": _pictures(2, 2500, kinds=("relation", "count", "trace")),
     "plane": _pictures(LONGEST, 6000, 400),
 }
+
+
+def _draw(folder: Path, given: Mapping[str, Any], on_progress: Callable[[int, int], None]) -> None:
+    arguments = {**given, "difficulty": Difficulty(**given["difficulty"])}
+    plane_scenes.build(folder, **arguments, on_progress=on_progress, workers=num_cores())
+
+
+def _count_pictures(given: Mapping[str, Any]) -> int:
+    return (given["train"] + given["test"]) * len(given.get("kinds", plane_scenes.KINDS))
+
+
+PLANE = Benchmark(task="plane_scenes", scored="plane", build=_draw, count=_count_pictures)
 TOWER_STAGE = Stage(data="plane", steps=150, settings=("train.batch_size=64",))
 COURSE = (
     Stage(data="counts", steps=250, settings=("optim.decay_ratio=0.1",)),
@@ -76,10 +92,11 @@ def model_settings(
     layers: Sequence[Mapping[str, Any]],
     vision_encoder: Mapping[str, Any],
     reading_order: str = "raster",
+    image: Mapping[str, int] = IMAGE,
 ) -> tuple[str, ...]:
     """A model whose language model has some layers, as `--set` takes it."""
     parts = {
-        "image": IMAGE,
+        "image": image,
         "vision_encoder": vision_encoder,
         "connector": connector,
         "lm.d_model": D_MODEL,
@@ -163,6 +180,7 @@ def small_study(
         name=name,
         about=about,
         version=version,
+        benchmark=PLANE,
         pictures=PICTURES,
         towers={trial.tower: kinds[trial.tower] for trial in trials},
         tower_stage=TOWER_STAGE,

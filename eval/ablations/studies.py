@@ -7,6 +7,7 @@ from eval.ablations import (
     connectors,
     directions_vs_depth,
     merge,
+    needle,
     num_tokens,
     question_position,
     scan_orders,
@@ -22,4 +23,5 @@ ABLATIONS: Mapping[str, Callable[..., Study]] = {
     "num_tokens": num_tokens.study,
     "directions_vs_depth": directions_vs_depth.study,
     "question_position": question_position.study,
+    "needle": needle.study,
 }

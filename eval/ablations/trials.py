@@ -69,13 +69,31 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What models of a study learn from and are scored by.
+
+    Attributes:
+        task: of eval.tasks, whose samples score.
+        scored: name of the set of pictures that these are of.
+        build: (folder, arguments of a set, called after every picture) -> draws the set.
+        count: arguments of a set -> how many pictures that are.
+    """
+
+    task: str
+    scored: str
+    build: Callable[[Path, Mapping[str, Any], Callable[[int, int], None]], object]
+    count: Callable[[Mapping[str, Any]], int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """What is compared, and how.
 
     Attributes:
         name, about: of the command line.
         version: of everything that decides a score; results of another version are not mixed in.
-        pictures: name of a set -> arguments of plane_scenes.build; SCORED is the one whose test set scores.
+        benchmark: what pictures and questions there are.
+        pictures: name of a set of pictures -> arguments of its `build`.
         towers: name of a pretrained tower -> its settings.
         tower_stage: how towers are pretrained, all alike.
         course: the stages of a trial.
@@ -83,12 +101,13 @@ class Study:
         factor, baseline: what is compared, and the level that the others are held against.
         main: levels of other factors that make the main cells, whose p values are adjusted together.
         control: level and task in which a difference must be found, else the study cannot find any; None: none.
-        fields: draws the effective receptive field of each level into a file; None: nothing is drawn.
+        plots: name of a picture of the report, beside those of all studies -> (results, file) -> draws it.
     """
 
     name: str
     about: str
     version: int
+    benchmark: Benchmark
     pictures: Mapping[str, Mapping[str, Any]]
     towers: Mapping[str, tuple[str, ...]]
     tower_stage: Stage
@@ -98,7 +117,7 @@ class Study:
     baseline: str
     main: Mapping[str, str]
     control: tuple[str, str] | None = None
-    fields: Callable[[Path], None] | None = None
+    plots: Mapping[str, Callable[[Sequence[Mapping], Path], None]] = field(default_factory=dict)
 
     def is_main(self, factors: Mapping[str, str]) -> bool:
         """Whether a cell, or a trial, has the levels that the main cells have."""
@@ -106,7 +125,6 @@ class Study:
 
 
 RESULTS, DATA, TOWERS, WORK = "results", "data", "towers", "work"  # folders of a study's output
-TASK, SCORED = "plane_scenes", "plane"
 
 
 def pretrain(study: Study, name: str, output: Path) -> None:
@@ -127,8 +145,8 @@ def run_trial(study: Study, trial: Trial, output: Path) -> dict:
     """Trains and scores one model; its result is written to RESULTS/NAME.json, the model is not kept.
 
     Returns:
-        The result: factors, seed, accuracy and number of questions of each kind, parameters, operations of a forward
-        pass over one row, losses of the stages' last tenths, seconds, commit.
+        The result: factors, seed, accuracy and number of questions of each kind, what else the benchmark tells,
+        parameters, operations of a forward pass over one row, losses of the stages' last tenths, seconds, commit.
     """
     began = time.monotonic()
     folder = output / WORK / trial.name
@@ -147,9 +165,10 @@ def run_trial(study: Study, trial: Trial, output: Path) -> dict:
             raise KeyboardInterrupt
         losses.append(_last_loss(origin))
     model = cobra.load(origin, choose_device("auto"), dtype="float32")
-    samples = TASKS[TASK].load(output / DATA / trial.set_for(SCORED))
-    _, scored = runner.run_task(model, TASK, samples, model_name=trial.name, batch_size=100)
-    groups = scored["summary"]["groups"]
+    task = study.benchmark.task
+    samples = TASKS[task].load(output / DATA / trial.set_for(study.benchmark.scored))
+    _, scored = runner.run_task(model, task, samples, model_name=trial.name, batch_size=100)
+    groups = scored["summary"].pop("groups")
     result = {
         "study": study.name,
         "version": study.version,
@@ -158,6 +177,7 @@ def run_trial(study: Study, trial: Trial, output: Path) -> dict:
         "seed": trial.seed,
         "accuracy": {kind: row["accuracy"] for kind, row in groups.items()},
         "questions": {kind: row["count"] for kind, row in groups.items()},
+        "details": {name: value for name, value in scored["summary"].items() if isinstance(value, dict)},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops": _forward_flops(model),
         "losses": losses,

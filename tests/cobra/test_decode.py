@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from cobra.lm.decode import native_for
-from cobra.lm.mixer import UPDATE_TOKENS
 from tests.cobra.decode_ways import (
     BATCHES,
     EMULATED,
@@ -80,13 +79,28 @@ def test_steps_in_bfloat16_are_as_good_as_the_layers(name, batch, taken):
 @pytest.mark.parametrize("name", [name for name in NAMES if not has_attention(model_of(name))])
 def test_several_tokens_in_a_step(name, batch, taken):
     model = model_of(name)
-    for seqlen in range(2, UPDATE_TOKENS + 1):
+    most = native_for("cpu").most_tokens
+    lengths = [n for n in (2, 3, 5, 8, 13, 16, 17, 31, 64) if n <= most and batch * n <= native_for("cpu").most_rows]
+    for seqlen in lengths:
         chunks = list(random_ids(model, batch, 2 * seqlen, seed=seqlen).split(seqlen, dim=1))
         logits, state = decode(model, chunks)
         expected, expected_state = plain_decode(model, chunks)
         assert_close(f"{seqlen} tokens", torch.cat(logits, 1), torch.cat(expected, 1))
         assert_same_state(state, expected_state)
-    assert len(taken) == 2 * (UPDATE_TOKENS - 1)
+    assert len(taken) == 2 * len(lengths)
+
+
+@pytest.mark.parametrize("name", ["mamba1", "mamba2"])
+@torch.no_grad()
+def test_a_short_reading_from_nothing_is_a_step_too(name, taken):
+    model = model_of(name)
+    ids = random_ids(model, 2, 16)
+    logits, state = model(ids, overwrite_state=True)
+    assert taken == [2]
+    expected, expected_state = model(ids)
+    assert taken == [2]
+    assert_close("logits", logits, expected)
+    assert_same_state(state, expected_state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.ablations.small_models import PLANE
 from eval.ablations.trials import DATA, Stage, Study, Trial
 from eval.files import write_json
 
@@ -24,7 +25,7 @@ def make_study(seeds: int = 8, levels: tuple[str, ...] = LEVELS, places: tuple[s
     main = [make_trial(place, order, seed) for seed in range(seeds) for place in places for order in levels]
     others = [make_trial(place, order, seed, "yes") for seed in range(2) for place in places for order in levels[:2]]
     return Study(
-        name="orders", about="Does it matter?", version=3, pictures={}, towers={"patch": ()},
+        name="orders", about="Does it matter?", version=3, benchmark=PLANE, pictures={}, towers={"patch": ()},
         tower_stage=Stage(data="plane", steps=1), course=(Stage(data="plane", steps=1),), trials=[*main, *others],
         factor="order", baseline="raster", main={"positions": "no"}, control=("random", "trace"),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 import vision_scan
 from eval.__main__ import main
-from eval.ablations import orders, queue, scan_orders
+from eval.ablations import orders, queue, scan_orders, small_models
 from eval.ablations.studies import ABLATIONS
 from eval.ablations.trials import Stage
 from vision_scan.errors import UserError
@@ -52,7 +52,7 @@ def tiny(levels=None, seeds=None):
 
 def test_a_study_of_one_s_own_order_runs_to_its_report(rings, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(ABLATIONS, "scan_orders", tiny)
-    monkeypatch.setattr(queue, "num_cores", lambda: 1)
+    monkeypatch.setattr(small_models, "num_cores", lambda: 1)
     output = tmp_path / "study"
     command = ["ablate", "scan_orders", "--output", str(output), "--jobs", "1", "--seeds", "1"]
     own = [*command, "--orders", str(rings), "--levels", "rings"]

@@ -38,9 +38,10 @@ def library() -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(library: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, Future]]:
-    """The suites that are asked for, one on each core: the emulator runs on one thread, and for minutes."""
+    """The suites that are asked for, one on each core of ours: the emulator runs on one thread, and for minutes."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     chosen = [item.callspec.params["suite"] for item in request.session.items if item.path == Path(__file__)]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(max(1, cores)) as pool:
         yield {suite: pool.submit(run_suite, suite, library) for suite in chosen}
 
 
