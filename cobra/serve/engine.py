@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from cobra.model import Cobra
 
 log = logging.getLogger(__name__)
-LEAST_CHUNK = 16  # tokens: as many as the compiled decoder takes at a time
+LEAST_CHUNK = 16  # tokens: fewer take the compiled decoder hardly less time
+ALONE = 8  # times as long as others may be delayed, a chunk may take where there are none: one may come meanwhile
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Engine:
         self.slots = Slots(model.lm, slots)
         self._max_waiting, self._stall = max_waiting, stall
         self._end_id = model.processor.template.end_id(model.tokenizer)
-        self._chunk = LEAST_CHUNK  # tokens that are read between two steps of decoding; follows what they take
+        self._chunk = LEAST_CHUNK  # tokens that are read while others wait; follows what they take
         self._waiting: deque[Answer] = deque()
         self._reading: deque[Answer] = deque()
         self._decoding: list[Answer] = []  # in the order of their slots
@@ -202,12 +203,15 @@ class Engine:
             yield known
             return
         state, logits = None if known is None else known.state.clone(), None
+        left = answer.request.prompt.num_tokens - answer.cached_tokens
         for segment in segments[first:]:
             before = 0 if state is None else int(state.lengths)
             chunks = read_by_chunks(self.model, state, segment.open(self.model), self._chunk_size)
             for logits, state in chunks:  # noqa: B007 (the last ones)
-                yield int(state.lengths) - before
-                before = int(state.lengths)
+                read, before = int(state.lengths) - before, int(state.lengths)
+                left -= read
+                if left:  # else what stands behind it is told at once
+                    yield read
             assert state is not None  # no segment is empty
             self._keep(segment.digest, state, logits if segment is segments[-1] else None)
             self.counters.images += sum(not isinstance(piece, list) for piece in segment.pieces)
@@ -232,19 +236,23 @@ class Engine:
         self.cache.misses += 1
         return None, 0
 
-    def _chunk_size(self) -> int:
-        return self._chunk if self._decoding else CHUNK_SIZE
+    def _times(self) -> int:
+        """How many times as long as usual a chunk may be."""
+        return ALONE if self.num_running == 1 else 1
 
-    def _adapt(self, tokens: int, seconds: float) -> None:
+    def _chunk_size(self) -> int:
+        return min(CHUNK_SIZE, self._times() * self._chunk)
+
+    def _adapt(self, tokens: int, seconds: float, times: int) -> None:
         """Halves the chunks that take longer than others may wait, and doubles those that take less than half of it.
         What a chunk takes is not in proportion to its tokens, least of all where few go another way than many."""
-        if seconds > self._stall:
+        if seconds > times * self._stall:
             self._chunk = max(LEAST_CHUNK, self._chunk // 2)
-        elif seconds < self._stall / 2 and tokens > self._chunk // 2:
+        elif seconds < times * self._stall / 2 and tokens > times * self._chunk // 2:
             self._chunk = min(CHUNK_SIZE, 2 * self._chunk)
 
     def _read_chunk(self) -> None:
-        answer = self._reading.popleft()
+        times, answer = self._times(), self._reading[0]
         assert answer.reader is not None
         began, request = time.monotonic(), answer.request
         try:
@@ -253,13 +261,14 @@ class Engine:
                 most = request.prompt.num_tokens + request.max_new_tokens + 2  # the end token, and one to spare
                 answer.place = self.slots.put(read.state, most)
         except Exception as error:  # of one conversation, such as an image that turns out to be damaged
+            self._reading.popleft()
             if not isinstance(error, UserError):
                 log.exception("a request failed")
             self._fail(answer, error)
             return
+        self._reading.popleft()
         if isinstance(read, int):
-            if self._decoding:
-                self._adapt(read, time.monotonic() - began)
+            self._adapt(read, time.monotonic() - began, times)
             self._reading.append(answer)  # the others first
         else:
             self._begin_answer(answer, read)

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 
 import cobra
 from cobra.serve.answer import BusyError
-from cobra.serve.engine import Engine
+from cobra.serve.engine import ALONE, LEAST_CHUNK, Engine
 from cobra.serve.prompt import IMAGES_PER_SEGMENT, Message, Picture, Prompt, arrange
 from cobra.tiles import AnyResConfig, NativeConfig, UHDConfig
 from tests.cobra.serve_ways import ask, behind, fresh, lively, png, prompt, run, wait_until, whole
@@ -171,6 +171,28 @@ def test_a_long_reading_does_not_stall_the_others(model):
     assert long.outcome is None
     run(engine)
     assert long.outcome.error is None
+
+
+def test_chunks_are_short_as_long_as_anybody_else_is_there(model, monkeypatch):
+    engine, chunks = Engine(model, slots=2, cache_bytes=0), []
+    monkeypatch.setattr(engine, "_adapt", lambda tokens, seconds, times: chunks.append((tokens, times)))
+    long = ask(engine, prompt(model, "a" * 900), 1)
+    for _ in range(2):
+        engine.step()
+    assert all(LEAST_CHUNK < tokens <= ALONE * LEAST_CHUNK and times == ALONE for tokens, times in chunks)
+    before = len(chunks)
+    ask(engine, prompt(model, "b" * (3 * LEAST_CHUNK)), 4)
+    run(engine)
+    beside = [tokens for tokens, times in chunks[before:] if times == 1]
+    assert len(beside) > 4 and max(beside) <= LEAST_CHUNK
+    assert chunks[-1] > (LEAST_CHUNK, 1) and long.outcome.reason == "length"  # alone again
+
+
+def test_what_is_read_is_answered_in_the_same_step(model):
+    engine = Engine(model, slots=2, cache_bytes=0)
+    told = ask(engine, prompt(model, "Well?"), 2)
+    engine.step()
+    assert engine.slots.used == 1 and told.text
 
 
 def test_short_ones_overtake_a_long_one(model):
