@@ -139,6 +139,9 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", metavar="FORM", help="int8 or int4: quantise the language model")
     parser.add_argument(
+        "--int8-state", action="store_true", help="round the state behind the pictures to 8 bits"
+    )
+    parser.add_argument(
         "--rescore",
         type=Path,
         metavar="FILE",
@@ -230,6 +233,7 @@ def _tasks(options: argparse.Namespace) -> int:
             samples,
             model_name=options.model,
             control=options.control,
+            int8_state=options.int8_state,
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
             advance=advance,

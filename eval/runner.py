@@ -2,7 +2,7 @@
 
 The lines hold all that scoring needs, so that `rescore` works without the model or the pictures. A
 model is anything with `answer_batch([(question, images), ...], max_new_tokens=...) -> list of
-texts`.
+texts`; one that is asked of an int8 state needs `prefill` and `answer` too.
 """
 
 import time
@@ -39,6 +39,7 @@ def answer_samples(
     samples: Sequence[Sample],
     *,
     control: Control = "none",
+    int8_state: bool = False,
     batch_size: int = 32,
     max_new_tokens: int = 24,
     advance: Callable[[int], None] = lambda count: None,
@@ -48,6 +49,8 @@ def answer_samples(
 
     Args:
         control: a key of CONTROLS.
+        int8_state: pictures are read into a state, which is rounded to 8 bits before the question is read, one sample
+            at a time.
         batch_size: of samples, or fewer where these have more than MOST_PICTURES in all.
         advance: called with the number of samples just answered.
     Raises:
@@ -57,14 +60,23 @@ def answer_samples(
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}: give at least 1")
     answers: list[str] = []
-    for batch in _batches(samples, batch_size):
+    for batch in _batches(samples, 1 if int8_state else batch_size):
         requests = [
             (s.question, [_blank(i) for i in s.images] if control == "blank" else list(s.images))
             for s in batch
         ]
-        answers += model.answer_batch(requests, max_new_tokens=max_new_tokens)
+        if int8_state:
+            answers += [_answer_from_int8(model, *request, max_new_tokens) for request in requests]
+        else:
+            answers += model.answer_batch(requests, max_new_tokens=max_new_tokens)
         advance(len(batch))
     return answers
+
+
+def _answer_from_int8(model: Any, question: str, images: Sequence[Any], max_new_tokens: int) -> str:
+    if "<image>" in question:
+        raise UserError(f"an int8 state needs pictures that stand in front of the question, got {question!r}")
+    return model.answer(question, state=model.prefill(images=images).quantize(), max_new_tokens=max_new_tokens)
 
 
 def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
@@ -86,6 +98,7 @@ def run_task(
     *,
     model_name: str,
     control: Control = "none",
+    int8_state: bool = False,
     **settings: Any,
 ) -> tuple[list[dict], dict]:
     """Answers and scores a benchmark.
@@ -96,6 +109,7 @@ def run_task(
         samples: of that task.
         model_name: what to call the model in the records.
         control: a key of CONTROLS.
+        int8_state: see `answer_samples`.
         settings: batch_size, max_new_tokens and advance of `answer_samples`.
     Returns:
         records: per sample id, group, question, truth, answer, score, control, model, task,
@@ -105,7 +119,7 @@ def run_task(
     """
     task = choose("task", name, TASKS)
     start = time.perf_counter()
-    answers = answer_samples(model, samples, control=control, **settings)
+    answers = answer_samples(model, samples, control=control, int8_state=int8_state, **settings)
     seconds = time.perf_counter() - start
     records = [
         {
@@ -128,6 +142,7 @@ def run_task(
         "task_version": task.VERSION,
         "model": model_name,
         "control": control,
+        "int8_state": int8_state,
         "seconds": round(seconds, 3),
         "environment": describe_environment(str(getattr(model, "device", "cpu"))),
         "summary": task.summarise(records),

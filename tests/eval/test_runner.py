@@ -1,6 +1,7 @@
 """The runner on a fake model and on a real one, the blank control, and rescoring."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 import cobra
+from cobra.lm.state import State
 from eval import runner
 from eval.__main__ import main
 from eval.scenes import build
@@ -80,6 +82,21 @@ def test_answers_do_not_depend_on_the_batch_size(samples):
     together = runner.answer_samples(model, samples, batch_size=5, **settings)
     assert alone == together
     assert len(set(alone)) > 1, "all answers are the same: the comparison would prove nothing"
+
+
+def test_an_int8_state_is_what_is_asked(samples, monkeypatch):
+    model, rounded = cobra.build("tiny", seed=3), []
+    quantize = State.quantize
+    monkeypatch.setattr(State, "quantize", lambda state: rounded.append(state) or quantize(state))
+    few = samples[:3]
+    records, result = runner.run_task(model, "digit_scenes", few, model_name="tiny", int8_state=True, max_new_tokens=6)
+    assert result["int8_state"] and len(rounded) == 3
+    for record, sample, state in zip(records, few, rounded, strict=True):
+        expected = model.answer(sample.question, state=quantize(state), max_new_tokens=6)
+        assert record["answer"] == expected and state.info["num_images"] == 1
+    within = replace(few[0], question="Is <image> red?")
+    with pytest.raises(UserError, match="in front of the question"):
+        runner.answer_samples(model, [within], int8_state=True)
 
 
 def test_answer_samples_goes_through_in_batches_and_tells_its_progress(samples):

@@ -1,6 +1,8 @@
 """What `python -m eval serving | reading` measure, on few tokens."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -35,6 +37,14 @@ def test_reading_tells_images_tokens_and_memory(tmp_path, capsys):
     assert [row["images"] for row in rows] == [2, 5]
     assert rows[1]["tokens"] - rows[0]["tokens"] == 3 * 65 and rows[0]["state_bytes"] == rows[1]["state_bytes"]
     assert rows[0]["peak_bytes"] <= rows[1]["peak_bytes"] and len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    output = tmp_path / "reading.json"  # in a process that has done nothing else; 40 images fill the first chunk
+    command = [sys.executable, "-m", "eval", "reading", "--model", "tiny", "--images", "40,160", "--output", output]
+    subprocess.run(command, check=True, capture_output=True)
+    few, many = json.loads(output.read_text())["rows"]
+    assert many["tokens"] > 10_000 and many["peak_bytes"] <= 1.05 * few["peak_bytes"]
 
 
 @pytest.mark.parametrize(
