@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -236,6 +237,6 @@ def _require_file(path: Path) -> None:
 
 def _import(package: str, what: str, path: Path) -> Any:
     try:
-        return __import__(package)
+        return importlib.import_module(package)
     except ImportError as error:
         raise UserError(f"{path}: {what} needs {package}: pip install 'cobra-vlm[media]'") from error

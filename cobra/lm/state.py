@@ -94,7 +94,7 @@ class State:
         return self._map(empty, torch.where(rows.cpu(), 0, self.lengths))
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file; read it back with `State.load`."""
+        """Writes a safetensors file, whole or not at all; read it back with `State.load`."""
         from safetensors.torch import save
 
         tensors = {
@@ -111,8 +111,12 @@ class State:
         path = Path(path)
         partial = path.with_name(f".{path.name}.partial")
         tensors["lengths"] = self.lengths
-        partial.write_bytes(save(tensors, {"cobra_state": json.dumps(header)}))
-        partial.replace(path)
+        try:
+            partial.write_bytes(save(tensors, {"cobra_state": json.dumps(header)}))
+            partial.replace(path)
+        except BaseException:  # such as a full disk
+            partial.unlink(missing_ok=True)
+            raise
 
     @staticmethod
     def load(path: str | Path) -> "State":

@@ -64,6 +64,8 @@ def run_serve(arguments: argparse.Namespace) -> None:
     if arguments.cache_mb < 0 or arguments.max_waiting < 0:
         raise UserError("--cache-mb and --max-waiting must be 0 or more")
     api_key = arguments.api_key or os.environ.get(KEY_VARIABLE) or None
+    if not 0 <= arguments.port < 2**16:
+        raise UserError(f"--port {arguments.port}: must be from 1 to {2**16 - 1}, or 0 for a free one")
     listener = _listen(arguments.host, arguments.port)
     with listener:
         model = load_model(arguments)

@@ -1,5 +1,6 @@
 import io
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -133,6 +134,17 @@ def test_read_names_the_mistake_and_leaves_nothing(capsys, directory, picture, t
     other.prefill("Hello").save(tmp_path / "other.state")
     assert "another model" in fails(capsys, *read, picture, "--state", str(tmp_path / "other.state"))
     assert not output.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_serve_names_the_mistake_before_the_model_is_loaded(capsys, directory):
+    pytest.importorskip("fastapi")
+    assert "--port 65536: must be from 1 to 65535" in fails(capsys, "serve", "--model", directory, "--port", "65536")
+    assert "--slots 0: must be above 0" in fails(capsys, "serve", "--model", directory, "--slots", "0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"cannot listen at 127.0.0.1 port {port}" in fails(capsys, "serve", "--model", "nowhere", "--port", port)
 
 
 def test_chat_saves_what_was_read(capsys, monkeypatch, model, directory, picture, tmp_path):

@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,6 +195,18 @@ def test_save_replaces_a_file_and_a_failed_save_leaves_it(state, tmp_path):
     with pytest.raises(TypeError):
         state.save(file)
     assert State.load(file).info["turn"] == "closed"
+
+
+def test_a_full_disk_leaves_nothing_behind(state, tmp_path, monkeypatch):
+    def write_a_part(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_a_part)
+    with pytest.raises(OSError, match="No space left"):
+        state.save(tmp_path / "s")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_state_of_empty_layers_survives_a_file(tmp_path):

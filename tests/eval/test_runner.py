@@ -1,5 +1,6 @@
 """The runner on a fake model and on a real one, the blank control, and rescoring."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import cobra
 from cobra.lm.state import State
 from eval import runner
 from eval.__main__ import main
+from eval.files import write_json
 from eval.scenes import build
 from eval.tasks import TASKS
 from vision_scan.errors import UserError
@@ -167,3 +169,15 @@ def test_rescore_names_what_is_no_record(tmp_path):
     path.write_text("{broken\n")
     with pytest.raises(UserError, match="line 1"):
         runner.rescore(path)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def write_a_part(path, text, encoding):
+        with open(path, "w", encoding=encoding) as file:
+            file.write(text[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_a_part)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "result.json", {"a": 1})
+    assert not list(tmp_path.iterdir())
