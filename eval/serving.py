@@ -62,8 +62,8 @@ def measure(
         rounds: of each; medians are told. Prompts are others in each round.
         advance: told of each round.
     Returns:
-        tokens a second of both, their ratio in each round, the roofline's share; seconds between tokens beside a long
-        reading; environment. JSON-able.
+        tokens a second of both, their ratio in each round, the roofline's share; seconds to the first token of a
+        question in a conversation that is known; seconds between tokens beside a long reading; environment. JSON-able.
     """
     engine = Engine(model, slots=load.requests, cache_bytes=0, max_waiting=load.requests)
     draw = random.Random(0)
@@ -98,6 +98,7 @@ def measure(
         "roofline_tokens_per_s": limits,
         "share_of_roofline": median(records["at once"]) / limits[load.requests],
         "equal_answers": [equal, total],
+        "follow_up": _follow_up(model, draw),
         "gaps": _gaps_beside_reading(model, load, images, draw),
         "machine": machine,
         "environment": describe_environment(model.device.type),
@@ -149,6 +150,30 @@ def _limit(model: Cobra, load: Load, batch: int, machine: dict) -> float:
     traffic = cost.parameters * model.dtype.itemsize + batch * cost.state_traffic_bytes(context, model.dtype.itemsize)
     flops = batch * cost.decode_flops(context)
     return batch / max(traffic / machine["read_bytes_per_s"], flops / gemm_peak(machine, form))
+
+
+def _follow_up(model: Cobra, draw: random.Random, rounds: int = 15) -> dict:
+    """Seconds to the first token of a question behind a known conversation, and those of reading its tokens alone."""
+    engine = Engine(model, slots=1)
+    known = [Message("user", ("Tell me a story. " * 20,)), Message("assistant", ("Once upon a time.",))]
+    first, alone, new_tokens = [], [], 0
+    for number in range(rounds + 1):
+        question = "".join(draw.choices(string.ascii_lowercase, k=40))
+        told = _submit(engine, Prompt(model, [*known, Message("user", (question,))]), 1)
+        while engine.step():
+            pass
+        if number == 0 or told.outcome is None:
+            continue  # the conversation itself was read
+        first.append(engine.counters.first_tokens[-1])
+        new_tokens = told.outcome.prompt_tokens - told.outcome.cached_tokens
+        state = model.lm.allocate_state(1)
+        ids = torch.randint(model.config.lm.vocab_size, (1, new_tokens), device=model.device)
+        began = time.perf_counter()
+        with torch.no_grad():
+            int(model.lm(ids, state=state, logits_to_keep=1, overwrite_state=True)[0].argmax())
+        alone.append(time.perf_counter() - began)
+    ratio = median(a / b for a, b in zip(first, alone, strict=True))
+    return {"new_tokens": new_tokens, "first_s": median(first), "alone_s": median(alone), "ratio": ratio}
 
 
 def _gaps_beside_reading(model: Cobra, load: Load, images: int, draw: random.Random) -> dict:

@@ -59,6 +59,11 @@ def time_serving(options: argparse.Namespace) -> int:
     low, high = min(ratio["all"]), max(ratio["all"])
     print(f"at once against one after another: {ratio['median']:.2f} ({low:.2f} to {high:.2f})")
     print(f"of the roofline at once: {result['share_of_roofline']:.0%}; equal answers: {equal} of {total}")
+    asked = result["follow_up"]
+    print(
+        f"a question of {asked['new_tokens']} tokens in a known conversation: first token in {1e3 * asked['first_s']:.1f} "
+        f"ms, {asked['ratio']:.2f} times what its tokens take alone"
+    )
     gaps = result["gaps"]
     print(
         f"between tokens: {1e3 * gaps['alone']['median']:.1f} ms (p99 {1e3 * gaps['alone']['p99']:.1f}), while "

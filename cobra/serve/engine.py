@@ -213,16 +213,21 @@ class Engine:
                 if left:  # else what stands behind it is told at once
                     yield read
             assert state is not None  # no segment is empty
-            self._keep(segment.digest, state, logits if segment is segments[-1] else None)
+            if segment is segments[-1]:  # nothing overwrites this one
+                self._keep(segment.digest, state, logits)
+            else:
+                self._keep(segment.digest, state, is_read_on=True)
             self.counters.images += sum(not isinstance(piece, list) for piece in segment.pieces)
         assert state is not None
         yield Known(state, logits)
 
-    def _keep(self, digest: bytes, state: "State", logits: Tensor | None = None) -> None:
-        """Keeps a copy for others, if it has room at all."""
+    def _keep(
+        self, digest: bytes, state: "State", logits: Tensor | None = None, *, is_read_on: bool = False
+    ) -> None:
+        """Keeps a state for others, if it has room at all; a copy of one that is overwritten by what comes next."""
         trimmed = self.model.lm.trim_state(state)
         if trimmed.nbytes <= self.cache.budget:
-            self.cache.put(digest, Known(trimmed.clone(), logits))
+            self.cache.put(digest, Known(trimmed.clone() if is_read_on else trimmed, logits))
 
     def _find(self, answer: Answer) -> tuple[Known | None, int]:
         """The longest beginning of a conversation that is known, and the number of the first segment behind it."""

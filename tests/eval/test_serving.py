@@ -25,6 +25,8 @@ def test_serving_tells_of_both_ways_and_of_the_roofline(tmp_path, capsys, monkey
     limits = result["roofline_tokens_per_s"]
     assert limits["1"] < limits["3"] < 3 * limits["1"]  # weights are read once for all rows
     assert result["share_of_roofline"] == pytest.approx(rates["at once"]["median"] / limits["3"])
+    follow_up = result["follow_up"]
+    assert 40 <= follow_up["new_tokens"] < 60 and follow_up["first_s"] > 0 < follow_up["ratio"]
     assert result["gaps"]["images"] == 4 and result["gaps"]["prompt_tokens"] > 4 * 64
     assert 0 < result["gaps"]["beside"]["median"] <= result["gaps"]["beside"]["most"]
 
