@@ -61,8 +61,8 @@ def time_serving(options: argparse.Namespace) -> int:
     print(f"of the roofline at once: {result['share_of_roofline']:.0%}; equal answers: {equal} of {total}")
     asked = result["follow_up"]
     print(
-        f"a question of {asked['new_tokens']} tokens in a known conversation: first token in {1e3 * asked['first_s']:.1f} "
-        f"ms, {asked['ratio']:.2f} times what its tokens take alone"
+        f"a question of {asked['new_tokens']} tokens in a known conversation: {1e3 * asked['first_s']:.1f} ms to the "
+        f"first token, {asked['ratio']:.2f} times what its tokens take alone"
     )
     gaps = result["gaps"]
     print(
