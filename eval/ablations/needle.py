@@ -25,7 +25,8 @@ VERSION = 1  # counts up with everything that changes a score
 SEEDS = 3
 READERS = (BASELINE, "transformer", "window", "hybrid")
 SHORT, LONG = 4, 32  # pictures of the longest rows that are learned from
-TRAININGS = {"long": {}, "short": {"long": "short"}}
+ROWS = "rows"  # what is learned from in the end, by the name that the course has for it
+TRAININGS = {"long": {ROWS: "long"}, "short": {ROWS: "short"}}  # all are scored on rows of all lengths
 
 SIDE = needles.MIN_SIDE
 IMAGE = {"height": SIDE, "width": SIDE}
@@ -41,7 +42,7 @@ STEADY = ("optim.decay_ratio=0.1",)  # what comes behind goes on
 COURSE = (
     Stage(data="alone", steps=600, settings=STEADY),
     Stage(data="short", steps=500, settings=STEADY),
-    Stage(data="long", steps=700),
+    Stage(data=ROWS, steps=700),
 )
 
 

@@ -76,6 +76,13 @@ def test_every_trial_learns_and_is_scored(name, output):
         assert max(found) <= 1.005 * min(found)
 
 
+def test_needles_are_scored_alike_whatever_was_learned_from():
+    study = ABLATIONS["needle"]()
+    last = {trial.factors["training"]: trial.set_for(study.course[-1].data) for trial in study.trials}
+    assert last == {"long": "long", "short": "short"}
+    assert {trial.set_for(study.benchmark.scored) for trial in study.trials} == {"long"}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_report_knows_every_level(name, output):
     study = ABLATIONS[name](seeds=3)
