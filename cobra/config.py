@@ -128,7 +128,7 @@ class CobraConfig:
         tiles = self.image.tiles
         for is_in_the_way, name, otherwise in (
             (self.token_reduction is not None, "token_reduction", "none"),
-            (tiles is not None and tiles.separates, "image.tiles", "none, or native"),
+            (tiles is not None and (tiles.separates or tiles.attention_of), "image.tiles", "none, or native"),
             (getattr(self.connector, "nested", False), "connector.nested", "false"),
         ):
             if is_in_the_way:

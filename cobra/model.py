@@ -23,7 +23,7 @@ from .prompt import IGNORE
 from .quantize import QuantizedLinear, replace_projections
 from .tiles import Layout
 from .tokenizer import Tokenizer
-from .vision_encoder import VISION_ENCODERS
+from .vision_encoder import VISION_ENCODERS, PatchAttention
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -90,7 +90,7 @@ class Cobra(nn.Module):
                 return tokens
             (cells,) = vision_scan.order(self.config.reading_order, *features.shape[1:3])
             return tokens[:, cells[cells >= 0].to(tokens.device)]  # windows that stick out of the grid have pads
-        features, attention = self.vision_encoder(pixel_values, return_attention=True)
+        features, (attention,) = self.vision_encoder(pixel_values, attention_of=(-1,))
         features = features.to(self.dtype)
         if reduction.behind == "connector":
             return reduction.reduce(self.connector(features), attention)
@@ -145,8 +145,14 @@ class Cobra(nn.Module):
             tokens = self.encode_images(pixel_values).flatten(0, 1)
         else:
             images = [image for layout in layouts for image in layout.images]
-            tokens = tiles.encode(pixel_values, images, self.encode_images, self.connector, self.config.tile_frame)
+            encode = self._encode_attending if tiles.attention_of else self.encode_images
+            tokens = tiles.encode(pixel_values, images, encode, self.connector, self.config.tile_frame)
         return tokens if video is None else video.prune(tokens, layouts)
+
+    def _encode_attending(self, pixel_values: Tensor) -> tuple[Tensor, list[PatchAttention]]:
+        """`encode_images`, and the attention that tiles go by."""
+        features, attention = self.vision_encoder(pixel_values, attention_of=self.config.image.tiles.attention_of)
+        return self.connector(features.to(self.dtype)), attention
 
     def embed(
         self,
@@ -315,9 +321,11 @@ def make_vision_parts(config: CobraConfig) -> tuple[nn.Module, nn.Module]:
     """The vision encoder and the connector of a configuration, with random weights."""
     encoder = VISION_ENCODERS[config.vision_encoder.kind](config.vision_encoder, config.image)
     if config.token_reduction is not None:
-        encoder.check_attention()
+        encoder.check_attention("token_reduction", (-1,))
     connector = CONNECTORS[config.connector.kind](config.connector, encoder.d_model, config.lm.d_model)
     if config.image.tiles is not None:
+        if config.image.tiles.attention_of:
+            encoder.check_attention(f"image.tiles={config.image.tiles.kind}", config.image.tiles.attention_of)
         config.image.tiles.extend(connector, config.lm.d_model)
     return encoder, connector
 

@@ -2,7 +2,8 @@
 
 A reduction goes by what the last attention of the tower says (`PatchAttention`), that of the block whose features the
 connector gets. It makes exactly `num_tokens` tokens of each tile, in the raster order of the cells that they stem
-from, and has no parameters: a model is read with or without it, and learns with it too.
+from, and has no parameters: a model is read with or without it, and learns with it too. (Of large images in several
+tiles, tiles/hired.py keeps the tokens of a budget.)
 """
 
 from dataclasses import dataclass

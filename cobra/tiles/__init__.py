@@ -7,17 +7,24 @@ the layouts that it gives.
 from typing import Union
 
 from .anyres import AnyResConfig, SpatialUnpad, TileLayout, fit
+from .hired import HiREDConfig
 from .layout import Layout, TileFrame, Tiling
 from .sized import NativeConfig, SizedLayout
 from .uhd import SliceSeparators, UHDConfig
 
-TILINGS: dict[str, type[Tiling]] = {"anyres": AnyResConfig, "native": NativeConfig, "uhd": UHDConfig}
+TILINGS: dict[str, type[Tiling]] = {
+    "anyres": AnyResConfig,
+    "hired": HiREDConfig,
+    "native": NativeConfig,
+    "uhd": UHDConfig,
+}
 
 TilesConfig = Union[tuple(TILINGS.values())]  # noqa: UP007
 
 __all__ = [
     "TILINGS",
     "AnyResConfig",
+    "HiREDConfig",
     "Layout",
     "NativeConfig",
     "SizedLayout",

@@ -99,14 +99,18 @@ class AnyResConfig(Tiling):
             inner = full[0], max(1, int(round(width * (full[0] / height), 7)))
         top, left = (full[0] - inner[0]) // 2, (full[1] - inner[1]) // 2
         kept = full[0] - 2 * top, full[1] - 2 * left
-        return TileLayout(cells[0] * cells[1], rows, columns, top, left, *kept)
+        return self.finish(TileLayout(cells[0] * cells[1], rows, columns, top, left, *kept))
 
     def largest(self, frame: TileFrame) -> TileLayout:
         """That of an image without padding in the largest grid."""
         cells = frame.cells
         full = ((rows, columns, rows * cells[0], columns * cells[1]) for rows, columns in self.grids)
         layouts = (TileLayout(cells[0] * cells[1], rows, columns, 0, 0, *size) for rows, columns, *size in full)
-        return max(layouts, key=lambda layout: layout.num_tokens)
+        return max(map(self.finish, layouts), key=lambda layout: layout.num_tokens)
+
+    def finish(self, layout: TileLayout) -> TileLayout:
+        """A layout of which all cells that show the image become tokens, as this tiling has it."""
+        return layout
 
     def extend(self, connector: nn.Module, d_model: int) -> None:
         connector.unpad = SpatialUnpad(d_model)
@@ -128,6 +132,14 @@ def fit(height: int, width: int, full: tuple[int, int]) -> tuple[int, int]:
     if across < down:
         return min(math.ceil(height * across), full[0]), full[1]
     return full[0], min(math.ceil(width * down), full[1])
+
+
+def join_tiles(tiles: Tensor, layout: TileLayout, cells: tuple[int, int]) -> Tensor:
+    """The map that a grid of tiles (rows * columns, height * width, d) shows, without padding: (layout.height,
+    layout.width, d)."""
+    grid = tiles.view(layout.rows, layout.columns, *cells, tiles.shape[-1])
+    whole = grid.transpose(1, 2).reshape(layout.rows * cells[0], layout.columns * cells[1], tiles.shape[-1])
+    return whole[layout.top :, layout.left :][: layout.height, : layout.width]
 
 
 class SpatialUnpad(nn.Module):
@@ -157,8 +169,6 @@ class SpatialUnpad(nn.Module):
         return torch.cat(joined)
 
     def _lines(self, tiles: Tensor, layout: TileLayout, cells: tuple[int, int]) -> Tensor:
-        grid = tiles.view(layout.rows, layout.columns, *cells, tiles.shape[-1])
-        whole = grid.transpose(1, 2).reshape(layout.rows * cells[0], layout.columns * cells[1], tiles.shape[-1])
-        kept = whole[layout.top :, layout.left :][: layout.height, : layout.width]
+        kept = join_tiles(tiles, layout, cells)
         newlines = self.newline.to(tiles.dtype).expand(layout.height, 1, -1)
         return torch.cat([kept, newlines], dim=1).flatten(0, 1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -75,6 +75,11 @@ class Tiling:
     needs_cells: ClassVar[bool] = False
     separates: ClassVar[bool] = False
 
+    @property
+    def attention_of(self) -> tuple[int, ...]:
+        """Blocks of the tower, see cobra/vision_encoder, by whose attention cells are chosen; none: by none."""
+        return ()
+
     def layout(self, height: int, width: int, frame: TileFrame) -> Layout:
         """The layout of an image of height x width pixels."""
         raise NotImplementedError
@@ -90,7 +95,7 @@ class Tiling:
         self,
         pixel_values: Tensor,
         layouts: Sequence[Layout],
-        encode: Callable[[Tensor], Tensor],
+        encode: Callable[[Tensor], Any],
         connector: nn.Module,
         frame: TileFrame,
     ) -> Tensor:
@@ -98,7 +103,8 @@ class Tiling:
 
         Args:
             pixel_values: (entries, 3, height, width), as `layouts` count them.
-            encode: tiles of one size (n, 3, height, width) to their tokens (n, num_tokens, d_model).
+            encode: tiles of one size (n, 3, height, width) to their tokens (n, num_tokens, d_model); where there is
+                `attention_of`, to these and a list of `PatchAttention`.
             connector: what `extend` was called with.
         """
         raise NotImplementedError

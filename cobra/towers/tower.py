@@ -1,6 +1,6 @@
 """What hierarchical backbones share: pixels in, the last stage's grid of features out; released weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,8 +65,8 @@ class Tower(Released):
         self.build(config)
         self.train()
 
-    def check_attention(self) -> None:
-        raise UserError(f"token_reduction goes by a tower's attention, and {self.name} has none: take a ViT")
+    def check_attention(self, what: str, blocks: Sequence[int]) -> None:
+        raise UserError(f"{what} goes by a tower's attention, and {self.name} has none: take a ViT")
 
     def build(self, config: Any) -> None:
         """Makes the parts, under the names of the released weights."""

@@ -4,8 +4,9 @@ deviation that it was trained with, so callers never do.
 An encoder is a module `Encoder(config, image)` with `forward(pixel_values (n, 3, height, width)) -> (n,
 grid_height, grid_width, d_model)`, the attribute `d_model`, and a Config with `grid(height, width)` and `stride`, how
 many pixels a cell has each way: tiles may have any multiple of it as height and width. A Config whose encoder cannot
-take them raises a UserError instead. One that serves token reductions has `check_attention()` too, which raises a
-UserError if it cannot, and returns features and `PatchAttention` if called with `return_attention=True`.
+take them raises a UserError instead. `check_attention(what, blocks)` raises a UserError that begins with `what` if it
+cannot tell the attention of those blocks, counted from 0, or backwards from -1, the one whose features are given; one
+that can returns features and a `PatchAttention` of each if called with `attention_of=blocks`.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 """The grid of patches of an image, and what a tower's attention says about them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +17,18 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     return grid
 
 
+def check_blocks(what: str, blocks: Sequence[int], depth: int, hint: str) -> None:
+    """Raises UserError, in which `what` asks for the attention of blocks, if one of them is not there."""
+    missing = [number for number in blocks if not -depth <= number < depth]
+    if missing:
+        raise UserError(
+            f"{what} goes by the attention of block {missing[0]}, and the tower has {depth} up to its features: {hint}"
+        )
+
+
 @dataclass(frozen=True)
 class PatchAttention:
-    """What a tower's last attention says about its patches; float32 at least, without gradients.
+    """What the attention of a tower's block says about its patches; float32 at least, without gradients.
 
     Attributes:
         received: (n, patches): how much attention a patch gets, mean over the heads: from the class token, or

@@ -1,5 +1,6 @@
 """S2: one tower on an image at several scales, for more detail in the same number of tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Union
 
@@ -87,10 +88,8 @@ class S2Encoder(nn.Module):
         self.tower = TOWERS[config.tower.kind](config.tower, replace(image, height=height, width=width))
         self.d_model = len(config.scales) * self.tower.d_model
 
-    def check_attention(self) -> None:
-        raise UserError(
-            "token_reduction goes by the attention of a tower at one scale, s2 has several: take its tower alone"
-        )
+    def check_attention(self, what: str, blocks: Sequence[int]) -> None:
+        raise UserError(f"{what} goes by the attention of a tower at one scale, s2 has several: take its tower alone")
 
     @property
     def towers(self) -> list[nn.Module]:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ from cobra.scan_block import ScanBlock, ScanBlocksConfig
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError, choose
 
-from .patches import PatchAttention, patch_grid
+from .patches import PatchAttention, check_blocks, patch_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,30 +83,30 @@ class SmallEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.d_model)
 
-    def check_attention(self) -> None:
-        if not self.blocks:
-            raise UserError("token_reduction goes by a tower's attention: set vision_encoder.depth to 1 or more")
+    def check_attention(self, what: str, blocks: Sequence[int]) -> None:
+        check_blocks(what, blocks, len(self.blocks), "raise vision_encoder.depth")
 
     def forward(
-        self, pixel_values: Tensor, return_attention: bool = False
-    ) -> Tensor | tuple[Tensor, PatchAttention]:
+        self, pixel_values: Tensor, attention_of: Sequence[int] = ()
+    ) -> Tensor | tuple[Tensor, list[PatchAttention]]:
         height, width = patch_grid(*pixel_values.shape[-2:], self.patch_size)
         pixels = pixel_values[..., : height * self.patch_size, : width * self.patch_size]
         x = self.stem((pixels.to(self.norm.weight.dtype) - 0.5) / 0.25).movedim(1, -1)
         positions = position_grid(height, width, self.d_model, x.device).to(x.dtype) if self.positions else 0.0
         tokens = (x + positions).flatten(1, 2)
-        before = tokens
+        entering = []
         for block in self.blocks:
-            before, tokens = tokens, block(tokens)
+            entering.append(tokens)
+            tokens = block(tokens)
         x = tokens.unflatten(1, (height, width))
         for scan in self.scans:
             x = scan(x)
         # Once more behind the norm: a tower that was trained on what stands in a patch need not keep where.
         features = self.norm(x) + positions
-        if not return_attention:
+        if not attention_of:
             return features
-        q, k, _ = self.blocks[-1].heads(before.detach())
-        return features, PatchAttention.of(q, k)
+        heads = (self.blocks[number].heads(entering[number].detach()) for number in attention_of)
+        return features, [PatchAttention.of(q, k) for q, k, _ in heads]
 
 
 def _convolutions(config: SmallEncoderConfig) -> nn.Sequential:

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from cobra.checkpoint import assign_tensors, read_state_dict
 from cobra.image import ImageConfig
 from vision_scan.errors import UserError
 
-from .patches import PatchAttention, patch_grid
+from .patches import PatchAttention, check_blocks, patch_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,42 +81,45 @@ class TimmEncoder(nn.Module):
         self.mean = tuple(self.tower.pretrained_cfg["mean"])
         self.std = tuple(self.tower.pretrained_cfg["std"])
 
-    def check_attention(self) -> None:
+    def check_attention(self, what: str, blocks: Sequence[int]) -> None:
         from timm.models.vision_transformer import Attention, Block
 
-        last = self.tower.blocks[-1]
-        if self.block == 0 or type(last) is not Block or type(last.attn) is not Attention:
-            raise UserError(
-                f"token_reduction reads the attention of block {self.block} of {self.name}: it must be a plain block "
-                "of a ViT (CLIP, SigLIP, DINOv2), and not the first"
-            )
+        check_blocks(what, blocks, len(self.tower.blocks), "take an earlier one")
+        for number in blocks:
+            block = self.tower.blocks[number]
+            if type(block) is not Block or type(block.attn) is not Attention:
+                raise UserError(
+                    f"{what} goes by the attention of block {number % len(self.tower.blocks)} of {self.name}: it must "
+                    "be a plain block of a ViT (CLIP, SigLIP, DINOv2)"
+                )
 
     def forward(
-        self, pixel_values: Tensor, return_attention: bool = False
-    ) -> Tensor | tuple[Tensor, PatchAttention]:
+        self, pixel_values: Tensor, attention_of: Sequence[int] = ()
+    ) -> Tensor | tuple[Tensor, list[PatchAttention]]:
         mean, std = (pixel_values.new_tensor(t).view(3, 1, 1) for t in (self.mean, self.std))
         dtype = next(self.tower.parameters()).dtype
-        *before, features = self.tower.forward_intermediates(
-            ((pixel_values - mean) / std).to(dtype),
-            indices=[self.block - 1, self.block] if return_attention else [self.block],
-            return_prefix_tokens=return_attention,
-            norm=False,
-            output_fmt="NCHW",
-            intermediates_only=True,
-        )
-        if not return_attention:
-            return features.movedim(1, -1)
-        if self.tower.num_prefix_tokens:  # timm pairs patches with them only where there are any
-            ((patches, prefix),), (features, _) = before, features
-        else:
-            (patches,), prefix = before, None
-        return features.movedim(1, -1), self._attention(patches.flatten(2).mT, prefix)
+        blocks, entering = [self.tower.blocks[number] for number in attention_of], {}
+        hooks = [
+            block.register_forward_pre_hook(lambda block, inputs: entering.update({block: inputs[0]}))
+            for block in blocks
+        ]
+        try:
+            (features,) = self.tower.forward_intermediates(
+                ((pixel_values - mean) / std).to(dtype),
+                indices=[self.block],
+                norm=False,
+                output_fmt="NCHW",
+                intermediates_only=True,
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        features = features.movedim(1, -1)
+        return (features, [self._attention(block, entering[block]) for block in blocks]) if blocks else features
 
     @torch.no_grad()
-    def _attention(self, patches: Tensor, prefix: Tensor | None) -> PatchAttention:
-        """Of the last block, on what enters it: (n, patches, d_model), and the tokens in front of them."""
-        tokens = patches if prefix is None else torch.cat([prefix, patches], dim=1)
-        block = self.tower.blocks[-1]
+    def _attention(self, block: Any, tokens: Tensor) -> PatchAttention:
+        """Of a block, on what enters it: (n, tokens, d_model)."""
         shape = 3, block.attn.num_heads, block.attn.head_dim
         q, k, _ = block.attn.qkv(block.norm1(tokens)).unflatten(-1, shape).permute(2, 0, 3, 1, 4)
         has_class_token = self.tower.cls_token is not None
@@ -193,9 +196,9 @@ class FusedEncoder(nn.Module):
         self.towers = nn.ModuleList(TimmEncoder(tower, image) for tower in config.towers)
         self.d_model = sum(tower.d_model for tower in self.towers)
 
-    def check_attention(self) -> None:
+    def check_attention(self, what: str, blocks: Sequence[int]) -> None:
         names = ", ".join(tower.name for tower in self.towers)
-        raise UserError(f"token_reduction goes by the attention of one tower, and there are {names}: take one of them")
+        raise UserError(f"{what} goes by the attention of one tower, and there are {names}: take one of them")
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return torch.cat([tower(pixel_values) for tower in self.towers], dim=-1)

@@ -172,7 +172,7 @@ def test_small_tower_gives_the_attention_of_its_last_block(monkeypatch):
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend)
     pixels = torch.rand(3, 3, 24, 40)
-    features, found = encoder(pixels, return_attention=True)
+    features, (found,) = encoder(pixels, attention_of=(-1,))
     weights, k = seen[1]
     assert len(seen) == 2 and torch.equal(features, encoder(pixels))
     assert_close("received", found.received, weights.mean((1, 2)), 1e-6)
@@ -193,9 +193,9 @@ def test_timm_tower_gives_the_attention_of_its_last_block(monkeypatch, name, pre
     pytest.importorskip("timm")
     side = 14 if "patch14" in name else 16
     encoder = TimmEncoder(TimmEncoderConfig(name=name, block=2), ImageConfig(height=2 * side, width=3 * side)).eval()
-    encoder.check_attention()
+    encoder.check_attention("it", (-1,))
     pixels = torch.rand(3, 3, 2 * side, 3 * side)
-    features, found = encoder(pixels, return_attention=True)
+    features, (found,) = encoder(pixels, attention_of=(-1,))
     assert torch.equal(features, encoder(pixels))
     attn = encoder.tower.blocks[-1].attn
     attn.fused_attn = False
@@ -272,7 +272,7 @@ def test_a_training_step_reaches_every_parameter(name):
 def test_tokens_of_a_model_are_those_of_its_parts():
     config = small_config(token_reduction=REDUCTIONS["visionzip"])
     model, pixels = cobra.build(config).double(), torch.rand(3, 3, 24, 40, dtype=torch.float64)
-    features, seen = model.vision_encoder(pixels, return_attention=True)
+    features, (seen,) = model.vision_encoder(pixels, attention_of=(-1,))
     kept = [slow_visionzip(features[row].flatten(0, 1), seen, row, config.token_reduction) for row in range(3)]
     assert_close("in front", model.encode_images(pixels), model.connector(torch.stack(kept)[:, None]), 1e-10)
     behind = replace(config, token_reduction=replace(REDUCTIONS["visionzip"], behind="connector"))
@@ -333,7 +333,6 @@ def test_visionzip_refuses_impossible_numbers(dominant, contextual):
     ("message", "encoder"),
     [
         ("vision_encoder.depth", SmallEncoderConfig(patch_size=8, d_model=16, num_heads=2, depth=0)),
-        ("not the first", TimmEncoderConfig(name="vit_tiny_patch16_224", block=0)),
         ("plain block", TimmEncoderConfig(name="eva02_tiny_patch14_224", block=2)),
         ("vmamba has none", VMambaConfig(dims=(8, 16), depths=(1, 1))),
         ("one tower", FusedEncoderConfig(towers=(TimmEncoderConfig(name="vit_tiny_patch16_224"),) * 2)),
