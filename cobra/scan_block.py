@@ -23,6 +23,8 @@ COMBINATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "concat": lambda y: y.movedim(1, -2).flatten(-2),
 }
 
+PLAIN_MIXER = {"d_ssm": None, "rmsnorm": True, "bias": False, "conv_bias": True, "D_has_hdim": False}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScanBlocksConfig:
@@ -54,6 +56,9 @@ class ScanBlocksConfig:
         for name, allowed in (("combine", COMBINATIONS), ("lists", ("all", "share"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"scan blocks: {name} {getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        for name, usual in PLAIN_MIXER.items():
+            if getattr(self.mixer, name) != usual:
+                raise UserError(f"scan blocks: mixer.{name} must be {usual}, which is the default: leave it out")
         if self.lists == "share" and self.combine in ("gated", "concat"):
             raise UserError(
                 f"scan blocks: combine {self.combine!r} needs lists of all channels, and under lists=share each has a "
@@ -106,7 +111,7 @@ class ScanMixer(Float32Parameters):
         K = len(sequential_order(config.order, depth))
         self.shares = S = K if config.lists == "share" else 1
         lists = [Mamba2(config.mixer, d_model) for _ in range(K // S)]
-        self.d_inner, self.nheads = lists[0].d_inner, lists[0].nheads
+        self.d_inner, self.nheads = lists[0].d_ssm, lists[0].nheads
         if self.nheads % S or (S > 1 and config.mixer.ngroups > 1):
             raise UserError(
                 f"scan blocks: {K} lists of {config.order!r} cannot share {self.nheads} heads in "

@@ -55,9 +55,18 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """num_heads query heads of headdim share num_kv_heads keys and values; a token sees the last `window`
-    tokens, itself included (None: all); rope_theta None: no positions; qkv_bias: queries, keys and values
-    have biases, as in Qwen2."""
+    """num_heads query heads of headdim share num_kv_heads keys and values.
+
+    Attributes:
+        rope_theta: of the rotary positions; None: there are none.
+        rotary_dim: channels of a head that turn, the first; None: all.
+        window: tokens that a token sees, itself included; None: all.
+        qkv_bias, o_bias: of the projections of queries, keys and values (Qwen2), and of the one out.
+        qk_norm: whether queries and keys are normed by head, in front of the rotation (Qwen3).
+        norm_eps: of these norms.
+        gated: whether what a head has read passes through a gate of its own, the sigmoid of a projection (Qiu et al.
+            2025, arXiv:2505.06708; Qwen3-Next).
+    """
 
     kind: Literal["attention"] = "attention"
     num_heads: int
@@ -67,6 +76,11 @@ class AttentionConfig:
     window: int | None = None
     rope_scaling: Llama3RopeScaling | None = None
     qkv_bias: bool = False
+    o_bias: bool = False
+    rotary_dim: int | None = None
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    gated: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "num_kv_heads", "headdim")
@@ -75,8 +89,14 @@ class AttentionConfig:
                 f"attention: num_heads {self.num_heads} must be a multiple of "
                 f"num_kv_heads {self.num_kv_heads}"
             )
-        if self.headdim % 2 and self.rope_theta is not None:
-            raise UserError(f"attention: headdim {self.headdim} must be even for rotary positions")
+        turning = self.headdim if self.rotary_dim is None else self.rotary_dim
+        if self.rope_theta is not None and (turning % 2 or not 0 < turning <= self.headdim):
+            what = f"headdim {self.headdim}" if self.rotary_dim is None else f"rotary_dim {turning}"
+            raise UserError(
+                f"attention: {what} must be even and from 2 to headdim {self.headdim} for rotary positions"
+            )
+        if self.rotary_dim is not None and self.rope_theta is None:
+            raise UserError("attention: rotary_dim needs rope_theta, which is none")
         if self.rope_scaling is not None and self.rope_theta is None:
             raise UserError("attention: rope_scaling needs rope_theta, which is none")
         if self.window is not None and self.window < 1:
@@ -84,9 +104,10 @@ class AttentionConfig:
 
     def cost(self, d_model: int) -> LayerCost:
         queries, keys = self.num_heads * self.headdim, self.num_kv_heads * self.headdim
-        weights = 2 * d_model * (queries + keys)
+        weights = d_model * ((2 + self.gated) * queries + 2 * keys)
+        others = (queries + 2 * keys) * self.qkv_bias + d_model * self.o_bias + 2 * self.headdim * self.qk_norm
         return LayerCost(
-            parameters=weights + (queries + 2 * keys) * self.qkv_bias,
+            parameters=weights + others,
             flops_per_token=2 * weights,
             flops_per_context_token=4 * queries,
             cache_elements=2 * keys,
@@ -111,7 +132,11 @@ class Attention(nn.Module):
         self.q_proj = Projection(d_model, queries, config.qkv_bias)
         self.k_proj = Projection(d_model, keys, config.qkv_bias)
         self.v_proj = Projection(d_model, keys, config.qkv_bias)
-        self.o_proj = Projection(queries, d_model)
+        self.o_proj = Projection(queries, d_model, config.o_bias)
+        self.gate_proj = Projection(d_model, queries) if config.gated else None
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.headdim, config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
         for proj in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.normal_(proj.weight, std=d_model**-0.5)  # queries, keys and values of unit size
 
@@ -129,7 +154,7 @@ class Attention(nn.Module):
 
     def add_to(self, decoder, norm: RMSNorm) -> None:
         config = self.config
-        if config.rope_scaling is not None:
+        if config.rope_scaling or config.rotary_dim or config.qk_norm or config.gated:
             raise UnservableError
         projections = [stored(proj) for proj in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)]
         sizes = [config.num_heads, config.num_kv_heads, config.headdim]
@@ -150,14 +175,18 @@ class Attention(nn.Module):
             proj(x).unflatten(-1, (-1, self.config.headdim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rope_theta is not None:
-            turn = self.config.rope_theta, self.config.rope_scaling
+            turn = self.config.rope_theta, self.config.rope_scaling, self.config.rotary_dim
             q, k = rotate(q, positions, *turn), rotate(k, positions, *turn)
         if state is not None and segments.overwrite and seqlen == 1:
             y, state = self._decode(q, k, v, positions, state, segments)
         else:
             y, state = self._attend(q, k, v, positions, runs, state, segments)
-        return self.o_proj(y.transpose(1, 2).flatten(-2)), state
+        y = y.transpose(1, 2).flatten(-2)
+        if self.gate_proj is not None:
+            y = y * self.gate_proj(x).sigmoid()
+        return self.o_proj(y), state
 
     def _decode(self, q, k, v, positions, state, segments) -> tuple[Tensor, LayerState]:
         """One token a row, written into the cache in place; a row of padding writes nothing."""
@@ -267,9 +296,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
 
 
 def rotate(
-    x: Tensor, positions: Tensor, theta: float, scaling: Llama3RopeScaling | None = None
+    x: Tensor,
+    positions: Tensor,
+    theta: float,
+    scaling: Llama3RopeScaling | None = None,
+    rotary_dim: int | None = None,
 ) -> Tensor:
-    """Rotary position embedding: x (batch, heads, seqlen, headdim), positions (batch, seqlen)."""
+    """Rotary position embedding: x (batch, heads, seqlen, headdim), of which the first `rotary_dim` turn (None: all),
+    positions (batch, seqlen)."""
+    if rotary_dim is not None:
+        turning, still = x.tensor_split([rotary_dim], dim=-1)
+        return torch.cat([rotate(turning, positions, theta, scaling), still], dim=-1)
     half = x.shape[-1] // 2
     wide = torch.promote_types(x.dtype, torch.float32)
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import vision_scan
 from cobra.typed_config import require_positive
-from vision_scan.errors import UserError
+from vision_scan.errors import UserError, choose
 from vision_scan.precision import Float32Parameters
 
-from .decode import stored
+from .decode import UnservableError, stored
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
 from .precision import Projection, RMSNorm
 from .sequence_parallel import selective_scan_map
@@ -27,34 +27,51 @@ from .short_conv import ShortConvolution
 class Mamba1Config:
     """Mamba with d_inner = expand * d_model channels of d_state states each.
 
-    dt comes through dt_rank channels (None: a sixteenth of d_model, rounded up); at the start it is
-    log-uniform in [dt_min, dt_max].
+    Attributes:
+        d_inner: None: expand * d_model.
+        dt_rank: channels that dt comes through; None: a sixteenth of d_model, rounded up.
+        dt_min, dt_max: at the start dt is log-uniform between them.
+        inner_norms: RMS norms of B, C and of what dt comes through, without weights (plain: Falcon-Mamba) or with
+            (learned: Jamba).
+        norm_eps: of these norms.
+        bias: of the projections in and out.
+        conv_bias: of the convolution.
     """
 
     kind: Literal["mamba1"] = "mamba1"
     d_state: int = 16
     expand: int = 2
+    d_inner: int | None = None
     d_conv: int = 4
     dt_rank: int | None = None
+    inner_norms: Literal["none", "plain", "learned"] = "none"
+    norm_eps: float = 1e-6
+    bias: bool = False
+    conv_bias: bool = True
     dt_min: float = 0.001
     dt_max: float = 0.1
 
     def __post_init__(self) -> None:
         require_positive(self, "d_state", "expand", "d_conv")
-        if self.dt_rank is not None:
-            require_positive(self, "dt_rank")
+        require_positive(self, *(name for name in ("d_inner", "dt_rank") if getattr(self, name) is not None))
+        choose("mamba1: inner_norms", self.inner_norms, dict.fromkeys(("none", "plain", "learned")))
         if not 0 < self.dt_min <= self.dt_max:
             raise UserError("mamba1: dt_min and dt_max must be above 0, dt_min at most dt_max")
+
+    def inner(self, d_model: int) -> int:
+        return self.d_inner or self.expand * d_model
 
     def rank(self, d_model: int) -> int:
         return self.dt_rank or -(-d_model // 16)
 
     def cost(self, d_model: int) -> LayerCost:
-        d_inner, rank = self.expand * d_model, self.rank(d_model)
+        d_inner, rank = self.inner(d_model), self.rank(d_model)
         projections = d_inner * (3 * d_model + 2 * rank + 2 * self.d_state)
         state = d_inner * self.d_state
+        others = self.bias * (2 * d_inner + d_model) + self.conv_bias * d_inner
+        others += (self.inner_norms == "learned") * (rank + 2 * self.d_state)
         return LayerCost(
-            parameters=projections + d_inner * (self.d_conv + self.d_state + 3),
+            parameters=projections + others + d_inner * (self.d_conv + self.d_state + 2),
             # Decay (a product, an exponential), inflow and readout of the state are 7 operations per element.
             flops_per_token=2 * projections + 2 * d_inner * self.d_conv + 7 * state,
             state_elements=state,
@@ -86,15 +103,21 @@ class Mamba1(Float32Parameters):
     def __init__(self, config: Mamba1Config, d_model: int) -> None:
         super().__init__()
         self.config = config
-        self.d_inner = d_inner = config.expand * d_model
+        self.d_inner = d_inner = config.inner(d_model)
         self.dt_rank = rank = config.rank(d_model)
-        self.in_proj = Projection(d_model, 2 * d_inner)
-        self.conv1d = ShortConvolution(d_inner, config.d_conv)
+        self.in_proj = Projection(d_model, 2 * d_inner, config.bias)
+        self.conv1d = ShortConvolution(d_inner, config.d_conv, config.conv_bias)
         self.x_proj = Projection(d_inner, rank + 2 * config.d_state)
         self.dt_proj = StepProjection(rank, d_inner)
         self.A_log = nn.Parameter(torch.arange(1.0, config.d_state + 1).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
-        self.out_proj = Projection(d_inner, d_model)
+        self.out_proj = Projection(d_inner, d_model, config.bias)
+        self.dt_norm, self.B_norm, self.C_norm = (
+            nn.Identity()
+            if config.inner_norms == "none"
+            else RMSNorm(d, config.norm_eps, elementwise_affine=config.inner_norms == "learned")
+            for d in (rank, config.d_state, config.d_state)
+        )
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
             dt = torch.empty(d_inner).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp()
@@ -113,6 +136,8 @@ class Mamba1(Float32Parameters):
         return nn.functional.softplus(projected.float() + self.dt_proj.bias)
 
     def add_to(self, decoder, norm: RMSNorm) -> None:
+        if self.config.inner_norms != "none":
+            raise UnservableError
         in_proj, x_proj, out_proj = map(stored, (self.in_proj, self.x_proj, self.out_proj))
         projections = in_proj, x_proj, stored(self.dt_proj, StepProjection), out_proj
         parameters = [self.conv1d.weight, self.conv1d.bias, self.dt_proj.bias, self.A_log, self.D]
@@ -151,7 +176,8 @@ class Mamba1(Float32Parameters):
         low, B, C = self.x_proj(u.transpose(1, 2)).split(
             [self.dt_rank, self.config.d_state, self.config.d_state], dim=-1
         )
-        dt, B, C = (t.transpose(1, 2) for t in (self.dt_proj(low), B, C))
+        dt, B, C = self.dt_proj(self.dt_norm(low)), self.B_norm(B), self.C_norm(C)
+        dt, B, C = (t.transpose(1, 2) for t in (dt, B, C))
         return dt, -torch.exp(self.A_log), B, C
 
     def _scan_parameters(self) -> dict:

@@ -16,7 +16,7 @@ from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
 from vision_scan.precision import Float32Parameters
 
-from .decode import stored
+from .decode import UnservableError, stored
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
 from .precision import Projection, RMSNorm
 from .sequence_parallel import ssd_map
@@ -27,16 +27,33 @@ from .short_conv import ShortConvolution
 class Mamba2Config:
     """Mamba-2 with d_inner = expand * d_model in heads of headdim. At the start dt is log-uniform in
     [dt_min, dt_max] and -A uniform in A_init_range, so a head forgets over about 1 / (dt -A) tokens; in use
-    dt is clamped to dt_limit."""
+    dt is clamped to dt_limit.
+
+    Attributes:
+        d_inner: channels in front of the projection out; None: expand * d_model.
+        d_ssm: how many of them are the recurrence's; the others are a gated feed-forward layer's. None: all.
+        ngroups: groups of heads that share B and C, and of channels that are normed together.
+        rmsnorm: whether y is normed around its gate; otherwise it is gated alone.
+        norm_before_gate: whether the norm comes first.
+        bias: of both projections.
+        conv_bias: of the convolution.
+        D_has_hdim: whether each channel has a skip of its own, or those of a head share one.
+    """
 
     kind: Literal["mamba2"] = "mamba2"
     d_state: int = 128
     headdim: int = 64
     expand: int = 2
+    d_inner: int | None = None
+    d_ssm: int | None = None
     ngroups: int = 1
     d_conv: int = 4
     chunk_size: int = 256
+    rmsnorm: bool = True
     norm_before_gate: bool = False
+    bias: bool = False
+    conv_bias: bool = True
+    D_has_hdim: bool = False
     norm_eps: float = 1e-5
     dt_min: float = 0.001
     dt_max: float = 0.1
@@ -45,6 +62,7 @@ class Mamba2Config:
 
     def __post_init__(self) -> None:
         require_positive(self, "d_state", "headdim", "expand", "ngroups", "d_conv", "chunk_size")
+        require_positive(self, *(name for name in ("d_inner", "d_ssm") if getattr(self, name) is not None))
         for name in ("dt_limit", "A_init_range"):
             bounds = getattr(self, name)
             if len(bounds) != 2 or bounds[0] > bounds[1]:
@@ -52,25 +70,46 @@ class Mamba2Config:
         if not 0 < self.dt_min <= self.dt_max or self.A_init_range[0] <= 0:
             raise UserError("mamba2: dt_min, dt_max and A_init_range must be above 0, dt_min at most dt_max")
 
+    def widths(self, d_model: int) -> tuple[int, int]:
+        """Channels of the feed-forward part, and of the recurrence."""
+        d_inner = self.d_inner or self.expand * d_model
+        d_ssm = self.d_ssm or d_inner
+        if d_ssm > d_inner:
+            raise UserError(f"mamba2: d_ssm {d_ssm} must be at most d_inner {d_inner}")
+        return d_inner - d_ssm, d_ssm
+
     def nheads(self, d_model: int) -> int:
-        d_inner = self.expand * d_model
-        if d_inner % self.headdim or (d_inner // self.headdim) % self.ngroups:
+        _, d_ssm = self.widths(d_model)
+        if d_ssm % self.headdim or (d_ssm // self.headdim) % self.ngroups:
+            what = "d_ssm" if self.d_ssm else "d_inner" if self.d_inner else "expand * d_model"
             raise UserError(
-                f"mamba2: expand * d_model = {d_inner} must be a multiple of headdim {self.headdim}, "
+                f"mamba2: {what} = {d_ssm} must be a multiple of headdim {self.headdim}, "
                 f"and the number of heads a multiple of ngroups {self.ngroups}"
             )
-        return d_inner // self.headdim
+        return d_ssm // self.headdim
 
     def conv_channels(self, d_model: int) -> int:
-        return self.expand * d_model + 2 * self.ngroups * self.d_state
+        return self.widths(d_model)[1] + 2 * self.ngroups * self.d_state
+
+    def projected(self, d_model: int) -> list[int]:
+        """What the projection in makes, in order: both inputs of the feed-forward part, z, x | B | C, dt."""
+        d_mlp, d_ssm = self.widths(d_model)
+        return [d_mlp, d_mlp, d_ssm, self.conv_channels(d_model), self.nheads(d_model)]
 
     def cost(self, d_model: int) -> LayerCost:
         nheads, channels = self.nheads(d_model), self.conv_channels(d_model)
-        d_inner = self.expand * d_model
-        projections = d_model * (d_inner + channels + nheads) + d_inner * d_model
-        state = d_inner * self.d_state
+        d_mlp, d_ssm = self.widths(d_model)
+        inner, outer = sum(self.projected(d_model)), d_mlp + d_ssm
+        projections = d_model * (inner + outer)
+        biases = self.bias * (inner + d_model) + self.conv_bias * channels
+        state = d_ssm * self.d_state
         return LayerCost(
-            parameters=projections + channels * (self.d_conv + 1) + 3 * nheads + d_inner,
+            parameters=projections
+            + biases
+            + channels * self.d_conv
+            + 2 * nheads
+            + (d_ssm if self.D_has_hdim else nheads)
+            + self.rmsnorm * d_ssm,
             # Decay, inflow and readout of the state are 5 operations per element.
             flops_per_token=2 * projections + 2 * channels * self.d_conv + 5 * state,
             state_elements=state,
@@ -92,18 +131,18 @@ class Mamba2(Float32Parameters):
     def __init__(self, config: Mamba2Config, d_model: int) -> None:
         super().__init__()
         self.config = config
-        self.d_inner = config.expand * d_model
+        self.d_mlp, self.d_ssm = config.widths(d_model)
         self.nheads = config.nheads(d_model)
-        channels = config.conv_channels(d_model)
-        self.in_proj = Projection(d_model, self.d_inner + channels + self.nheads)
-        self.conv1d = ShortConvolution(channels, config.d_conv)
+        self.projected = config.projected(d_model)
+        self.in_proj = Projection(d_model, sum(self.projected), config.bias)
+        self.conv1d = ShortConvolution(config.conv_channels(d_model), config.d_conv, config.conv_bias)
         dt = torch.exp(torch.empty(self.nheads).uniform_(math.log(config.dt_min), math.log(config.dt_max)))
         dt = dt.clamp(min=1e-4)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
         self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*config.A_init_range).log())
-        self.D = nn.Parameter(torch.ones(self.nheads))
-        self.norm = RMSNorm(self.d_inner, config.norm_eps)
-        self.out_proj = Projection(self.d_inner, d_model)
+        self.D = nn.Parameter(torch.ones(self.d_ssm if config.D_has_hdim else self.nheads))
+        self.norm = RMSNorm(self.d_ssm, config.norm_eps) if config.rmsnorm else None
+        self.out_proj = Projection(self.d_mlp + self.d_ssm, d_model, config.bias)
         self._initialize()
 
     @torch.no_grad()
@@ -117,9 +156,10 @@ class Mamba2(Float32Parameters):
         """
         nn.init.normal_(self.in_proj.weight, std=self.in_proj.in_features**-0.5)
         groups = self.config.ngroups * self.config.d_state
-        _, _, B, C, _ = self.in_proj.weight.split([self.d_inner, self.d_inner, groups, groups, self.nheads])
+        *_, B, C, _ = self.in_proj.weight.split([*self.projected[:-2], self.d_ssm, groups, groups, self.nheads])
         C.copy_(B)
-        nn.init.zeros_(self.conv1d.bias)
+        if self.conv1d.bias is not None:
+            nn.init.zeros_(self.conv1d.bias)
         self.conv1d.weight.mul_(0.3)
         self.conv1d.weight[:, 0, -1] += 1.0
 
@@ -133,16 +173,19 @@ class Mamba2(Float32Parameters):
         }
 
     def forward(self, x: Tensor, state: LayerState | None, segments: Segments) -> tuple[Tensor, LayerState]:
-        channels = self.conv1d.weight.shape[0]
-        z, xBC, dt = self.in_proj(x).split([self.d_inner, channels, self.nheads], dim=-1)
+        gate, up, z, xBC, dt = self.in_proj(x).split(self.projected, dim=-1)
         update = state is not None and segments.overwrite and x.shape[1] <= UPDATE_TOKENS
         mix = self._update if update else self._scan
-        y, state = mix(xBC.transpose(1, 2), dt, state, segments)
-        config = self.config
-        y = vision_scan.gated_rmsnorm(
-            y.flatten(-2), self.norm.weight, z, config.norm_eps,
-            self.d_inner // config.ngroups, config.norm_before_gate,
-        )  # fmt: skip
+        own_gate = None if self.norm is not None else z.unflatten(-1, (self.nheads, -1))
+        y, state = mix(xBC.transpose(1, 2), dt, own_gate, state, segments)
+        y = y.flatten(-2)
+        if self.norm is not None:
+            config = self.config
+            y = vision_scan.gated_rmsnorm(
+                y, self.norm.weight, z, config.norm_eps, self.d_ssm // config.ngroups, config.norm_before_gate
+            )
+        if self.d_mlp:
+            y = torch.cat([nn.functional.silu(gate) * up, y], dim=-1)
         return self.out_proj(y), state
 
     def step_sizes(self, projected: Tensor) -> Tensor:
@@ -152,6 +195,8 @@ class Mamba2(Float32Parameters):
 
     def add_to(self, decoder, norm: RMSNorm) -> None:
         config = self.config
+        if self.norm is None or self.d_mlp or config.D_has_hdim:
+            raise UnservableError
         decoder.add_mamba2(
             norm.weight, norm.eps, stored(self.in_proj), stored(self.out_proj),
             [self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight],
@@ -159,7 +204,7 @@ class Mamba2(Float32Parameters):
             [config.norm_eps, *config.dt_limit, float(config.norm_before_gate)],
         )  # fmt: skip
 
-    def _scan(self, xBC, dt, state, segments) -> tuple[Tensor, LayerState]:
+    def _scan(self, xBC, dt, z, state, segments) -> tuple[Tensor, LayerState]:
         state = state or {"conv": None, "ssm": None}
         xBC, conv = self.conv1d.scan(xBC, state["conv"], segments)
         inputs, initial_state = self._ssd_inputs(xBC, dt), state["ssm"]
@@ -168,6 +213,7 @@ class Mamba2(Float32Parameters):
             initial_state = segments.shard.entering_state(*own)
         y, ssm = vision_scan.ssd(
             *inputs,
+            z=z,
             initial_state=initial_state,
             return_final_state=True,
             seq_idx=segments.seq_idx,
@@ -176,23 +222,23 @@ class Mamba2(Float32Parameters):
         )
         return y, {"conv": conv, "ssm": ssm}
 
-    def _update(self, xBC, dt, state, segments) -> tuple[Tensor, LayerState]:
+    def _update(self, xBC, dt, z, state, segments) -> tuple[Tensor, LayerState]:
         xBC = self.conv1d.update(xBC, state["conv"], segments)
         y = vision_scan.ssd_update(
-            state["ssm"], *self._ssd_inputs(xBC, dt), seq_idx=segments.seq_idx, **self._ssd_parameters()
+            state["ssm"], *self._ssd_inputs(xBC, dt), z=z, seq_idx=segments.seq_idx, **self._ssd_parameters()
         )
         return y, state
 
     def _ssd_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
         groups = self.config.ngroups * self.config.d_state
-        x, B, C = xBC.transpose(1, 2).split([self.d_inner, groups, groups], dim=-1)
+        x, B, C = xBC.transpose(1, 2).split([self.d_ssm, groups, groups], dim=-1)
         x = x.unflatten(-1, (self.nheads, self.config.headdim))
         B, C = (t.unflatten(-1, (self.config.ngroups, self.config.d_state)) for t in (B, C))
         return x, dt, -torch.exp(self.A_log), B, C
 
     def _ssd_parameters(self) -> dict:
         return {
-            "D": self.D,
+            "D": self.D.view(self.nheads, -1) if self.config.D_has_hdim else self.D,
             "dt_bias": self.dt_bias,
             "dt_softplus": True,
             "dt_limit": self.config.dt_limit,

@@ -10,18 +10,21 @@ from vision_scan.precision import Float32Parameters
 
 
 class RMSNorm(Float32Parameters):
-    """x / rms(x) * weight over the last axis, in float32; dtype of x in and out."""
+    """x / rms(x) * weight over the last axis, in float32 at least; dtype of x in and out. Without a weight, if not
+    `elementwise_affine`."""
 
     float32_parameters = ("weight",)
 
-    def __init__(self, d: int, eps: float = 1e-5) -> None:
+    def __init__(self, d: int, eps: float = 1e-5, elementwise_affine: bool = True) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d))
+        self.weight = nn.Parameter(torch.ones(d)) if elementwise_affine else None
+        if not elementwise_affine:
+            self.float32_parameters = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(self.weight.dtype)
-        return nn.functional.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32) if self.weight is None else self.weight.dtype)
+        return nn.functional.rms_norm(wide, x.shape[-1:], self.weight, self.eps).to(x.dtype)
 
 
 class Projection(nn.Linear):

@@ -10,10 +10,11 @@ from .sequence_parallel import shift, window_map
 
 class ShortConvolution(nn.Conv1d):
     """Followed by SiLU; parameters as in the released state-spaces checkpoints: weight (channels, 1, d_conv)
-    and bias (channels,). Its state is the last d_conv - 1 inputs, (batch, channels, d_conv - 1)."""
+    and bias (channels,), which may be left out. Its state is the last d_conv - 1 inputs, (batch, channels,
+    d_conv - 1)."""
 
-    def __init__(self, channels: int, d_conv: int) -> None:
-        super().__init__(channels, channels, d_conv, groups=channels)
+    def __init__(self, channels: int, d_conv: int, bias: bool = True) -> None:
+        super().__init__(channels, channels, d_conv, groups=channels, bias=bias)
 
     def scan(self, x: Tensor, state: Tensor | None, segments: Segments) -> tuple[Tensor, Tensor]:
         """x (batch, channels, seqlen) -> the same, and the new state."""

@@ -44,12 +44,20 @@ ODD["even, norm first"] = (48, 24, (Mamba2Config(d_state=128, headdim=96, norm_b
 EMULATED = bool(os.environ.get("VISION_SCAN_EMULATE"))  # the CUDA kernels, on the CPU
 
 
+# What the compiled steps know of each kind: settings that have to be what they usually are.
+USUAL = {
+    "attention": {"qkv_bias": False, "o_bias": False, "rope_scaling": None, "rotary_dim": None, "qk_norm": False,
+                  "gated": False},
+    "mamba1": {"inner_norms": "none", "bias": False, "conv_bias": True},
+    "mamba2": {"d_ssm": None, "rmsnorm": True, "bias": False, "conv_bias": True, "D_has_hdim": False},
+    "mlp": {"gated": True, "activation": "silu", "bias": False},
+}  # fmt: skip
+
+
 def is_served(layer) -> bool:
-    """Whether the compiled steps at hand know a layer; those of a GPU know Mamba-2 alone, and none knows
-    biases or scaled positions."""
-    if EMULATED:
-        return layer.kind == "mamba2"
-    return layer.kind != "attention" or not (layer.qkv_bias or layer.rope_scaling)
+    """Whether there are compiled steps for a layer; emulated CUDA kernels know Mamba-2 alone."""
+    kinds = {"mamba2"} if EMULATED else USUAL
+    return layer.kind in kinds and all(getattr(layer, name) == value for name, value in USUAL[layer.kind].items())
 
 
 def served(names) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cobra.lm import LAYERS, LanguageModel, LMConfig, State
 from cobra.lm.attention import AttentionConfig, Llama3RopeScaling
+from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
 from tests.tolerance import assert_close
@@ -48,6 +49,17 @@ def stacks() -> dict[str, tuple]:
     nope = AttentionConfig(num_heads=3, num_kv_heads=3, headdim=5, rope_theta=None)
     biased = AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8, qkv_bias=True)
     scaled = AttentionConfig(num_heads=2, num_kv_heads=1, headdim=6, window=7, rope_scaling=SCALING)
+    gated = AttentionConfig(
+        num_heads=4, num_kv_heads=2, headdim=8, rotary_dim=4, qk_norm=True, gated=True, o_bias=True, qkv_bias=True
+    )
+    options = Mamba2Config(
+        d_state=5, headdim=4, d_inner=40, d_ssm=24, chunk_size=4, rmsnorm=False, bias=True, conv_bias=False,
+        D_has_hdim=True,
+    )  # fmt: skip
+    normed = Mamba2Config(d_state=5, headdim=8, d_inner=24, d_ssm=16, ngroups=2, chunk_size=4, norm_before_gate=True)
+    plain = Mamba1Config(d_state=5, d_inner=20, inner_norms="plain", bias=True, conv_bias=False)
+    learned = Mamba1Config(d_state=5, dt_rank=3, inner_norms="learned", norm_eps=1e-3)
+    relu2 = MLPConfig(d_ff=24, activation="relu2", gated=False, bias=True)
     mlp = MLPConfig(d_ff=24)
     return {
         **{kind: (small(kind),) * 2 for kind in LAYERS},
@@ -56,6 +68,9 @@ def stacks() -> dict[str, tuple]:
         "window": (window, mlp, window),
         "nope": (nope, mlp, nope),
         "biases and scaled positions": (biased, mlp, scaled),
+        "gated attention": (gated, relu2, gated),
+        "mamba2 options": (options, normed, options),
+        "mamba1 norms": (plain, learned),
         "hybrid": (mamba2, mlp, gqa, grouped, window, mlp, nope, mamba2),
     }
 

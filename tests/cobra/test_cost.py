@@ -17,6 +17,7 @@ from cobra.model import Cobra
 from cobra.token_reduction import ToMeConfig
 from cobra.tokenizer import Tokenizer
 from cobra.vision_encoder import VISION_ENCODERS, S2EncoderConfig
+from tests.cobra.lm_ways import STACKS as WAYS
 
 # research/systems.md 4.2, after the released state-spaces checkpoints.
 PUBLISHED = {
@@ -39,6 +40,7 @@ STACKS = {
     "window": (WINDOW, MLP),
     "biases": (BIASED, MLP),
     "hybrid": (MAMBA2, GQA, MLP, WINDOW, MAMBA2),
+    **{name: WAYS[name] for name in ("gated attention", "mamba2 options", "mamba1 norms")},
 }
 
 

@@ -90,11 +90,11 @@ def test_several_tokens_in_a_step(name, batch, taken):
     assert len(taken) == 2 * len(lengths)
 
 
-@pytest.mark.parametrize("name", ["mamba1", "mamba2"])
+@pytest.mark.parametrize(("name", "length"), [("mamba2", 16), *((name, 1) for name in served(["mamba1", "hybrid"]))])
 @torch.no_grad()
-def test_a_short_reading_from_nothing_is_a_step_too(name, taken):
+def test_a_short_reading_from_nothing_is_a_step_too(name, length, taken):
     model = model_of(name)
-    ids = random_ids(model, 2, 16)
+    ids = random_ids(model, 2, length)
     logits, state = model(ids, overwrite_state=True)
     assert taken == [2]
     expected, expected_state = model(ids)

@@ -73,6 +73,16 @@ def test_biases_and_scaled_positions_go_layer_by_layer(weights, taken):
     assert not taken
 
 
+@pytest.mark.parametrize("name", ["gated attention", "mamba1 norms", "mamba2 options"])
+@torch.no_grad()
+def test_what_the_kernels_do_not_know_goes_layer_by_layer(name, taken):
+    model = fresh(name)
+    ids = random_ids(model, 2, 9)
+    parts, _ = decode(model, ids.split(1, dim=1))
+    assert_close(name, torch.cat(parts, 1), model(ids)[0])
+    assert not taken
+
+
 @pytest.mark.parametrize("name", ["mamba1", "mamba2"])
 def test_states_with_another_layout_in_memory(name):
     model = model_of(name)
