@@ -125,9 +125,10 @@ class LMCost:
         return sum(layer.state_bytes(context, activation_bytes) for layer in self._layers)
 
     def decode_bytes(self, context: int, weight_bytes: int = 2, batch: int = 1) -> int:
-        """Memory traffic of one decoding step: every weight once, matrix states read and written, caches
-        read (tails are negligible)."""
-        return self.parameters * weight_bytes + batch * self.state_traffic_bytes(context, weight_bytes)
+        """Memory traffic of one decoding step, at least: every weight once that one token has to do with, matrix states
+        read and written, caches read (tails are negligible)."""
+        weights = self.parameters - sum(layer.idle_parameters for layer in self._layers)
+        return weights * weight_bytes + batch * self.state_traffic_bytes(context, weight_bytes)
 
     def state_traffic_bytes(self, context: int, activation_bytes: int = 2) -> int:
         """What of it is states and caches, one row."""

@@ -1,6 +1,6 @@
 """How far the recurrences of a language model step, and how large their states grow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class SSMStatistics:
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
         self._pad_id = objective.model.tokenizer.pad_id
-        mixers: list[Any] = [block.mixer for block in objective.model.lm.layers]
+        mixers: Iterable[Any] = objective.model.lm.layers.modules()
         self._mixers = [mixer for mixer in mixers if hasattr(mixer, "step_projection")]
         self._hooks: list[RemovableHandle] = []
         self._forget()

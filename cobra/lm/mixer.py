@@ -14,7 +14,7 @@ A mixer is a module `Mixer(config, d_model)` with
 
 `state` is a dict of tensors with batch first, or None for rows that have read nothing. It is never
 changed, unless `segments.overwrite` says that it may be. The stack knows nothing else of a layer, so a new
-kind is one file and one line in `LAYERS`.
+kind is one file and one line in `KINDS` (kinds.py).
 
 A kind that csrc/cpu/decode.h knows (or, on a GPU, decode_cuda.py) is decoded there, if it also has
 
@@ -24,7 +24,7 @@ A kind that csrc/cpu/decode.h knows (or, on a GPU, decode_cuda.py) is decoded th
     reserve(state, lengths)    optional: the state with room for one token more
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class LayerCost:
         cache_elements: elements kept for each token of context, in the dtype of the activations.
         cache_index_bytes: bytes kept beside them for each token of context.
         window: the context that a token sees and that is kept at most; None: all of it.
+        idle_parameters: of the parameters, those that a token has nothing to do with, such as other experts'.
     """
 
     parameters: int
@@ -60,6 +61,13 @@ class LayerCost:
     cache_elements: int = 0
     cache_index_bytes: int = 0
     window: int | None = None
+    idle_parameters: int = 0
+
+    def __add__(self, other: "LayerCost") -> "LayerCost":
+        """What two cost beside each other; if both keep a context, of one window."""
+        sums = {each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)
+                if each.name != "window"}  # fmt: skip
+        return LayerCost(**sums, window=self.window if self.cache_elements else other.window)
 
     def state_bytes(self, context: int, activation_bytes: int) -> int:
         """What is kept after `context` tokens; a windowed cache is allocated whole."""

@@ -9,24 +9,17 @@ from torch import Tensor, nn
 
 from vision_scan.errors import UserError
 
-from .attention import Attention
 from .decode import decoder_for
 from .head import LMHead
-from .mamba1 import Mamba1
-from .mamba2 import Mamba2
+from .kinds import KINDS
 from .mixer import Segments
-from .mlp import MLP
+from .parallel import Parallel
 from .precision import RMSNorm
 from .recompute import read_by_segments, recompute
 from .sequence_parallel import SequenceShard, check_shardable
 from .state import State
 
-LAYERS: dict[str, type[nn.Module]] = {
-    "attention": Attention,
-    "mamba1": Mamba1,
-    "mamba2": Mamba2,
-    "mlp": MLP,
-}
+LAYERS: dict[str, type[nn.Module]] = {**KINDS, "parallel": Parallel}
 
 PIECE_TOKENS = 1024  # of all rows, see `LanguageModel._reads_in_pieces`
 LEAST_PIECE = 64  # of a row
@@ -91,10 +84,10 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def scale_residual(self, factor: float) -> None:
         """Multiplies what the layers add to the residual stream, as far as they say how (mixer.py)."""
-        for block in self.layers:
-            name = getattr(block.mixer, "residual_projection", None)
+        for module in self.layers.modules():
+            name = getattr(module, "residual_projection", None)
             if name is not None:
-                getattr(block.mixer, name).weight.mul_(factor)
+                getattr(module, name).weight.mul_(factor)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -76,7 +76,7 @@ class State:
 
     def dequantize(self) -> "State":
         """The same with matrix states in float32; itself if they are."""
-        if not any(SSM_SCALE in layer for layer in self.layers):
+        if not any(name.endswith(SSM_SCALE) for layer in self.layers for name in layer):
             return self
         return self._map_layers(_dequantize_layer, self.lengths.clone())
 
@@ -150,17 +150,24 @@ class State:
             raise UserError(f"{path}: a damaged state file ({error!r})") from None
 
 
+def _scale_of(name: str) -> str | None:
+    """The name of a matrix state's scale; None of other tensors. Those of mixers side by side have a prefix."""
+    prefix, point, last = name.rpartition(".")
+    return f"{prefix}{point}{SSM_SCALE}" if last == SSM else None
+
+
 def _quantize_layer(layer: LayerTensors) -> LayerTensors:
-    wide = layer.get(SSM)
-    if wide is None or SSM_SCALE in layer:
-        return dict(layer)
-    scale = wide.abs().amax(-1) / 127
-    codes = (wide / scale.clamp(min=torch.finfo(scale.dtype).tiny)[..., None]).round().to(torch.int8)
-    return {**layer, SSM: codes, SSM_SCALE: scale}
+    quantized = dict(layer)
+    for name, wide in layer.items():
+        scale_name = _scale_of(name)
+        if scale_name is not None and scale_name not in layer:
+            scale = wide.abs().amax(-1) / 127
+            codes = wide / scale.clamp(min=torch.finfo(scale.dtype).tiny)[..., None]
+            quantized |= {name: codes.round().to(torch.int8), scale_name: scale}
+    return quantized
 
 
 def _dequantize_layer(layer: LayerTensors) -> LayerTensors:
-    if SSM_SCALE not in layer:
-        return dict(layer)
-    wide = layer[SSM] * layer[SSM_SCALE][..., None]
-    return {name: wide if name == SSM else tensor for name, tensor in layer.items() if name != SSM_SCALE}
+    scales = {scale_name: name for name in layer if (scale_name := _scale_of(name)) in layer}
+    wide = {name: layer[name] * layer[scale_name][..., None] for scale_name, name in scales.items()}
+    return {name: wide.get(name, tensor) for name, tensor in layer.items() if name not in scales}

@@ -7,7 +7,7 @@ state afterwards. Every way must agree with one shot.
 
 import copy
 import functools
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from cobra.lm.attention import AttentionConfig, Llama3RopeScaling
 from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
+from cobra.lm.moe import MoEConfig
 from tests.tolerance import assert_close
 
 D_MODEL, VOCAB = 16, 29
@@ -24,7 +25,15 @@ LENGTHS = [23, 9, 2]  # longer and shorter than the window, the convolution and 
 MORE = 6  # tokens read afterwards, from the state that a way of reading left
 
 # The name of a field of a layer's Config decides its small size: a further kind is tested by being in LAYERS.
-SIZES = {"d_state": 5, "headdim": 8, "chunk_size": 4, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24}
+SIZES = {
+    "d_state": 5, "headdim": 8, "chunk_size": 4, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24, "num_experts": 5,
+    "top_k": 2,
+    "mixers": (
+        Mamba2Config(d_state=5, headdim=8, chunk_size=4),
+        AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8),
+        MLPConfig(d_ff=10),
+    ),
+}  # fmt: skip
 
 
 # Of the three pairs of channels below, the first stays, the second is blended, the third is slowed.
@@ -60,6 +69,10 @@ def stacks() -> dict[str, tuple]:
     plain = Mamba1Config(d_state=5, d_inner=20, inner_norms="plain", bias=True, conv_bias=False)
     learned = Mamba1Config(d_state=5, dt_rank=3, inner_norms="learned", norm_eps=1e-3)
     relu2 = MLPConfig(d_ff=24, activation="relu2", gated=False, bias=True)
+    experts = MoEConfig(
+        num_experts=6, top_k=2, d_ff=10, gated=False, activation="relu2", scores="sigmoid", routed_scale=1.7,
+        num_groups=3, top_groups=2, shared_d_ff=7, shared_gate=True, d_latent=12,
+    )  # fmt: skip
     mlp = MLPConfig(d_ff=24)
     return {
         **{kind: (small(kind),) * 2 for kind in LAYERS},
@@ -71,6 +84,7 @@ def stacks() -> dict[str, tuple]:
         "gated attention": (gated, relu2, gated),
         "mamba2 options": (options, normed, options),
         "mamba1 norms": (plain, learned),
+        "experts": (mamba2, experts, replace(experts, scores="softmax", norm_topk=False)),
         "hybrid": (mamba2, mlp, gqa, grouped, window, mlp, nope, mamba2),
     }
 

@@ -56,7 +56,7 @@ def test_every_way_of_reading_in_bfloat16_is_as_good_as_one_shot(stack):
         assert_as_good_as(way, found.bfloat16(), plain.bfloat16(), exact)
 
 
-@pytest.mark.parametrize("stack", [name for name in STACKS if name != "mlp"])
+@pytest.mark.parametrize("stack", [name for name in STACKS if name not in ("mlp", "moe")])
 @torch.no_grad()
 def test_every_token_matters_to_later_ones_and_none_to_earlier_ones(stack):
     """Otherwise the tests above would pass for layers that see nothing."""
@@ -65,7 +65,9 @@ def test_every_token_matters_to_later_ones_and_none_to_earlier_ones(stack):
     changed = text.clone()
     changed[7] = (changed[7] + 1) % VOCAB
     moved = (model(changed[None])[0][0] - before).norm(dim=-1)
-    assert (moved[:7] == 0).all()
+    # Another token may go through another expert, and products of other sizes round differently.
+    rounding = 1e-13 if any(layer.kind == "moe" for layer in STACKS[stack]) else 0.0
+    assert (moved[:7] <= rounding).all()
     far = 12 if stack == "window" else len(text)  # two windowed layers of 5 reach 8 tokens back
     assert (moved[7:far] > 1e-6).all()
     assert stack != "window" or (moved[16:] == 0).all()

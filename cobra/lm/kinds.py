@@ -1,0 +1,21 @@
+"""The kinds of layers that there are, see the contract in mixer.py."""
+
+from typing import Union
+
+from torch import nn
+
+from .attention import Attention
+from .mamba1 import Mamba1
+from .mamba2 import Mamba2
+from .mlp import MLP
+from .moe import MoE
+
+KINDS: dict[str, type[nn.Module]] = {
+    "attention": Attention,
+    "mamba1": Mamba1,
+    "mamba2": Mamba2,
+    "mlp": MLP,
+    "moe": MoE,
+}
+
+KindConfig = Union[tuple(kind.Config for kind in KINDS.values())]  # noqa: UP007 (built from KINDS)
