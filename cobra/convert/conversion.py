@@ -19,13 +19,17 @@ from cobra.prompt import TEMPLATES
 from cobra.tokenizer import Tokenizer
 from vision_scan.errors import UserError, choose
 
-from .layout import Layout, Options
-from .mamba import MAMBA1, MAMBA2, STATE_SPACES
+from .falcon_h1 import FALCON_H1
+from .granite import GRANITE
+from .hybrid import BAMBA
+from .layout import Layout, Options, Piece
+from .mamba import FALCON_MAMBA, MAMBA1, MAMBA2, STATE_SPACES
+from .nemotron_h import NEMOTRON_H
 from .source import CONFIG, Source, read_source
 from .transformer import LLAMA, QWEN2
 from .writer import Entry, write_tensors
 
-LAYOUTS = (STATE_SPACES, MAMBA1, MAMBA2, LLAMA, QWEN2)
+LAYOUTS = (STATE_SPACES, MAMBA1, MAMBA2, FALCON_MAMBA, LLAMA, QWEN2, GRANITE, BAMBA, NEMOTRON_H, FALCON_H1)
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TABLES = ("embedding.weight", "lm_head.weight")  # a row for each token
@@ -227,40 +231,51 @@ def _language_entries(layout: Layout, config: LMConfig, source: Source, vocab: i
     with torch.device("meta"):
         model = LanguageModel(config)
     own = named_tensors(model)
-    names = layout.key_map(config, {**own, "lm_head.weight": None})
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    table = shapes[TABLES[0]]
+    pieces = layout.locate(config, source.config, {**shapes, TABLES[1]: table})
     given = {name: tensor for name, tensor in source.tensors.items() if not layout.is_derived(name)}
     if config.tie_word_embeddings:
-        _drop_tied_head(given, names, source)
-    check_match({names[name]: tensor for name, tensor in own.items()}, given, str(source.weights))
+        _drop_tied_head(given, pieces, source)
+    expected = {pieces[name].name: pieces[name].shape or shape for name, shape in shapes.items()}
+    meta = {name: torch.empty(shape, device="meta") for name, shape in expected.items()}
+    check_match(meta, given, str(source.weights))
     wide = _float32_names(model)
     return [
-        _entry(name, given[names[name]], name in wide, vocab if name in TABLES else None, source)
+        _entry(name, shapes[name], pieces[name], given, name in wide, vocab if name in TABLES else None, source)
         for name in own
     ]
 
 
-def _drop_tied_head(given: dict[str, Tensor], names: Mapping[str, str], source: Source) -> None:
+def _drop_tied_head(given: dict[str, Tensor], pieces: Mapping[str, Piece], source: Source) -> None:
     """Takes out a head that is stored beside the embeddings although they are one."""
-    table, head = (given.get(names[name]) for name in TABLES)
+    names = [pieces[name].name for name in TABLES]
+    table, head = (given.get(name) for name in names)
     if table is None or head is None:
         return
     if not torch.equal(table, head):
-        raise UserError(
-            f"{source.weights}: {names[TABLES[1]]} differs from {names[TABLES[0]]}, but {CONFIG} says that "
-            "they are tied"
-        )
-    del given[names[TABLES[1]]]
+        raise UserError(f"{source.weights}: {names[1]} differs from {names[0]}, but {CONFIG} says that they are tied")
+    del given[names[1]]
 
 
-def _entry(name: str, tensor: Tensor, is_wide: bool, rows: int | None, source: Source) -> Entry:
+def _entry(
+    name: str,
+    shape: tuple[int, ...],
+    piece: Piece,
+    given: Mapping[str, Tensor],
+    is_wide: bool,
+    rows: int | None,
+    source: Source,
+) -> Entry:
+    tensor = given[piece.name]
     if tensor.dtype not in WEIGHT_DTYPES:
         raise UserError(
-            f"{source.weights}: {name} is {tensor.dtype}, allowed are {', '.join(map(str, WEIGHT_DTYPES))}"
+            f"{source.weights}: {piece.name} is {tensor.dtype}, allowed are {', '.join(map(str, WEIGHT_DTYPES))}"
         )
     dtype = torch.promote_types(tensor.dtype, torch.float32) if is_wide else tensor.dtype
-    if rows is None or rows == len(tensor):
-        return Entry(f"lm.{name}", dtype, tuple(tensor.shape), lambda: tensor)
-    return Entry(f"lm.{name}", dtype, (rows, *tensor.shape[1:]), lambda: _grown(tensor, rows))
+    if rows is None or rows == shape[0]:
+        return Entry(f"lm.{name}", dtype, shape, lambda: piece.take(tensor))
+    return Entry(f"lm.{name}", dtype, (rows, *shape[1:]), lambda: _grown(piece.take(tensor), rows))
 
 
 def _grown(table: Tensor, rows: int) -> Tensor:

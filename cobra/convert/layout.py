@@ -1,9 +1,12 @@
 """What a published layout is, and how its config.json is read without overlooking a key."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from cobra.lm import LMConfig
 from vision_scan.errors import UserError
@@ -94,6 +97,40 @@ class Options:
             )
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Where a tensor of ours stands in a published checkpoint.
+
+    Attributes:
+        name: of the published tensor.
+        shape: of the published tensor; None: as ours.
+        part: ours, given the published one, as a view or a copy; None: all of it. The parts of a published tensor are
+            all of it together, and none is in two.
+        factor, shift: values are multiplied by the one, then the other is added.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None = None
+    part: Callable[[Tensor], Tensor] | None = None
+    factor: float | Tensor = 1.0
+    shift: float = 0.0
+
+    @property
+    def is_as_published(self) -> bool:
+        return not isinstance(self.factor, Tensor) and self.factor == 1.0 and self.shift == 0.0
+
+    def take(self, published: Tensor) -> Tensor:
+        """Our tensor, of the published one, in its dtype; scaled in float32 at least."""
+        own = published if self.part is None else self.part(published)
+        if self.is_as_published:
+            return own
+        wide = own.to(torch.promote_types(own.dtype, torch.float32))
+        return (wide * self.factor + self.shift).to(own.dtype)
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """A way in which language models are published.
@@ -103,9 +140,11 @@ class Layout:
         detects: (config.json, names of the tensors) -> whether a checkpoint is written in this way.
         read_config: the options of config.json -> our configuration; its vocab_size is the number of rows of
             the embeddings. Options that it does not support it refuses by name.
-        prefixes: our configuration -> how names of tensors begin, ours -> the published ones. Each of our
-            names begins with exactly one of them.
+        prefixes: our configuration -> how names of tensors begin, ours -> the published ones; the first that fits
+            a name is taken.
         derived: names of tensors that are computed from the configuration again, and not read.
+        adapt: (our configuration, config.json, pieces by our names, shapes of ours) -> those of the pieces that are
+            not whole tensors, or not as published; None: all are.
     """
 
     name: str
@@ -113,16 +152,23 @@ class Layout:
     read_config: Callable[[Options], LMConfig]
     prefixes: Callable[[LMConfig], Mapping[str, str]]
     derived: str | None = None
+    adapt: Callable[[LMConfig, Mapping[str, Any], Mapping[str, Piece], Shapes], Mapping[str, Piece]] | None = None
 
-    def key_map(self, config: LMConfig, names: Iterable[str]) -> dict[str, str]:
-        """Names of tensors of ours -> the published ones, one to one."""
+    def locate(self, config: LMConfig, options: Mapping[str, Any], shapes: Shapes) -> dict[str, Piece]:
+        """Where our tensors stand.
+
+        Args:
+            options: config.json.
+            shapes: of our tensors.
+        """
         prefixes = self.prefixes(config)
 
         def published(name: str) -> str:
             prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
             return prefixes[prefix] + name.removeprefix(prefix)
 
-        return {name: published(name) for name in names}
+        pieces = {name: Piece(published(name)) for name in shapes}
+        return pieces if self.adapt is None else {**pieces, **self.adapt(config, options, pieces, shapes)}
 
     def is_derived(self, name: str) -> bool:
         return self.derived is not None and re.fullmatch(self.derived, name) is not None

@@ -54,7 +54,7 @@ def _ssm_mamba2(ssm: Options) -> Mamba2Config:
         d_conv=ssm.take("d_conv", int, 4),
         chunk_size=ssm.take("chunk_size", int, 256),
         norm_before_gate=ssm.take("norm_before_gate", bool, False),
-        dt_limit=_dt_limit(ssm, "dt_limit"),
+        dt_limit=read_dt_limit(ssm, "dt_limit"),
     )
 
 
@@ -90,6 +90,20 @@ def _read_mamba1(options: Options) -> LMConfig:
     return _transformers_stack(options, d_model, layer, 1e-5, is_tied=True)
 
 
+def _read_falcon_mamba(options: Options) -> LMConfig:
+    d_model = options.take("hidden_size", int)
+    layer = Mamba1Config(
+        d_state=options.take("state_size", int, 16),
+        d_conv=options.take("conv_kernel", int, 4),
+        # Released files say expand 16 and mean this.
+        d_inner=options.take("intermediate_size", int, options.take("expand", int, 2) * d_model),
+        dt_rank=_dt_rank(options, "time_step_rank"),
+        inner_norms="plain",
+        norm_eps=options.take("mixer_rms_eps", float, 1e-6),
+    )
+    return _transformers_stack(options, d_model, layer, 1e-5, is_tied=True)
+
+
 def _read_mamba2(options: Options) -> LMConfig:
     d_model, eps = options.take("hidden_size", int), options.take("layer_norm_epsilon", float, 1e-5)
     layer = Mamba2Config(
@@ -100,7 +114,7 @@ def _read_mamba2(options: Options) -> LMConfig:
         d_conv=options.take("conv_kernel", int, 4),
         chunk_size=options.take("chunk_size", int, 256),
         norm_eps=eps,
-        dt_limit=_dt_limit(options, "time_step_limit"),
+        dt_limit=read_dt_limit(options, "time_step_limit"),
     )
     options.demand("num_heads", layer.nheads(d_model))
     options.demand("intermediate_size", layer.expand * d_model)
@@ -132,7 +146,7 @@ def _dt_rank(options: Options, name: str) -> int | None:
     return options.take(name, int, None)
 
 
-def _dt_limit(options: Options, name: str) -> tuple[float, ...]:
+def read_dt_limit(options: Options, name: str) -> tuple[float, ...]:
     limit = options.take(name, list, list(Mamba2Config.dt_limit))
     if not all(isinstance(bound, (int, float)) for bound in limit):
         raise UserError(f"{options.where}: {name} is {limit!r}, must be a lower and an upper bound")
@@ -168,6 +182,12 @@ MAMBA1 = Layout(
     name="transformers Mamba",
     detects=_is_transformers("mamba"),
     read_config=_read_mamba1,
+    prefixes=_prefixes("embeddings"),
+)
+FALCON_MAMBA = Layout(
+    name="transformers Falcon-Mamba",
+    detects=_is_transformers("falcon_mamba"),
+    read_config=_read_falcon_mamba,
     prefixes=_prefixes("embeddings"),
 )
 MAMBA2 = Layout(

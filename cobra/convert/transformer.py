@@ -28,7 +28,7 @@ def _read_qwen2(options: Options) -> LMConfig:
 def _read_blocks(options: Options, windows: Sequence[int | None], qkv_bias: bool) -> LMConfig:
     """What both have in common; a block for each window."""
     d_model, num_heads = options.take("hidden_size", int), options.take("num_attention_heads", int)
-    theta, scaling = _read_rope(options)
+    rope = read_rope(options)
     feed_forward = MLPConfig(d_ff=options.take("intermediate_size", int))
     num_kv_heads = options.take("num_key_value_heads", int, num_heads)
     headdim = options.take("head_dim", int, d_model // max(num_heads, 1))
@@ -38,8 +38,7 @@ def _read_blocks(options: Options, windows: Sequence[int | None], qkv_bias: bool
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             headdim=headdim,
-            rope_theta=theta,
-            rope_scaling=scaling,
+            **rope,
             window=window,
             qkv_bias=qkv_bias,
         )
@@ -56,21 +55,30 @@ def _read_blocks(options: Options, windows: Sequence[int | None], qkv_bias: bool
     )
 
 
-def _read_rope(options: Options) -> tuple[float, Llama3RopeScaling | None]:
-    """theta and scaling, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`."""
+def read_rope(options: Options, headdim: int | None = None, turning: float = 1.0) -> dict[str, Any]:
+    """AttentionConfig's settings of rotary positions, from `rope_parameters` (transformers 5) or from `rope_theta` and
+    `rope_scaling`.
+
+    Args:
+        headdim: of a layout in which a part of the channels may turn; None: all turn.
+        turning: the part of the channels that turn, where the file does not say.
+    """
     theta = options.take("rope_theta", float, 10000.0)
     context = options.take("max_position_embeddings", int, 0)
     newer, older = options.section("rope_parameters"), options.section("rope_scaling")
     if newer:
         older.close()
     rope = newer or older
-    rope.demand("partial_rotary_factor", 1.0)
+    if headdim is None:
+        rope.demand("partial_rotary_factor", 1.0)
+    turning = rope.take("partial_rotary_factor", float, turning)
     theta = rope.take("rope_theta", float, theta)
     legacy = rope.take("type", str, "default")
     kind = choose(f"rope_type in {rope.where}", rope.take("rope_type", str, legacy), _ROPE_TYPES)
     scaling = kind(rope, context)
     rope.close()
-    return theta, scaling
+    rotary_dim = None if headdim is None or turning == 1.0 else int(headdim * turning)
+    return {"rope_theta": theta, "rope_scaling": scaling, "rotary_dim": rotary_dim}
 
 
 def _llama3_rope(rope: Options, context: int) -> Llama3RopeScaling:

@@ -51,6 +51,69 @@ def qwen2(**options):
     return randomise(Qwen2ForCausalLM(Qwen2Config(**{**TRANSFORMER, **options})))
 
 
+HYBRID = {
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": ROWS, "mamba_n_heads": 8,
+    "mamba_d_head": 16, "mamba_d_state": 6, "mamba_chunk_size": 16, "rms_norm_eps": 1e-3, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def granite(**options):
+    from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+
+    settings = {
+        **HYBRID, "intermediate_size": 20, "shared_intermediate_size": 24, "num_hidden_layers": 3,
+        "num_local_experts": 0, "num_experts_per_tok": 0, "layer_types": ["mamba", "attention", "mamba"],
+        # With tied embeddings a larger share of the stream would make every token follow itself.
+        "embedding_multiplier": 0.7, "residual_multiplier": 2.2, "attention_multiplier": 0.2, "logits_scaling": 3,
+        "tie_word_embeddings": True, **options,
+    }  # fmt: skip
+    return randomise(GraniteMoeHybridForCausalLM(GraniteMoeHybridConfig(**settings)))
+
+
+def bamba(**options):
+    from transformers import BambaConfig, BambaForCausalLM
+
+    settings = {**HYBRID, "intermediate_size": 20, "num_hidden_layers": 3, "attn_layer_indices": [1], **options}
+    return randomise(BambaForCausalLM(BambaConfig(**settings)))
+
+
+def nemotron_h(**options):
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    settings = {
+        "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": ROWS, "head_dim": 6,
+        "intermediate_size": 20, "hybrid_override_pattern": "M-*M", "mamba_num_heads": 8, "mamba_head_dim": 6,
+        "ssm_state_size": 6, "n_groups": 2, "chunk_size": 16, "layer_norm_epsilon": 1e-3, "n_routed_experts": 6,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 10,
+        # transformers clamps the steps of a prompt from below by this, and those of decoding not; the published code
+        # does neither.
+        "time_step_min": 1e-30, **options,
+    }  # fmt: skip
+    return randomise(NemotronHForCausalLM(NemotronHConfig(**settings)))
+
+
+def falcon_h1(**options):
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    settings = {
+        **HYBRID, "intermediate_size": 20, "num_hidden_layers": 2, "mamba_d_ssm": 80, "mamba_n_heads": 5,
+        "embedding_multiplier": 5.5, "lm_head_multiplier": 0.4, "key_multiplier": 0.7, "attention_in_multiplier": 0.9,
+        "attention_out_multiplier": 1.3, "ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.8,
+        "ssm_multipliers": [0.6, 0.7, 1.1, 1.4, 0.9], "mlp_multipliers": [0.8, 1.6], **options,
+    }  # fmt: skip
+    return randomise(FalconH1ForCausalLM(FalconH1Config(**settings)))
+
+
+def falcon_mamba(**options):
+    from transformers import FalconMambaConfig, FalconMambaForCausalLM
+
+    settings = {
+        "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": ROWS, "state_size": 6, "intermediate_size": 96,
+        "mixer_rms_eps": 1e-3, "tie_word_embeddings": False, **options,
+    }  # fmt: skip
+    return randomise(FalconMambaForCausalLM(FalconMambaConfig(**settings)))
+
+
 Save = Callable[[torch.nn.Module, Path], None]
 
 
@@ -140,7 +203,49 @@ CASES: dict[str, tuple] = {  # what is published, its options, how it is saved, 
         as_pickled_shards,
         "transformers Qwen2",
     ),
-}
+    "falcon-mamba": (falcon_mamba, {}, as_published, "transformers Falcon-Mamba"),
+    "granite": (granite, {}, as_published, "transformers Granite-4.0-H"),
+    "granite, positions, biases": (
+        granite,
+        {
+            "position_embedding_type": "rope", "attention_bias": True, "mamba_proj_bias": True, "mamba_n_groups": 2,
+            "tie_word_embeddings": False,
+        },
+        as_pickle,
+        "transformers Granite-4.0-H",
+    ),
+    "granite, experts": (
+        granite, {"num_local_experts": 5, "num_experts_per_tok": 2}, in_shards, "transformers Granite-4.0-H"
+    ),
+    "bamba": (bamba, {}, as_published, "transformers Bamba"),
+    "bamba, tied, groups": (
+        bamba,
+        {"tie_word_embeddings": True, "mamba_n_groups": 4, "mlp_bias": True, "mamba_conv_bias": False},
+        as_published,
+        "transformers Bamba",
+    ),
+    "nemotron-h": (nemotron_h, {}, as_published, "transformers Nemotron-H"),
+    "nemotron-h, experts": (
+        nemotron_h,
+        {
+            "hybrid_override_pattern": "ME*E", "n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.5,
+            "moe_latent_size": 8,
+        },
+        as_published,
+        "transformers Nemotron-H",
+    ),
+    "falcon-h1": (falcon_h1, {}, as_published, "transformers Falcon-H1"),
+    "falcon-h1, norms, tied": (
+        falcon_h1,
+        {
+            "mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_n_heads": 6, "mamba_d_ssm": 96,
+            "mamba_n_groups": 2, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True,
+            "mamba_proj_bias": True, "projectors_bias": True, "embedding_multiplier": 0.3,
+        },
+        as_published,
+        "transformers Falcon-H1",
+    ),
+}  # fmt: skip
 
 
 def train_tokenizer(file: Path, specials: tuple[str, ...] = ("<|endoftext|>",)) -> Path:

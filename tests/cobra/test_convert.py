@@ -2,7 +2,9 @@
 should. Nothing is downloaded."""
 
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,20 +73,29 @@ def test_greedy_generation_is_that_of_transformers(published, case, monkeypatch)
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_key_map_leads_there_and_back(published, case):
+    """Every number of a published checkpoint is in one place of ours, and there are no others: numbered, and taken
+    apart, they come back."""
     _, path, _ = published(case)
     source = read_source(path)
     layout = detect(source)
     config = layout.read_config(Options(source.config, "config.json"))
     with torch.device("meta"):
         own = named_tensors(LanguageModel(config))
-    there = layout.key_map(config, own)
-    back = {published: ours for ours, published in there.items()}
-    assert len(back) == len(there) and {back[there[name]] for name in own} == own.keys()
-    expected = {name: tensor.shape for name, tensor in source.tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    pieces = layout.locate(config, source.config, shapes)
+    assert pieces.keys() == own.keys()
+    expected = {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
-    assert {there[name]: tensor.shape for name, tensor in own.items()} == expected
-    assert {there[back[name]]: own[back[name]].shape for name in expected} == expected
+    told = {piece.name: piece.shape or shapes[name] for name, piece in pieces.items()}
+    assert told == expected
+    numbers = {name: torch.arange(math.prod(shape)).view(shape) for name, shape in expected.items()}
+    taken: dict[str, list[int]] = {name: [] for name in expected}
+    for name, piece in pieces.items():
+        part = replace(piece, factor=1.0, shift=0.0).take(numbers[piece.name])
+        assert tuple(part.shape) == shapes[name], name
+        taken[piece.name] += part.flatten().tolist()
+    assert all(sorted(taken[name]) == list(range(numbers[name].numel())) for name in expected)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -64,7 +64,7 @@ DAMAGED_TENSORS = {
     ),
     "of integers": (
         lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}),
-        r"norm_f\.weight is torch\.int8, allowed are torch\.float32",
+        r"model\.norm\.weight is torch\.int8, allowed are torch\.float32",
     ),
     "not tensors": (
         lambda t: t.update(epoch=3),
