@@ -11,6 +11,7 @@ from vision_scan.errors import UserError
 
 from .attention import Attention
 from .decode import decoder_for
+from .gated_deltanet import GatedDeltaNet
 from .head import LMHead
 from .mamba1 import Mamba1
 from .mamba2 import Mamba2
@@ -23,6 +24,7 @@ from .state import State
 
 LAYERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
+    "gated_deltanet": GatedDeltaNet,
     "mamba1": Mamba1,
     "mamba2": Mamba2,
     "mlp": MLP,

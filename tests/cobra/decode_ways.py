@@ -46,9 +46,11 @@ EMULATED = bool(os.environ.get("VISION_SCAN_EMULATE"))  # the CUDA kernels, on t
 
 def is_served(layer) -> bool:
     """Whether the compiled steps at hand know a layer; those of a GPU know Mamba-2 alone, and none knows
-    biases or scaled positions."""
+    Gated DeltaNet, biases or scaled positions."""
     if EMULATED:
         return layer.kind == "mamba2"
+    if layer.kind == "gated_deltanet":
+        return False
     return layer.kind != "attention" or not (layer.qkv_bias or layer.rope_scaling)
 
 

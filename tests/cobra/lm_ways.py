@@ -23,7 +23,10 @@ LENGTHS = [23, 9, 2]  # longer and shorter than the window, the convolution and 
 MORE = 6  # tokens read afterwards, from the state that a way of reading left
 
 # The name of a field of a layer's Config decides its small size: a further kind is tested by being in LAYERS.
-SIZES = {"d_state": 5, "headdim": 8, "chunk_size": 4, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24}
+SIZES = {
+    "d_state": 5, "headdim": 8, "chunk_size": 4, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24,
+    "num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 5, "head_v_dim": 6,
+}  # fmt: skip
 
 
 # Of the three pairs of channels below, the first stays, the second is blended, the third is slowed.
