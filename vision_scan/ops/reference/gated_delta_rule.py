@@ -63,7 +63,10 @@ def gated_delta_rule_chunked(
     if cu_seqlens is not None:
 
         def kernel(rows, row_seq_idx):
-            return gated_delta_rule_chunked(*rows, scale, initial_state, row_seq_idx, None, chunk_size)
+            q, k, v, g, beta = rows
+            return gated_delta_rule_chunked(
+                q, k, v, g, beta, scale, initial_state, row_seq_idx, None, chunk_size
+            )
 
         return run_packed(kernel, [q, k, v, g, beta], seq_idx, cu_seqlens)
 
@@ -120,7 +123,7 @@ def gated_delta_rule_update(state, q, k, v, g, beta, scale, seq_idx, state_indic
     """A few tokens onto states that are overwritten; arguments as `vision_scan.gated_delta_rule_update`."""
 
     def advance(states, rows):
-        *tokens, segments = (None if t is None else t[rows] for t in (q, k, v, g, beta, seq_idx))
-        return gated_delta_rule_recurrent(*tokens, scale, states, segments)
+        q_, k_, v_, g_, beta_, seq_idx_ = (None if t is None else t[rows] for t in (q, k, v, g, beta, seq_idx))
+        return gated_delta_rule_recurrent(q_, k_, v_, g_, beta_, scale, states, seq_idx_)
 
     return update_slots(advance, state, v, state_indices)
