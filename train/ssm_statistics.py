@@ -15,8 +15,8 @@ class SSMStatistics:
 
     Of the micro-batches of this process, padding left out:
 
-    - `dt_mean`, `dt_max`: of the step sizes dt = softplus(dt + dt_bias), over tokens, heads (Mamba-2) or channels
-      (Mamba) and layers;
+    - `dt_mean`, `dt_max`: of the step sizes dt = softplus(dt + dt_bias), over tokens, heads (Mamba-2,
+      Gated DeltaNet) or channels (Mamba) and layers;
     - `state_norm`: the root mean square of an element of the states behind the last token, over layers and rows; where
       rows are padded, those without padding.
 

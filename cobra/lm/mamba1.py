@@ -4,7 +4,6 @@ Source: Gu & Dao 2023, "Mamba" (arXiv:2312.00752), section 3.4; parameter names 
 state-spaces checkpoints.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +14,7 @@ import vision_scan
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError, choose
 from vision_scan.precision import Float32Parameters
+from vision_scan.step_bias import initial_dt_bias
 
 from .decode import UnservableError, stored
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
@@ -120,9 +120,7 @@ class Mamba1(Float32Parameters):
         )
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
-            dt = torch.empty(d_inner).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp()
-            dt = dt.clamp(min=1e-4)
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
+            self.dt_proj.bias.copy_(initial_dt_bias(d_inner, dt_min=config.dt_min, dt_max=config.dt_max))
 
     def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
         wide = torch.promote_types(dtype, torch.float32)

@@ -15,6 +15,7 @@ import vision_scan
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
 from vision_scan.precision import Float32Parameters
+from vision_scan.step_bias import initial_dt_bias
 
 from .decode import UnservableError, stored
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
@@ -136,9 +137,7 @@ class Mamba2(Float32Parameters):
         self.projected = config.projected(d_model)
         self.in_proj = Projection(d_model, sum(self.projected), config.bias)
         self.conv1d = ShortConvolution(config.conv_channels(d_model), config.d_conv, config.conv_bias)
-        dt = torch.exp(torch.empty(self.nheads).uniform_(math.log(config.dt_min), math.log(config.dt_max)))
-        dt = dt.clamp(min=1e-4)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        self.dt_bias = nn.Parameter(initial_dt_bias(self.nheads, dt_min=config.dt_min, dt_max=config.dt_max))
         self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*config.A_init_range).log())
         self.D = nn.Parameter(torch.ones(self.d_ssm if config.D_has_hdim else self.nheads))
         self.norm = RMSNorm(self.d_ssm, config.norm_eps) if config.rmsnorm else None
@@ -158,10 +157,7 @@ class Mamba2(Float32Parameters):
         groups = self.config.ngroups * self.config.d_state
         *_, B, C, _ = self.in_proj.weight.split([*self.projected[:-2], self.d_ssm, groups, groups, self.nheads])
         C.copy_(B)
-        if self.conv1d.bias is not None:
-            nn.init.zeros_(self.conv1d.bias)
-        self.conv1d.weight.mul_(0.3)
-        self.conv1d.weight[:, 0, -1] += 1.0
+        self.conv1d.start_near_identity()
 
     def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
         channels, taps = self.conv1d.weight.shape[0], self.config.d_conv - 1

@@ -1,5 +1,6 @@
 """The short causal convolution in front of a recurrence: each channel sees its own last few inputs."""
 
+import torch
 from torch import Tensor, nn
 
 import vision_scan
@@ -10,11 +11,18 @@ from .sequence_parallel import shift, window_map
 
 class ShortConvolution(nn.Conv1d):
     """Followed by SiLU; parameters as in the released state-spaces checkpoints: weight (channels, 1, d_conv)
-    and bias (channels,), which may be left out. Its state is the last d_conv - 1 inputs, (batch, channels,
-    d_conv - 1)."""
+    and, if it has one, bias (channels,). Its state is the last d_conv - 1 inputs, (batch, channels, d_conv - 1)."""
 
     def __init__(self, channels: int, d_conv: int, bias: bool = True) -> None:
         super().__init__(channels, channels, d_conv, groups=channels, bias=bias)
+
+    @torch.no_grad()
+    def start_near_identity(self) -> None:
+        """Most of a token's own input and a little of those before it, in place of random sums of all."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self.weight.mul_(0.3)
+        self.weight[:, 0, -1] += 1.0
 
     def scan(self, x: Tensor, state: Tensor | None, segments: Segments) -> tuple[Tensor, Tensor]:
         """x (batch, channels, seqlen) -> the same, and the new state."""

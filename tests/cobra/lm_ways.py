@@ -27,7 +27,7 @@ MORE = 6  # tokens read afterwards, from the state that a way of reading left
 # The name of a field of a layer's Config decides its small size: a further kind is tested by being in LAYERS.
 SIZES = {
     "d_state": 5, "headdim": 8, "chunk_size": 4, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24, "num_experts": 5,
-    "top_k": 2,
+    "top_k": 2, "num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 5, "head_v_dim": 6,
     "mixers": (
         Mamba2Config(d_state=5, headdim=8, chunk_size=4),
         AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8),

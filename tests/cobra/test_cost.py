@@ -10,6 +10,7 @@ from cobra.cost import TOWERS, LMCost, Work, count_parts, tile_work
 from cobra.image import ImageConfig
 from cobra.lm import LAYERS, LanguageModel, LMConfig
 from cobra.lm.attention import AttentionConfig
+from cobra.lm.gated_deltanet import GatedDeltaNetConfig
 from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
@@ -29,6 +30,7 @@ PUBLISHED = {
 }
 
 MAMBA2 = Mamba2Config(d_state=5, headdim=8, ngroups=2, d_conv=3)
+DELTA = GatedDeltaNetConfig(num_k_heads=2, num_v_heads=6, head_k_dim=5, head_v_dim=4, d_conv=3)
 GQA = AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8)
 WINDOW = AttentionConfig(num_heads=4, num_kv_heads=1, headdim=8, window=6)
 BIASED = AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8, qkv_bias=True)
@@ -36,6 +38,7 @@ MLP = MLPConfig(d_ff=24)
 STACKS = {
     "mamba1": (Mamba1Config(d_state=5), Mamba1Config(d_state=3, expand=3, d_conv=2, dt_rank=5)),
     "mamba2": (MAMBA2,) * 3,
+    "gated_deltanet": (DELTA,) * 3,
     "attention": (GQA, MLP) * 2,
     "window": (WINDOW, MLP),
     "biases": (BIASED, MLP),
@@ -164,12 +167,21 @@ def test_decode_flops_of_a_transformer_are_those_that_torch_counts():
 
 def test_decode_flops_of_mamba2_hold_the_matrix_products_that_torch_counts():
     """Scan and convolution are no matrix products when decoding; the rest is."""
-    model = build(config("mamba2"))
+    assert products_of_a_step("mamba2") == LMCost(config("mamba2")).decode_flops(4) - 3 * (2 * 52 * 3 + 5 * 32 * 5)
+
+
+def test_decode_flops_of_gated_deltanet_hold_the_matrix_products_that_torch_counts():
+    """6 states of 4 x 5, and 2 * 2 * 5 + 6 * 4 channels of the convolution."""
+    expected = LMCost(config("gated_deltanet")).decode_flops(4) - 3 * (2 * 44 * 3 + 7 * 6 * 4 * 5)
+    assert products_of_a_step("gated_deltanet") == expected
+
+
+def products_of_a_step(stack: str) -> int:
+    model = build(config(stack))
     state = read(model, 1, 4)
     with FlopCounterMode(display=False) as counter:
         read(model, 1, 1, state=state, overwrite_state=True)
-    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    assert products == LMCost(config("mamba2")).decode_flops(4) - 3 * (2 * 52 * 3 + 5 * 32 * 5)
+    return counter.get_flop_counts()["Global"][torch.ops.aten.mm]
 
 
 @pytest.mark.parametrize("weight_bytes", [2, 4])

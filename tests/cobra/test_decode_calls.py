@@ -104,6 +104,7 @@ def test_more_rows_tokens_or_kinds_than_it_knows(monkeypatch, taken):
     check("mamba2", MOST_ROWS + 1, 1)
     check("mamba2", 1, MOST_ROWS + 1)
     check("attention", 2, 2)
+    check("gated_deltanet", 2, 1)
     monkeypatch.delattr(Mamba2, "add_to")
     check("hybrid", 2, 1)
     assert not taken

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cobra.lm.attention import AttentionConfig
+from cobra.lm.gated_deltanet import GatedDeltaNetConfig
 from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
@@ -15,6 +16,7 @@ from cobra.lm.stack import LanguageModel, LMConfig
 LAYERS = {
     "mamba2": Mamba2Config(d_state=8, headdim=8, chunk_size=16),
     "mamba1": Mamba1Config(d_state=4),
+    "gated_deltanet": GatedDeltaNetConfig(num_k_heads=2, num_v_heads=4, head_k_dim=4, head_v_dim=6, chunk_size=16),
     "attention": AttentionConfig(num_heads=2, num_kv_heads=1, headdim=8),
     "window": AttentionConfig(num_heads=2, num_kv_heads=2, headdim=8, window=5),
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 import vision_scan
 from tests.vision_scan import truth
 from vision_scan.ops.reference.causal_conv1d import causal_conv1d_recurrent
+from vision_scan.ops.reference.gated_delta_rule import gated_delta_rule_recurrent
 from vision_scan.ops.reference.gated_rmsnorm import gated_rmsnorm_by_group
 from vision_scan.ops.reference.selective_scan import selective_scan_recurrent
 from vision_scan.ops.reference.ssd import ssd_recurrent
@@ -62,6 +63,11 @@ class _Random:
         t = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         return relayout(t.to(self.dtype), self.layout)
 
+    def unit(self, *shape: int) -> Tensor:
+        """Vectors of length 1 along the last axis."""
+        t = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return relayout((t / t.norm(dim=-1, keepdim=True)).to(self.dtype), self.layout)
+
     def parameter(self, *shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
         t = torch.rand(shape, generator=self.generator, dtype=torch.float64) * (high - low) + low
         return relayout(t.to(torch.promote_types(self.dtype, torch.float32)), self.layout)
@@ -95,6 +101,23 @@ def sample_ssd(
         tensors["initial_state"] = random.parameter(batch, nheads, headdim, d_state)
     options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit, "chunk_size": chunk_size}
     return tensors, _with_segments(options, seq_idx)
+
+
+def sample_gated_delta_rule(
+    *, batch=1, seqlen=8, num_k_heads=1, num_v_heads=2, head_k_dim=4, head_v_dim=3, scale=None,
+    least_g=-1.5, initial_state=True, seq_idx=None, chunk_size=16, dtype=torch.float64, layout="plain", seed=0,
+) -> Sample:  # fmt: skip
+    random = _Random(dtype, layout, seed)
+    tensors = {
+        "q": random.activation(batch, seqlen, num_k_heads, head_k_dim),
+        "k": random.unit(batch, seqlen, num_k_heads, head_k_dim),
+        "v": random.activation(batch, seqlen, num_v_heads, head_v_dim),
+        "g": random.parameter(batch, seqlen, num_v_heads, low=least_g, high=-0.01),
+        "beta": random.parameter(batch, seqlen, num_v_heads, low=0.0, high=1.0),
+    }
+    if initial_state:
+        tensors["initial_state"] = random.parameter(batch, num_v_heads, head_v_dim, head_k_dim)
+    return tensors, _with_segments({"scale": scale, "chunk_size": chunk_size}, seq_idx)
 
 
 def sample_selective_scan(
@@ -232,6 +255,13 @@ def _recurrent_selective_scan(
     )
 
 
+def _recurrent_gated_delta_rule(
+    q, k, v, g, beta, scale=None, initial_state=None, seq_idx=None, chunk_size=None
+):
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    return gated_delta_rule_recurrent(q, k, v, g, beta, scale, initial_state, seq_idx)
+
+
 def _recurrent_conv(x, weight, bias=None, activation=None, initial_state=None, seq_idx=None):
     return causal_conv1d_recurrent(x, weight, bias, activation or "", initial_state, seq_idx)
 
@@ -247,6 +277,13 @@ OPERATORS = {
         lambda chunk_size=None, **inputs: truth.ssd(**inputs),
         {"x": 1, "dt": 1, "B": 1, "C": 1, "z": 1},
         sample_ssd,
+    ),
+    "gated_delta_rule": Operator(
+        lambda **inputs: vision_scan.gated_delta_rule(**inputs, return_final_state=True),
+        _recurrent_gated_delta_rule,
+        lambda chunk_size=None, **inputs: truth.gated_delta_rule(**inputs),
+        {"v": 1, "q": 1, "k": 1, "g": 1, "beta": 1},
+        sample_gated_delta_rule,
     ),
     "selective_scan": Operator(
         lambda **inputs: vision_scan.selective_scan(**inputs, return_final_state=True),
@@ -270,7 +307,7 @@ OPERATORS = {
         sample_gated_rmsnorm,
     ),
 }
-SCANS = ["ssd", "selective_scan", "causal_conv1d"]
+SCANS = ["ssd", "gated_delta_rule", "selective_scan", "causal_conv1d"]
 
 
 def as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -36,7 +36,11 @@ PADS = {
 
 def sampled(name, **sizes):
     """A sample with every optional input that the operator has, in small chunks."""
-    extra = {"ssd": {"z": True, "chunk_size": 4}, "selective_scan": {"z": True, "ngroups": 2}}
+    extra = {
+        "ssd": {"z": True, "chunk_size": 4},
+        "gated_delta_rule": {"num_k_heads": 2, "num_v_heads": 4, "chunk_size": 4},
+        "selective_scan": {"z": True, "ngroups": 2},
+    }
     return OPERATORS[name].sample(**extra.get(name, {}), **sizes)
 
 
@@ -253,13 +257,14 @@ def test_any_split_equals_one_shot(name, pads):
 
 
 @pytest.mark.parametrize("pads", [None, ["0.00..1110000.000"]], ids=["real", "segments"])
-def test_chunk_size_does_not_matter(pads):
-    tensors, options = sampled("ssd", seqlen=17, seq_idx=pads)
-    cotangents = cotangents_of(OPERATORS["ssd"].run(**tensors, **options))
-    outputs, grads = with_gradients(OPERATORS["ssd"].run, (tensors, options), cotangents)
+@pytest.mark.parametrize("name", ["ssd", "gated_delta_rule"])
+def test_chunk_size_does_not_matter(name, pads):
+    tensors, options = sampled(name, seqlen=17, seq_idx=pads)
+    cotangents = cotangents_of(OPERATORS[name].run(**tensors, **options))
+    outputs, grads = with_gradients(OPERATORS[name].run, (tensors, options), cotangents)
     for chunk_size in (1, 2, 5, 8, 16, 17, 18, 256):
         sample = (tensors, {**options, "chunk_size": chunk_size})
-        found, found_grads = with_gradients(OPERATORS["ssd"].run, sample, cotangents)
+        found, found_grads = with_gradients(OPERATORS[name].run, sample, cotangents)
         for actual, expected in zip(found, outputs, strict=True):
             assert_close(f"chunk_size {chunk_size}", actual, expected, 1e-12)
         for key, grad in grads.items():

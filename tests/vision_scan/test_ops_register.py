@@ -15,6 +15,7 @@ from tests.vision_scan.samples import (
     cotangents_of,
     sample_causal_conv1d,
     sample_causal_conv1d_2d,
+    sample_gated_delta_rule,
     sample_gated_rmsnorm,
     sample_selective_scan,
     sample_selective_scan_2d,
@@ -27,8 +28,9 @@ pytestmark = pytest.mark.usefixtures("poison", "registered")
 
 SEGMENTS = ["00.1122", "2..2.11"]
 REGISTERED = {
-    "causal_conv1d", "causal_conv1d_2d", "causal_conv1d_update", "gated_rmsnorm", "selective_scan",
-    "selective_scan_2d", "selective_scan_update", "ssd", "ssd_2d", "ssd_update",
+    "causal_conv1d", "causal_conv1d_2d", "causal_conv1d_update", "gated_delta_rule",
+    "gated_delta_rule_update", "gated_rmsnorm", "selective_scan", "selective_scan_2d",
+    "selective_scan_update", "ssd", "ssd_2d", "ssd_update",
 }  # fmt: skip
 
 
@@ -46,6 +48,9 @@ SAMPLES: dict[str, Callable[[torch.dtype], tuple[dict, dict]]] = {
     "ssd": lambda dtype: sample_ssd(
         batch=2, seqlen=7, z=True, D="channels", chunk_size=4, seq_idx=SEGMENTS, dtype=dtype
     ),
+    "gated_delta_rule": lambda dtype: sample_gated_delta_rule(
+        batch=2, seqlen=7, chunk_size=4, seq_idx=SEGMENTS, dtype=dtype
+    ),
     "selective_scan": lambda dtype: sample_selective_scan(
         batch=2, seqlen=7, z=True, ngroups=2, seq_idx=SEGMENTS, dtype=dtype
     ),
@@ -59,6 +64,7 @@ SAMPLES: dict[str, Callable[[torch.dtype], tuple[dict, dict]]] = {
         per_list=True, per_list_weight=True, dtype=dtype
     ),
     "ssd_update": lambda dtype: sample_update(sample_ssd, z=True, ngroups=2, dtype=dtype),
+    "gated_delta_rule_update": lambda dtype: sample_update(sample_gated_delta_rule, dtype=dtype),
     "selective_scan_update": lambda dtype: sample_update(
         sample_selective_scan, z=True, ngroups=2, dtype=dtype
     ),
@@ -69,6 +75,9 @@ MORE_SAMPLES = [
     ("ssd", lambda: sample_ssd(D=None, dt_bias=False, initial_state=False, dtype=torch.bfloat16)),
     ("ssd", lambda: packed(sample_ssd(seqlen=7, initial_state=False))),
     ("ssd", lambda: sample_ssd(batch=3, seqlen=5, z=True, layout="transposed")),
+    ("gated_delta_rule", lambda: sample_gated_delta_rule(initial_state=False, dtype=torch.bfloat16)),
+    ("gated_delta_rule", lambda: packed(sample_gated_delta_rule(seqlen=7, initial_state=False))),
+    ("gated_delta_rule", lambda: sample_gated_delta_rule(batch=3, seqlen=5, layout="transposed")),
     ("selective_scan", lambda: sample_selective_scan(D=False, dt_bias=False, initial_state=False)),
     ("selective_scan", lambda: packed(sample_selective_scan(seqlen=7, initial_state=False))),
     ("selective_scan", lambda: sample_selective_scan(batch=3, z=True, layout="transposed")),
@@ -158,6 +167,9 @@ BIG = {
         sample_ssd(seqlen=300, nheads=8, headdim=16, d_state=16, initial_state=False, dtype=dtype),
         300,
     ),
+    "gated_delta_rule": lambda dtype: sample_gated_delta_rule(
+        batch=2, seqlen=300, num_k_heads=4, num_v_heads=8, head_k_dim=16, head_v_dim=16, chunk_size=64, dtype=dtype
+    ),
     "selective_scan": lambda dtype: sample_selective_scan(
         batch=2, seqlen=300, d=64, d_state=8, dtype=dtype
     ),
@@ -204,7 +216,7 @@ def test_autocast_changes_nothing(name, dtype):
     outputs, grads = with_gradients(OPERATORS[name].run, sample, cotangents)
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         found, found_grads = with_gradients(OPERATORS[name].run, sample, cotangents)
-    if name in ("ssd", "selective_scan"):
+    if name in ("ssd", "gated_delta_rule", "selective_scan"):
         assert found[1].dtype == torch.float32
     for actual, expected in zip(found, outputs, strict=True):
         assert actual.dtype == expected.dtype and torch.equal(actual, expected)
@@ -213,7 +225,7 @@ def test_autocast_changes_nothing(name, dtype):
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["y", "state"])
-@pytest.mark.parametrize("name", ["ssd", "selective_scan", "causal_conv1d"])
+@pytest.mark.parametrize("name", ["ssd", "gated_delta_rule", "selective_scan", "causal_conv1d"])
 def test_an_output_that_is_not_used_has_a_gradient_of_zero(name, used):
     sample = OPERATORS[name].sample(batch=2, dtype=torch.float32)
     outputs = OPERATORS[name].run(**sample[0], **sample[1])
@@ -227,7 +239,7 @@ def test_an_output_that_is_not_used_has_a_gradient_of_zero(name, used):
         assert torch.equal(found[key], grad), f"gradient of {key}"
 
 
-@pytest.mark.parametrize("name", ["ssd", "causal_conv1d"])
+@pytest.mark.parametrize("name", ["ssd", "gated_delta_rule", "causal_conv1d"])
 def test_compiles_without_graph_breaks(name):
     sample = SAMPLES[name](torch.float32)
     cotangents = cotangents_of(OPERATORS[name].run(**sample[0], **sample[1]))
@@ -262,6 +274,7 @@ AXIS = {
 VALID = {
     ("causal_conv1d_2d", "x", "one-row"),
     ("ssd_update", "state", "one-row"),
+    ("gated_delta_rule_update", "state", "one-row"),
     ("selective_scan_update", "state", "one-row"),
     ("causal_conv1d_update", "state", "one-row"),
 }
@@ -302,6 +315,9 @@ def test_other_refusals():
     tensors, options = sample_ssd(nheads=3, ngroups=2, initial_state=False)
     with pytest.raises(ValueError, match="nheads 3 must be a multiple of ngroups 2"):
         vision_scan.ssd(**tensors, **options)
+    tensors, options = sample_gated_delta_rule(num_v_heads=3, num_k_heads=2)
+    with pytest.raises(ValueError, match="num_v_heads 3 must be a multiple of num_k_heads 2"):
+        vision_scan.gated_delta_rule(**tensors, **options)
     tensors, options = sample_selective_scan(d=4, ngroups=3)
     with pytest.raises(ValueError, match="4 must be a multiple of ngroups 3"):
         vision_scan.selective_scan(**tensors, **options)
@@ -313,7 +329,7 @@ def test_other_refusals():
 
 
 @pytest.mark.parametrize("boundaries", [[0, 3], [1, 8], [0, 5, 3, 8], [0, 9]], ids=str)
-@pytest.mark.parametrize("name", ["ssd", "selective_scan", "causal_conv1d"])
+@pytest.mark.parametrize("name", ["ssd", "gated_delta_rule", "selective_scan", "causal_conv1d"])
 def test_wrong_cu_seqlens(name, boundaries):
     tensors, options = OPERATORS[name].sample(initial_state=False)
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to seqlen 8"):

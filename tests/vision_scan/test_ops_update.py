@@ -13,11 +13,13 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 UPDATES = {
     "ssd": vision_scan.ssd_update,
+    "gated_delta_rule": vision_scan.gated_delta_rule_update,
     "selective_scan": vision_scan.selective_scan_update,
     "causal_conv1d": vision_scan.causal_conv1d_update,
 }
 EXTRA = {
     "ssd": {"z": True, "ngroups": 2, "D": "channels"},
+    "gated_delta_rule": {"num_k_heads": 2, "num_v_heads": 4},
     "selective_scan": {"z": True, "ngroups": 2},
 }
 LENGTHS = [1, 2, 3, 4, 5, 8, 15, 16]

@@ -70,6 +70,35 @@ CASES = {
             "seq_idx": ["0..000...", "3333.3311"],
         },
     ),
+    "delta-one-token": ("gated_delta_rule", {"seqlen": 1}),
+    "delta-below-chunk": ("gated_delta_rule", {"seqlen": 7, "head_k_dim": 5, "head_v_dim": 6, "scale": 0.7}),
+    "delta-not-a-multiple": (
+        "gated_delta_rule",
+        {"batch": 3, "seqlen": 37, "num_k_heads": 2, "num_v_heads": 6},
+    ),
+    "delta-multiple": (
+        "gated_delta_rule",
+        {"seqlen": 32, "num_k_heads": 3, "num_v_heads": 3, "head_v_dim": 1},
+    ),
+    "delta-257": ("gated_delta_rule", {"seqlen": 257, "head_v_dim": 2, "chunk_size": 64, "least_g": -0.1}),
+    "delta-chunks-of-one": ("gated_delta_rule", {"batch": 3, "seqlen": 5, "chunk_size": 1}),
+    "delta-one-key-channel": (
+        "gated_delta_rule",
+        {"seqlen": 19, "head_k_dim": 1, "initial_state": False},
+    ),
+    "delta-slices": (
+        "gated_delta_rule",
+        {"batch": 3, "seqlen": 21, "num_k_heads": 2, "num_v_heads": 2, "layout": "slice"},
+    ),
+    "delta-transposed": ("gated_delta_rule", {"batch": 3, "seqlen": 21, "layout": "transposed"}),
+    "delta-pads": (
+        "gated_delta_rule",
+        {"batch": 3, "seqlen": 9, "chunk_size": 4, "seq_idx": ["...001122", "0.1.1...2", "........."]},
+    ),
+    "delta-pads-not-a-multiple": (
+        "gated_delta_rule",
+        {"batch": 3, "seqlen": 10, "chunk_size": 4, "seq_idx": ["0000111122", "00.1112222", "00.111.2.."]},
+    ),
     "scan-one-token": ("selective_scan", {"seqlen": 1}),
     "scan-below-chunk": ("selective_scan", {"seqlen": 3, "d": 5, "z": True}),
     "scan-not-a-multiple": ("selective_scan", {"batch": 3, "seqlen": 37, "d": 6, "ngroups": 2}),
@@ -154,6 +183,15 @@ HALF_CASES = {
         },
     ),
     "ssd-long": ("ssd", {"seqlen": 257, "chunk_size": 256}),
+    "delta": (
+        "gated_delta_rule",
+        {"batch": 3, "seqlen": 70, "num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 5, "least_g": -0.2},
+    ),
+    "delta-pads": (
+        "gated_delta_rule",
+        {"batch": 2, "seqlen": 9, "chunk_size": 4, "seq_idx": ["...001122", "0.1.1...2"]},
+    ),
+    "delta-long": ("gated_delta_rule", {"seqlen": 257, "chunk_size": 64, "least_g": -0.1}),
     "scan": ("selective_scan", {"batch": 3, "seqlen": 70, "d": 6, "ngroups": 2, "z": True}),
     "scan-pads": (
         "selective_scan",
@@ -168,6 +206,7 @@ HALF_CASES = {
     "norm-before-gate": ("gated_rmsnorm", {"shape": (5, 64), "norm_before_gate": True}),
 }
 GRADCHECK = {
+    "delta": ("gated_delta_rule", {"seqlen": 5, "chunk_size": 2, "seq_idx": ["0.011"]}),
     "ssd": ("ssd", {"seqlen": 5, "chunk_size": 2, "z": True, "seq_idx": ["0.011"]}),
     "scan": (
         "selective_scan",
@@ -266,7 +305,7 @@ def test_low_precision_is_as_good_as_the_plain_recurrence(name, sizes, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["ssd", "selective_scan"])
+@pytest.mark.parametrize("name", ["ssd", "gated_delta_rule", "selective_scan"])
 def test_scan_state_is_float32_and_output_has_the_dtype_of_the_input(name, dtype):
     tensors, options = OPERATORS[name].sample(dtype=dtype)
     y, state = OPERATORS[name].run(**tensors, **options)
@@ -289,3 +328,32 @@ def test_long_decay_is_not_lost_to_cancellation():
     y, state = operator.run(**sample[0], **sample[1])
     for actual, expected in zip((y, state), true_outputs("ssd", sample), strict=True):
         assert_close("far decay", actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_decays_that_leave_nothing_are_exact(dtype):
+    """Among tokens that fade a little: what comes behind such a token is as exact as elsewhere."""
+    operator = OPERATORS["gated_delta_rule"]
+    sample = operator.sample(batch=2, seqlen=40, least_g=-0.1, dtype=dtype)
+    g = sample[0]["g"]
+    g[:, 5], g[:, 17:19], g[0, 30], g[1, 0] = -1e4, -1e30, -torch.inf, -800.0
+    outputs = true_outputs("gated_delta_rule", sample)
+    cotangents = cotangents_of(outputs)
+    exact = ({key: t.double() for key, t in sample[0].items()}, sample[1])
+    _, expected = with_gradients(operator.recurrence, exact, cotangents)
+    found, grads = with_gradients(operator.run, sample, cotangents)
+    for actual, true in zip(found, outputs, strict=True):
+        assert_close("output", actual, true)
+    for key, grad in grads.items():
+        assert_close(f"gradient of {key}", grad, expected[key])
+
+
+def test_keys_that_repeat_are_replaced_and_not_added():
+    """With beta 1 and no decay, a key has the value that it was last given: what a sum of outer products has not."""
+    keys = torch.eye(3, dtype=torch.float64)[[0, 1, 0, 2, 1, 0]][None, :, None]
+    v = torch.arange(12, dtype=torch.float64).view(1, 6, 1, 2)
+    none, full = torch.zeros(1, 6, 1, dtype=torch.float64), torch.ones(1, 6, 1, dtype=torch.float64)
+    run = OPERATORS["gated_delta_rule"].run
+    y, state = run(q=keys, k=keys, v=v, g=none, beta=full, scale=1.0, chunk_size=4)
+    assert_close("y", y, v, 1e-15)
+    assert_close("state", state[0, 0].T, v[0, [5, 4, 3], 0], 1e-15)

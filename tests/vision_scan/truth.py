@@ -3,7 +3,7 @@
 Nothing here is shared with the package. Arrays are float64, or complex128: the functions are
 analytic in their inputs, so the derivative along v is Im f(x + i h v) / h, exact for a tiny h.
 
-Recurrences: Gu & Dao 2023 (arXiv:2312.00752), Dao & Gu 2024 (arXiv:2405.21060).
+Recurrences: Gu & Dao 2023 (arXiv:2312.00752), Dao & Gu 2024 (arXiv:2405.21060), Yang et al. 2024 (arXiv:2412.06464).
 """
 
 import itertools
@@ -99,6 +99,28 @@ def ssd(
                 if D is not None:
                     out = out + D[h] * x[b, t, h]
                 y[b, t, h] = out if z is None else out * silu(z[b, t, h])
+            final[b, h] = S
+    return y, final
+
+
+def gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, seq_idx=None):
+    """S_t = exp(g_t) S_{t-1} (1 - beta_t k_t k_t^T) + beta_t v_t k_t^T, y_t = scale S_t q_t, by head of v."""
+    batch, seqlen, num_v_heads, head_v_dim = v.shape
+    num_k_heads, head_k_dim = k.shape[2:]
+    scale = 1 / np.sqrt(head_k_dim) if scale is None else scale
+    dtype = np.result_type(*(a for a in (q, k, v, g, beta, initial_state) if a is not None))
+    y = np.zeros(v.shape, dtype)
+    final = np.zeros((batch, num_v_heads, head_v_dim, head_k_dim), dtype)
+    for b in range(batch):
+        for h in range(num_v_heads):
+            j = h // (num_v_heads // num_k_heads)
+            S = np.zeros((head_v_dim, head_k_dim), dtype) if initial_state is None else initial_state[b, h]
+            for t, is_new in tokens(seq_idx, b, seqlen):
+                key, share = k[b, t, j], beta[b, t, h]
+                erase = np.eye(head_k_dim) - share * np.outer(key, key)
+                S = np.exp(g[b, t, h]) * (0 * S if is_new else S) @ erase
+                S = S + share * np.outer(v[b, t, h], key)
+                y[b, t, h] = scale * (S @ q[b, t, j])
             final[b, h] = S
     return y, final
 

@@ -6,7 +6,6 @@ as in its released code (MzeroMiko/VMamba, vmamba.py). SS2DConfig() is its first
 same numbers in another layout.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,6 +19,7 @@ from vision_scan.ops import selective_scan_2d
 from vision_scan.orders import order as get_order
 from vision_scan.orders import sequential_order
 from vision_scan.precision import Float32Parameters, LayerNorm
+from vision_scan.step_bias import initial_dt_bias
 
 from .released import Released
 
@@ -99,7 +99,7 @@ class SS2D(Released, Float32Parameters):
         )
         self.x_proj = nn.Linear(d_inner, K * (self.dt_rank + 2 * config.d_state), bias=False)
         self.dt_projs = ListProjection(K, self.dt_rank, d_inner)
-        self.dt_projs_bias = nn.Parameter(_initial_dt_bias(config, K, d_inner))
+        self.dt_projs_bias = nn.Parameter(initial_dt_bias(K, d_inner, dt_min=config.dt_min, dt_max=config.dt_max))
         self.A_logs = nn.Parameter(torch.arange(1.0, config.d_state + 1).log().repeat(K * d_inner, 1))
         self.Ds = nn.Parameter(torch.ones(K * d_inner))
         self.out_norm = LayerNorm(d_inner)
@@ -195,10 +195,3 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(nn.functional.gelu(self.fc1(x)))
-
-
-def _initial_dt_bias(config: SS2DConfig, num_orders: int, d_inner: int) -> Tensor:
-    """(K, d_inner): the biases whose softplus is log-uniform in [dt_min, dt_max]."""
-    dt = torch.empty(num_orders, d_inner).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp()
-    dt = dt.clamp(min=1e-4)
-    return dt + torch.log(-torch.expm1(-dt))

@@ -2,6 +2,7 @@
 
 from . import cpu, cuda
 from .causal_conv1d import causal_conv1d, causal_conv1d_2d, causal_conv1d_update
+from .gated_delta_rule import gated_delta_rule, gated_delta_rule_update
 from .gated_rmsnorm import gated_rmsnorm
 from .reference.segments import real_and_runs
 from .reference.ssd import discretize
@@ -18,6 +19,8 @@ __all__ = [
     "causal_conv1d_2d",
     "causal_conv1d_update",
     "discretize",
+    "gated_delta_rule",
+    "gated_delta_rule_update",
     "gated_rmsnorm",
     "real_and_runs",
     "selective_scan",

@@ -15,6 +15,7 @@ Source: Dao & Gu 2024, "Transformers are SSMs" (arXiv:2405.21060), section 6 and
 import torch
 from torch import Tensor
 
+from .chunks import Chunks, per_head
 from .segments import real_and_runs, run_packed
 
 
@@ -113,7 +114,7 @@ def ssd_chunked(
         C,
         _start(initial_state, x, B, dtype),
         run,
-        min(chunk_size, x.shape[1]),
+        chunk_size,
     )
     y = skip_and_gate(y, x, D, z)
     if real is not None:
@@ -138,45 +139,17 @@ def _scan_chunks(inflow, log_decay, B, C, state, run, chunk_size) -> tuple[Tenso
         run: (batch, seqlen) or None: tokens of different runs do not see each other.
     """
     batch, seqlen, nheads, headdim = inflow.shape
-    per_group = nheads // B.shape[2]
-    chunks = -(-seqlen // chunk_size)
-    chunk_size = -(-seqlen // chunks)  # as even as can be: little is padded
-    spare = chunks * chunk_size - seqlen
-
-    def cut(t: Tensor) -> Tensor:
-        """(batch, seqlen, h or g, ...) -> (b, c, h or g, q, ...)."""
-        t = torch.nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, spare)) if spare else t
-        return t.reshape(batch, chunks, chunk_size, *t.shape[2:]).movedim(2, 3)
-
-    def per_head(t: Tensor, weight: Tensor) -> Tensor:
-        """(b, c, g, ...) times a weight of each head, (b, c, h, ...)."""
-        heads = weight.unflatten(2, (-1, per_group))
-        return (t[:, :, :, None] * heads).flatten(2, 3)
-
-    X, B, C = cut(inflow).contiguous(), cut(B), cut(C)
-    # Differences of running sums are taken in float64: in float32 they would cost up to four digits.
-    total = cut(log_decay).double().cumsum(dim=-1)  # b c h q
-    causal = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=X.device).tril()
-    to_end = (total[..., -1:] - total).exp().to(X.dtype)
-    from_entry = total.exp().to(X.dtype)
-    if run is not None:
-        # Padding behind the end continues the last run, so that it does not cut the final state off.
-        runs = torch.cat([run, run[:, -1:].expand(-1, spare)], dim=1).view(batch, chunks, chunk_size)
-        entry_run = torch.cat([runs.new_zeros(batch, 1), runs[:, :-1, -1]], dim=1)
-        causal = causal & (runs[..., :, None] == runs[..., None, :])[:, :, None]
-        to_end = to_end * (runs == runs[..., -1:])[:, :, None]
-        from_entry = from_entry * (runs == entry_run[..., None])[:, :, None]
+    chunks = Chunks.of(seqlen, chunk_size)
+    X, B, C = chunks.cut(inflow).contiguous(), chunks.cut(B), chunks.cut(C)
+    inside, from_entry, to_end = chunks.decays(chunks.cut(log_decay), run, X.dtype)
 
     left = X.transpose(-1, -2) @ per_head(B, to_end[..., None])  # b c h p n
     entries = []
-    for decay, inside in zip(from_entry[..., -1, None, None].unbind(1), left.unbind(1), strict=True):
+    for decay, added in zip(from_entry[..., -1, None, None].unbind(1), left.unbind(1), strict=True):
         entries.append(state)
-        state = state * decay + inside
+        state = state * decay + added
     carried = per_head(C, from_entry[..., None]) @ torch.stack(entries, dim=1).transpose(-1, -2)
-
-    exponent = (total[..., :, None] - total[..., None, :]).to(X.dtype)
-    L = exponent.masked_fill_(~causal, -torch.inf).exp_()  # b c h q q
-    weights = per_head(C @ B.transpose(-1, -2), L)
+    weights = per_head(C @ B.transpose(-1, -2), inside)
     y = (weights @ X + carried).movedim(3, 2).reshape(batch, -1, nheads, headdim)
     return y[:, :seqlen], state
 
