@@ -3,6 +3,7 @@
 from . import cpu, cuda
 from .causal_conv1d import causal_conv1d, causal_conv1d_2d, causal_conv1d_update
 from .gated_rmsnorm import gated_rmsnorm
+from .mamba3 import mamba3, mamba3_update
 from .reference.segments import real_and_runs
 from .reference.ssd import discretize
 from .register import backend_report
@@ -19,6 +20,8 @@ __all__ = [
     "causal_conv1d_update",
     "discretize",
     "gated_rmsnorm",
+    "mamba3",
+    "mamba3_update",
     "real_and_runs",
     "selective_scan",
     "selective_scan_2d",
