@@ -14,6 +14,7 @@ from .decode import decoder_for
 from .head import LMHead
 from .mamba1 import Mamba1
 from .mamba2 import Mamba2
+from .mamba3 import Mamba3
 from .mixer import Segments
 from .mlp import MLP
 from .precision import RMSNorm
@@ -25,6 +26,7 @@ LAYERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
     "mamba1": Mamba1,
     "mamba2": Mamba2,
+    "mamba3": Mamba3,
     "mlp": MLP,
 }
 

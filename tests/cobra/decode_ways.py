@@ -46,10 +46,10 @@ EMULATED = bool(os.environ.get("VISION_SCAN_EMULATE"))  # the CUDA kernels, on t
 
 def is_served(layer) -> bool:
     """Whether the compiled steps at hand know a layer; those of a GPU know Mamba-2 alone, and none knows
-    biases or scaled positions."""
+    Mamba-3, biases or scaled positions."""
     if EMULATED:
         return layer.kind == "mamba2"
-    return layer.kind != "attention" or not (layer.qkv_bias or layer.rope_scaling)
+    return layer.kind != "mamba3" and not (layer.kind == "attention" and (layer.qkv_bias or layer.rope_scaling))
 
 
 def served(names) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 from cobra.lm.attention import AttentionConfig
 from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
+from cobra.lm.mamba3 import Mamba3Config
 from cobra.lm.mlp import MLPConfig
 from cobra.lm.recompute import begins_anew, last_segment
 from cobra.lm.stack import LanguageModel, LMConfig
@@ -15,6 +16,7 @@ from cobra.lm.stack import LanguageModel, LMConfig
 LAYERS = {
     "mamba2": Mamba2Config(d_state=8, headdim=8, chunk_size=16),
     "mamba1": Mamba1Config(d_state=4),
+    "mamba3": Mamba3Config(d_state=8, headdim=8, rank=2, chunk_size=16),
     "attention": AttentionConfig(num_heads=2, num_kv_heads=1, headdim=8),
     "window": AttentionConfig(num_heads=2, num_kv_heads=2, headdim=8, window=5),
 }

@@ -33,6 +33,7 @@ PARTS = ("connector", "lm")
 PROJECTIONS = {
     "mamba1": {"in_proj", "x_proj", "dt_proj", "out_proj"},
     "mamba2": {"in_proj", "out_proj"},
+    "mamba3": {"in_proj", "out_proj"},
     "attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj"},
 }

@@ -16,6 +16,7 @@ D_MODEL = 8
 KINDS = {
     "mamba1": {"d_state": 4},
     "mamba2": {"d_state": 4, "headdim": 4},
+    "mamba3": {"d_state": 4, "headdim": 4},
     "attention": {"num_heads": 2, "num_kv_heads": 1, "headdim": 4},
 }
 
