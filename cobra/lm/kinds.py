@@ -8,6 +8,7 @@ from .attention import Attention
 from .gated_deltanet import GatedDeltaNet
 from .mamba1 import Mamba1
 from .mamba2 import Mamba2
+from .mamba3 import Mamba3
 from .mlp import MLP
 from .moe import MoE
 
@@ -16,6 +17,7 @@ KINDS: dict[str, type[nn.Module]] = {
     "gated_deltanet": GatedDeltaNet,
     "mamba1": Mamba1,
     "mamba2": Mamba2,
+    "mamba3": Mamba3,
     "mlp": MLP,
     "moe": MoE,
 }

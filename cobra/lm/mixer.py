@@ -45,7 +45,7 @@ class LayerCost:
         parameters: number of parameters, the norm in front of the layer not included.
         flops_per_token: floating point operations of a token whatever its context.
         flops_per_context_token: further operations for each token of context that it sees.
-        state_elements: elements of the matrix state, float32, read and written at each step.
+        state_elements: elements of the state in float32, read and written at each step.
         tail_elements: elements of other fixed memory, in the dtype of the activations.
         cache_elements: elements kept for each token of context, in the dtype of the activations.
         cache_index_bytes: bytes kept beside them for each token of context.

@@ -16,6 +16,7 @@ from cobra.lm import LAYERS, LanguageModel, LMConfig, State
 from cobra.lm.attention import AttentionConfig, Llama3RopeScaling
 from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
+from cobra.lm.mamba3 import Mamba3Config
 from cobra.lm.mlp import MLPConfig
 from cobra.lm.moe import MoEConfig
 from tests.tolerance import assert_close
@@ -53,6 +54,7 @@ def stacks() -> dict[str, tuple]:
     grouped = Mamba2Config(
         d_state=3, headdim=4, ngroups=2, d_conv=3, chunk_size=7, norm_before_gate=True, dt_limit=(0.1, 0.9)
     )
+    mimo = Mamba3Config(d_state=6, headdim=4, rank=4, ngroups=2, rope_fraction=1.0, is_outproj_norm=True, chunk_size=8)
     gqa = AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8)
     window = AttentionConfig(num_heads=2, num_kv_heads=1, headdim=6, window=5, rope_theta=100.0)
     nope = AttentionConfig(num_heads=3, num_kv_heads=3, headdim=5, rope_theta=None)
@@ -77,6 +79,7 @@ def stacks() -> dict[str, tuple]:
     return {
         **{kind: (small(kind),) * 2 for kind in LAYERS},
         "mamba2 ngroups 2": (grouped,) * 2,
+        "mamba3 rank 4": (mimo,) * 2,
         "transformer": (gqa, mlp) * 2,
         "window": (window, mlp, window),
         "nope": (nope, mlp, nope),

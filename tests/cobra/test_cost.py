@@ -13,6 +13,7 @@ from cobra.lm.attention import AttentionConfig
 from cobra.lm.gated_deltanet import GatedDeltaNetConfig
 from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
+from cobra.lm.mamba3 import Mamba3Config
 from cobra.lm.mlp import MLPConfig
 from cobra.model import Cobra
 from cobra.token_reduction import ToMeConfig
@@ -33,12 +34,15 @@ MAMBA2 = Mamba2Config(d_state=5, headdim=8, ngroups=2, d_conv=3)
 DELTA = GatedDeltaNetConfig(num_k_heads=2, num_v_heads=6, head_k_dim=5, head_v_dim=4, d_conv=3)
 GQA = AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8)
 WINDOW = AttentionConfig(num_heads=4, num_kv_heads=1, headdim=8, window=6)
+MAMBA3 = Mamba3Config(d_state=5, headdim=8, ngroups=2)
+MIMO = Mamba3Config(d_state=7, headdim=4, expand=3, ngroups=3, rank=2, rope_fraction=1.0, is_outproj_norm=True)
 BIASED = AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8, qkv_bias=True)
 MLP = MLPConfig(d_ff=24)
 STACKS = {
     "mamba1": (Mamba1Config(d_state=5), Mamba1Config(d_state=3, expand=3, d_conv=2, dt_rank=5)),
     "mamba2": (MAMBA2,) * 3,
     "gated_deltanet": (DELTA,) * 3,
+    "mamba3": (MAMBA3, MIMO, MAMBA3),
     "attention": (GQA, MLP) * 2,
     "window": (WINDOW, MLP),
     "biases": (BIASED, MLP),
@@ -106,6 +110,13 @@ def test_state_bytes_by_hand():
     gqa = context * (2 * 2 * 8 * 2 + 8)
     window = 6 * (2 * 1 * 8 * 2 + 8)
     assert LMCost(lm).state_bytes(context, activation_bytes=2) == 2 * mamba2 + gqa + window
+
+
+def test_state_bytes_of_mamba3_by_hand():
+    """Matrices, phases and keys in float32, values as the activations."""
+    siso = 4 * (32 * 5 + 4 * 1 + 4 * 5) + 2 * 32
+    mimo = 4 * (48 * 7 + 12 * 3 + 2 * 12 * 7) + 2 * 48
+    assert LMCost(config("mamba3")).state_bytes(10, activation_bytes=2) == 2 * siso + mimo
 
 
 def test_state_bytes_of_mamba2_130m():
@@ -182,6 +193,15 @@ def products_of_a_step(stack: str) -> int:
     with FlopCounterMode(display=False) as counter:
         read(model, 1, 1, state=state, overwrite_state=True)
     return counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+
+
+def test_decode_flops_of_mamba3_hold_the_projections_that_torch_counts():
+    model = build(config("mamba3"))
+    state = read(model, 1, 4)
+    with FlopCounterMode(display=False) as counter:
+        read(model, 1, 1, state=state, overwrite_state=True)
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert products == LMCost(config("mamba3")).decode_flops(4) - 2 * 7 * 32 * 5 - 13 * 48 * 7
 
 
 @pytest.mark.parametrize("weight_bytes", [2, 4])

@@ -9,6 +9,7 @@ from cobra.lm.attention import AttentionConfig
 from cobra.lm.gated_deltanet import GatedDeltaNetConfig
 from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
+from cobra.lm.mamba3 import Mamba3Config
 from cobra.lm.mlp import MLPConfig
 from cobra.lm.recompute import begins_anew, last_segment
 from cobra.lm.stack import LanguageModel, LMConfig
@@ -17,6 +18,7 @@ LAYERS = {
     "mamba2": Mamba2Config(d_state=8, headdim=8, chunk_size=16),
     "mamba1": Mamba1Config(d_state=4),
     "gated_deltanet": GatedDeltaNetConfig(num_k_heads=2, num_v_heads=4, head_k_dim=4, head_v_dim=6, chunk_size=16),
+    "mamba3": Mamba3Config(d_state=8, headdim=8, rank=2, chunk_size=16),
     "attention": AttentionConfig(num_heads=2, num_kv_heads=1, headdim=8),
     "window": AttentionConfig(num_heads=2, num_kv_heads=2, headdim=8, window=5),
 }

@@ -34,9 +34,12 @@ PROJECTIONS = {
     "mamba1": {"in_proj", "x_proj", "dt_proj", "out_proj"},
     "mamba2": {"in_proj", "out_proj"},
     "gated_deltanet": {"in_proj", "out_proj"},
+    "mamba3": {"in_proj", "out_proj"},
     "attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj"},
 }
+PROJECTIONS["moe"] = PROJECTIONS["mlp"]
+PROJECTIONS["parallel"] = PROJECTIONS["mamba2"] | PROJECTIONS["attention"] | PROJECTIONS["mlp"]
 INITS = ("default", "pissa")
 
 

@@ -19,7 +19,13 @@ from train.ssm_statistics import SSMStatistics
 
 MAMBA1 = {"kind": "mamba1", "d_state": 4, "dt_max": 2.0}
 MAMBA2 = {**LAYERS[0], "dt_limit": [0.01, 0.3]}
-STACKS = {"mamba1": [MAMBA1, MAMBA1], "mamba2": [MAMBA2, MAMBA2], "both": [MAMBA2, MAMBA1, *LAYERS[1:]]}
+MAMBA3 = {"kind": "mamba3", "d_state": 8, "headdim": 16, "rank": 2}
+STACKS = {
+    "mamba1": [MAMBA1, MAMBA1],
+    "mamba2": [MAMBA2, MAMBA2],
+    "mamba3": [MAMBA3, MAMBA3],
+    "both": [MAMBA2, MAMBA1, *LAYERS[1:]],
+}
 KEYS = {"dt_mean", "dt_max", "state_norm"}
 
 
@@ -58,6 +64,15 @@ def watch_scans(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Ten
 
         return spied
 
+    mamba3 = vision_scan.mamba3
+
+    def spied_mamba3(**inputs):
+        steps.append(inputs["dt"].detach().flatten())
+        y, state = mamba3(**inputs)
+        states.append(state["ssm"].detach().flatten())
+        return y, state
+
+    monkeypatch.setattr(vision_scan, "mamba3", spied_mamba3)
     monkeypatch.setattr(vision_scan, "ssd", spy(vision_scan.ssd, 2))
     monkeypatch.setattr(vision_scan, "selective_scan", spy(vision_scan.selective_scan, 1))
     return steps, states

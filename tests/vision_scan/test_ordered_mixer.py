@@ -17,6 +17,7 @@ KINDS = {
     "mamba1": {"d_state": 4},
     "mamba2": {"d_state": 4, "headdim": 4},
     "gated_deltanet": {"num_k_heads": 1, "num_v_heads": 2, "head_k_dim": 4, "head_v_dim": 4},
+    "mamba3": {"d_state": 4, "headdim": 4},
     "attention": {"num_heads": 2, "num_kv_heads": 1, "headdim": 4},
 }
 

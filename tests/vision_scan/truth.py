@@ -3,7 +3,8 @@
 Nothing here is shared with the package. Arrays are float64, or complex128: the functions are
 analytic in their inputs, so the derivative along v is Im f(x + i h v) / h, exact for a tiny h.
 
-Recurrences: Gu & Dao 2023 (arXiv:2312.00752), Dao & Gu 2024 (arXiv:2405.21060), Yang et al. 2024 (arXiv:2412.06464).
+Recurrences: Gu & Dao 2023 (arXiv:2312.00752), Dao & Gu 2024 (arXiv:2405.21060), Yang et al. 2024 (arXiv:2412.06464),
+Lahoti et al. 2026 (arXiv:2603.15569).
 """
 
 import itertools
@@ -123,6 +124,64 @@ def gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, seq_idx=N
                 y[b, t, h] = scale * (S @ q[b, t, j])
             final[b, h] = S
     return y, final
+
+
+def mamba3(
+    x, dt, A, lam, B, C, rate, D=None, mimo_x=None, ssm=None, angle=None, k=None, v=None, seq_idx=None
+):  # fmt: skip
+    """S_t = alpha S_{t-1} + beta sum_r v_{t-1,r} k_{t-1,r}^T + gamma sum_r v_{t,r} k_{t,r}^T, y_r = S_t q_r + D v_r,
+
+    by head; the state as four arrays, and four behind y. The final angle is not reduced modulo 2 pi.
+    """
+    batch, seqlen, nheads, headdim = x.shape
+    rank, d_state = B.shape[2], B.shape[4]
+    given = [a for a in (x, dt, A, lam, B, C, rate, D, mimo_x, ssm, angle, k, v) if a is not None]
+    dtype = np.result_type(*given)
+    factors = np.ones((nheads, 1, headdim)) if mimo_x is None else mimo_x
+    y = np.zeros((batch, seqlen, rank, nheads, headdim), dtype)
+    final = [
+        np.zeros(shape, dtype) if start is None else start.astype(dtype)
+        for start, shape in (
+            (ssm, (batch, nheads, headdim, d_state)),
+            (angle, (batch, nheads, rate.shape[-1])),
+            (k, (batch, rank, nheads, d_state)),
+            (v, (batch, nheads, headdim)),
+        )
+    ]
+    for b in range(batch):
+        for h in range(nheads):
+            S, phi, keys, value = final[0][b, h], final[1][b, h], final[2][b, :, h], final[3][b, h]
+            for t, is_new in tokens(seq_idx, b, seqlen):
+                if is_new:
+                    S, phi, keys, value = 0 * S, 0 * phi, 0 * keys, 0 * value
+                step, share = dt[b, t, h], lam[b, t, h]
+                phi = phi + rate[b, t] * step
+                S = np.exp(A[b, t, h] * step) * S
+                for r in range(rank):
+                    beta = (1 - share) * step * np.exp(A[b, t, h] * step)
+                    S = S + beta * np.outer(value * factors[h, r], keys[r])
+                keys = np.stack([rotate(B[b, t, r, h], phi, rank == 1) for r in range(rank)])
+                value = x[b, t, h]
+                for r in range(rank):
+                    S = S + share * step * np.outer(value * factors[h, r], keys[r])
+                for r in range(rank):
+                    y[b, t, r, h] = S @ rotate(C[b, t, r, h], phi, rank == 1)
+                    if D is not None:
+                        y[b, t, r, h] += D[h] * value * factors[h, r]
+            final[0][b, h], final[1][b, h], final[2][b, :, h], final[3][b, h] = S, phi, keys, value
+    return (y, *final)
+
+
+def rotate(a, phi, adjacent: bool):
+    """Pair i of a turned by phi[i]: (2i, 2i + 1) if adjacent, else (i, i + len(a) // 2)."""
+    a = a + 0 * phi.sum()  # a copy, complex if phi is
+    for i, angle in enumerate(phi):
+        one, other = (2 * i, 2 * i + 1) if adjacent else (i, i + len(a) // 2)
+        a[one], a[other] = (
+            a[one] * np.cos(angle) - a[other] * np.sin(angle),
+            a[one] * np.sin(angle) + a[other] * np.cos(angle),
+        )
+    return a
 
 
 def selective_scan(

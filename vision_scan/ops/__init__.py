@@ -4,6 +4,7 @@ from . import cpu, cuda
 from .causal_conv1d import causal_conv1d, causal_conv1d_2d, causal_conv1d_update
 from .gated_delta_rule import gated_delta_rule, gated_delta_rule_update
 from .gated_rmsnorm import gated_rmsnorm
+from .mamba3 import mamba3, mamba3_update
 from .reference.segments import real_and_runs
 from .reference.ssd import discretize
 from .register import backend_report
@@ -22,6 +23,8 @@ __all__ = [
     "gated_delta_rule",
     "gated_delta_rule_update",
     "gated_rmsnorm",
+    "mamba3",
+    "mamba3_update",
     "real_and_runs",
     "selective_scan",
     "selective_scan_2d",
