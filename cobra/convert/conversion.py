@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,14 +22,18 @@ from vision_scan.errors import UserError, choose
 from .falcon_h1 import FALCON_H1
 from .granite import GRANITE
 from .hybrid import BAMBA
-from .layout import Layout, Options, Piece
+from .layout import Layout, Options, Piece, Pieces
 from .mamba import FALCON_MAMBA, MAMBA1, MAMBA2, STATE_SPACES
 from .nemotron_h import NEMOTRON_H
+from .qwen3 import QWEN3_5, QWEN3_5_VL, QWEN3_NEXT
 from .source import CONFIG, Source, read_source
 from .transformer import LLAMA, QWEN2
 from .writer import Entry, write_tensors
 
-LAYOUTS = (STATE_SPACES, MAMBA1, MAMBA2, FALCON_MAMBA, LLAMA, QWEN2, GRANITE, BAMBA, NEMOTRON_H, FALCON_H1)
+LAYOUTS = (
+    STATE_SPACES, MAMBA1, MAMBA2, FALCON_MAMBA, LLAMA, QWEN2, GRANITE, BAMBA, NEMOTRON_H, FALCON_H1, QWEN3_NEXT,
+    QWEN3_5, QWEN3_5_VL,
+)  # fmt: skip
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TABLES = ("embedding.weight", "lm_head.weight")  # a row for each token
@@ -234,10 +238,10 @@ def _language_entries(layout: Layout, config: LMConfig, source: Source, vocab: i
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     table = shapes[TABLES[0]]
     pieces = layout.locate(config, source.config, {**shapes, TABLES[1]: table})
-    given = {name: tensor for name, tensor in source.tensors.items() if not layout.is_derived(name)}
+    given = {name: tensor for name, tensor in source.tensors.items() if not layout.is_left_out(name)}
     if config.tie_word_embeddings:
         _drop_tied_head(given, pieces, source)
-    expected = {pieces[name].name: pieces[name].shape or shape for name, shape in shapes.items()}
+    expected = {piece.name: piece.shape or shape for name, shape in shapes.items() for piece in pieces[name]}
     meta = {name: torch.empty(shape, device="meta") for name, shape in expected.items()}
     check_match(meta, given, str(source.weights))
     wide = _float32_names(model)
@@ -247,9 +251,9 @@ def _language_entries(layout: Layout, config: LMConfig, source: Source, vocab: i
     ]
 
 
-def _drop_tied_head(given: dict[str, Tensor], pieces: Mapping[str, Piece], source: Source) -> None:
+def _drop_tied_head(given: dict[str, Tensor], pieces: Pieces, source: Source) -> None:
     """Takes out a head that is stored beside the embeddings although they are one."""
-    names = [pieces[name].name for name in TABLES]
+    names = [pieces[name][0].name for name in TABLES]
     table, head = (given.get(name) for name in names)
     if table is None or head is None:
         return
@@ -261,21 +265,28 @@ def _drop_tied_head(given: dict[str, Tensor], pieces: Mapping[str, Piece], sourc
 def _entry(
     name: str,
     shape: tuple[int, ...],
-    piece: Piece,
+    pieces: Sequence[Piece],
     given: Mapping[str, Tensor],
     is_wide: bool,
     rows: int | None,
     source: Source,
 ) -> Entry:
-    tensor = given[piece.name]
-    if tensor.dtype not in WEIGHT_DTYPES:
-        raise UserError(
-            f"{source.weights}: {piece.name} is {tensor.dtype}, allowed are {', '.join(map(str, WEIGHT_DTYPES))}"
-        )
-    dtype = torch.promote_types(tensor.dtype, torch.float32) if is_wide else tensor.dtype
+    dtypes = {piece.name: given[piece.name].dtype for piece in pieces}
+    for published, dtype in dtypes.items():
+        if dtype not in WEIGHT_DTYPES:
+            raise UserError(
+                f"{source.weights}: {published} is {dtype}, allowed are {', '.join(map(str, WEIGHT_DTYPES))}"
+            )
+    dtype = functools.reduce(torch.promote_types, dtypes.values())
+    dtype = torch.promote_types(dtype, torch.float32) if is_wide else dtype
+
+    def read() -> Tensor:
+        parts = [piece.take(given[piece.name], dtype) for piece in pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     if rows is None or rows == shape[0]:
-        return Entry(f"lm.{name}", dtype, shape, lambda: piece.take(tensor))
-    return Entry(f"lm.{name}", dtype, (rows, *shape[1:]), lambda: _grown(piece.take(tensor), rows))
+        return Entry(f"lm.{name}", dtype, shape, read)
+    return Entry(f"lm.{name}", dtype, (rows, *shape[1:]), lambda: _grown(read(), rows))
 
 
 def _grown(table: Tensor, rows: int) -> Tensor:

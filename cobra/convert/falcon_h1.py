@@ -12,8 +12,8 @@ from cobra.lm import LMConfig
 from cobra.lm.mlp import MLPConfig
 from cobra.lm.parallel import ParallelConfig
 
-from .hybrid import blocks, finish, is_published_as, multiplier, multipliers, read_attention, read_mamba, stream_eps
-from .layout import Layout, Options, Piece, Shapes
+from .hybrid import blocks, finish, multiplier, multipliers, read_attention, read_mamba, stream_eps
+from .layout import Layout, Options, Pieces, Shapes, is_published_as
 
 
 def _read_falcon_h1(options: Options) -> LMConfig:
@@ -44,8 +44,8 @@ def _falcon_h1_prefixes(config: LMConfig) -> dict[str, str]:
 
 
 def _adapt_falcon_h1(
-    config: LMConfig, options: Mapping[str, Any], pieces: Mapping[str, Piece], shapes: Shapes
-) -> dict[str, Piece]:
+    config: LMConfig, options: Mapping[str, Any], pieces: Pieces, shapes: Shapes
+) -> Pieces:
     by = partial(multiplier, options)
     stream, attention_in = 1 / by("embedding_multiplier"), by("attention_in_multiplier")
     gate, down = multipliers(options, "mlp_multipliers", 2)
@@ -69,11 +69,11 @@ def _adapt_falcon_h1(
         "norm_f.weight": by("lm_head_multiplier"),
     }
     adapted = {}
-    for name, piece in pieces.items():
+    for name, (piece,) in pieces.items():
         leaf = name.rpartition("mixer.")[2]
         found = [factor for part, factor in factors.items() if leaf == part or leaf.startswith(f"{part}.")]
         if found:
-            adapted[name] = replace(piece, factor=found[0])
+            adapted[name] = (replace(piece, factor=found[0]),)
     return adapted
 
 

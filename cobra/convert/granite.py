@@ -9,8 +9,8 @@ from cobra.lm.mlp import MLPConfig
 from cobra.lm.moe import MoEConfig
 from vision_scan.errors import UserError, choose
 
-from .hybrid import LAYER_TYPES, OUTPUTS, finish, is_published_as, multiplier, read_attention, read_mamba, stream_eps
-from .layout import Layout, Options, Piece, Shapes
+from .hybrid import LAYER_TYPES, OUTPUTS, finish, multiplier, read_attention, read_mamba, stream_eps
+from .layout import Layout, Options, Piece, Pieces, Shapes, is_published_as
 
 
 def _read_granite(options: Options) -> LMConfig:
@@ -71,11 +71,11 @@ def _granite_prefixes(config: LMConfig) -> dict[str, str]:
 
 
 def _adapt_granite(
-    config: LMConfig, options: Mapping[str, Any], pieces: Mapping[str, Piece], shapes: Shapes
-) -> dict[str, Piece]:
+    config: LMConfig, options: Mapping[str, Any], pieces: Pieces, shapes: Shapes
+) -> Pieces:
     stream = multiplier(options, "residual_multiplier") / multiplier(options, "embedding_multiplier")
     adapted = {}
-    for name, piece in pieces.items():
+    for name, (piece,) in pieces.items():
         _, number, *_ = name.split(".")
         layer = config.layers[int(number)] if name.startswith("layers.") else None
         leaf, factor = name.rpartition("mixer.")[2], stream if name.endswith(OUTPUTS) else 1.0
@@ -89,7 +89,7 @@ def _adapt_granite(
         elif leaf.removeprefix("shared.") in ("gate_proj.weight", "up_proj.weight"):
             linear = piece.name.rpartition("shared_mlp.")[0] + "shared_mlp.input_linear.weight"
             piece = _half(linear, "gate" in leaf, shapes[name])
-        adapted[name] = replace(piece, factor=factor)
+        adapted[name] = (replace(piece, factor=factor),)
     return adapted
 
 

@@ -6,7 +6,7 @@ layers add to the residual stream instead, whose size no norm sees, so that embe
 they are; the norms' epsilon becomes smaller by its square.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cobra.lm import LMConfig
@@ -15,7 +15,7 @@ from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
 from vision_scan.errors import UserError
 
-from .layout import TRANSFORMERS_KEYS, Layout, Options
+from .layout import TRANSFORMERS_KEYS, Layout, Options, is_published_as
 from .mamba import read_dt_limit
 from .source import CONFIG
 from .transformer import read_rope
@@ -123,11 +123,6 @@ def blocks(config: LMConfig, mixers: Callable[[Any, str], Mapping[str, str]]) ->
             f"{feed_forward}mixer.": f"{block}feed_forward.",
         }
     return names
-
-
-def is_published_as(model_type: str, embedding: str) -> Callable[[Mapping[str, Any], Collection[str]], bool]:
-    """What tells a layout by the model's type and the name of its embeddings."""
-    return lambda config, names: config.get("model_type") == model_type and embedding in names
 
 
 def _read_bamba(options: Options) -> LMConfig:

@@ -99,7 +99,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a tensor of ours stands in a published checkpoint.
+    """Where a tensor of ours, or some of its rows, stand in a published checkpoint.
 
     Attributes:
         name: of the published tensor.
@@ -115,19 +115,17 @@ class Piece:
     factor: float | Tensor = 1.0
     shift: float = 0.0
 
-    @property
-    def is_as_published(self) -> bool:
-        return not isinstance(self.factor, Tensor) and self.factor == 1.0 and self.shift == 0.0
-
-    def take(self, published: Tensor) -> Tensor:
-        """Our tensor, of the published one, in its dtype; scaled in float32 at least."""
+    def take(self, published: Tensor, dtype: torch.dtype) -> Tensor:
+        """Our tensor, of the published one; scaled in float32 at least."""
         own = published if self.part is None else self.part(published)
-        if self.is_as_published:
-            return own
+        if not isinstance(self.factor, Tensor) and self.factor == 1.0 and self.shift == 0.0:
+            return own.to(dtype)
         wide = own.to(torch.promote_types(own.dtype, torch.float32))
-        return (wide * self.factor + self.shift).to(own.dtype)
+        return (wide * self.factor + self.shift).to(dtype)
 
 
+Pieces = Mapping[str, tuple[Piece, ...]]
+"""Of each of our tensors, by its name, the pieces that it consists of, one below another."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -142,19 +140,20 @@ class Layout:
             the embeddings. Options that it does not support it refuses by name.
         prefixes: our configuration -> how names of tensors begin, ours -> the published ones; the first that fits
             a name is taken.
-        derived: names of tensors that are computed from the configuration again, and not read.
-        adapt: (our configuration, config.json, pieces by our names, shapes of ours) -> those of the pieces that are
-            not whole tensors, or not as published; None: all are.
+        left_out: names of tensors that are not read: computed from the configuration again, or of parts that ours does
+            not have.
+        adapt: (our configuration, config.json, pieces as `prefixes` tells, our shapes) -> the pieces of those of our
+            tensors that are not one published tensor, or not as published; None: all are.
     """
 
     name: str
     detects: Callable[[Mapping[str, Any], Collection[str]], bool]
     read_config: Callable[[Options], LMConfig]
     prefixes: Callable[[LMConfig], Mapping[str, str]]
-    derived: str | None = None
-    adapt: Callable[[LMConfig, Mapping[str, Any], Mapping[str, Piece], Shapes], Mapping[str, Piece]] | None = None
+    left_out: str | None = None
+    adapt: Callable[[LMConfig, Mapping[str, Any], Pieces, Shapes], Pieces] | None = None
 
-    def locate(self, config: LMConfig, options: Mapping[str, Any], shapes: Shapes) -> dict[str, Piece]:
+    def locate(self, config: LMConfig, options: Mapping[str, Any], shapes: Shapes) -> Pieces:
         """Where our tensors stand.
 
         Args:
@@ -167,8 +166,13 @@ class Layout:
             prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
             return prefixes[prefix] + name.removeprefix(prefix)
 
-        pieces = {name: Piece(published(name)) for name in shapes}
+        pieces = {name: (Piece(published(name)),) for name in shapes}
         return pieces if self.adapt is None else {**pieces, **self.adapt(config, options, pieces, shapes)}
 
-    def is_derived(self, name: str) -> bool:
-        return self.derived is not None and re.fullmatch(self.derived, name) is not None
+    def is_left_out(self, name: str) -> bool:
+        return self.left_out is not None and re.fullmatch(self.left_out, name) is not None
+
+
+def is_published_as(model_type: str, embedding: str) -> Callable[[Mapping[str, Any], Collection[str]], bool]:
+    """What tells a layout of transformers: the type of the model, and the name of its embeddings."""
+    return lambda config, names: config.get("model_type") == model_type and embedding in names

@@ -8,7 +8,7 @@ from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
 from vision_scan.errors import UserError, choose
 
-from .layout import TRANSFORMERS_KEYS, Layout, Options
+from .layout import TRANSFORMERS_KEYS, Layout, Options, is_published_as
 
 # How weights begin, and which kernels run.
 _TRAINING_KEYS = (
@@ -165,13 +165,6 @@ def _is_state_spaces(config: Mapping[str, Any], names: Collection[str]) -> bool:
     return "ssm_cfg" in config and "backbone.embedding.weight" in names
 
 
-def _is_transformers(model_type: str):
-    def detects(config: Mapping[str, Any], names: Collection[str]) -> bool:
-        return config.get("model_type") == model_type and "backbone.embeddings.weight" in names
-
-    return detects
-
-
 STATE_SPACES = Layout(
     name="state-spaces Mamba",
     detects=_is_state_spaces,
@@ -180,19 +173,19 @@ STATE_SPACES = Layout(
 )
 MAMBA1 = Layout(
     name="transformers Mamba",
-    detects=_is_transformers("mamba"),
+    detects=is_published_as("mamba", "backbone.embeddings.weight"),
     read_config=_read_mamba1,
     prefixes=_prefixes("embeddings"),
 )
 FALCON_MAMBA = Layout(
     name="transformers Falcon-Mamba",
-    detects=_is_transformers("falcon_mamba"),
+    detects=is_published_as("falcon_mamba", "backbone.embeddings.weight"),
     read_config=_read_falcon_mamba,
     prefixes=_prefixes("embeddings"),
 )
 MAMBA2 = Layout(
     name="transformers Mamba-2",
-    detects=_is_transformers("mamba2"),
+    detects=is_published_as("mamba2", "backbone.embeddings.weight"),
     read_config=_read_mamba2,
     prefixes=_prefixes("embeddings"),
 )

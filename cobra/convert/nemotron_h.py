@@ -7,8 +7,8 @@ from cobra.lm.mlp import MLPConfig
 from cobra.lm.moe import MoEConfig
 from vision_scan.errors import UserError, choose
 
-from .hybrid import LAYER_TYPES, finish, is_published_as
-from .layout import Layout, Options
+from .hybrid import LAYER_TYPES, finish
+from .layout import Layout, Options, is_published_as
 from .mamba import read_dt_limit
 
 

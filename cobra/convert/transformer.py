@@ -1,6 +1,6 @@
 """Llama and Qwen2 as transformers publishes them: blocks of attention and a gated feed-forward layer."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cobra.lm import LMConfig
@@ -8,7 +8,7 @@ from cobra.lm.attention import AttentionConfig, Llama3RopeScaling
 from cobra.lm.mlp import MLPConfig
 from vision_scan.errors import UserError, choose
 
-from .layout import TRANSFORMERS_KEYS, Layout, Options
+from .layout import TRANSFORMERS_KEYS, Layout, Options, is_published_as
 
 
 def _read_llama(options: Options) -> LMConfig:
@@ -71,6 +71,7 @@ def read_rope(options: Options, headdim: int | None = None, turning: float = 1.0
     rope = newer or older
     if headdim is None:
         rope.demand("partial_rotary_factor", 1.0)
+    rope.ignore("mrope_section", "mrope_interleaved")  # of images; a text's positions are alike on all axes
     turning = rope.take("partial_rotary_factor", float, turning)
     theta = rope.take("rope_theta", float, theta)
     legacy = rope.take("type", str, "default")
@@ -123,24 +124,17 @@ def _prefixes(config: LMConfig) -> dict[str, str]:
     return names
 
 
-def _is_transformers(model_type: str):
-    def detects(config: Mapping[str, Any], names: Collection[str]) -> bool:
-        return config.get("model_type") == model_type and "model.embed_tokens.weight" in names
-
-    return detects
-
-
 LLAMA = Layout(
     name="transformers Llama",
-    detects=_is_transformers("llama"),
+    detects=is_published_as("llama", "model.embed_tokens.weight"),
     read_config=_read_llama,
     prefixes=_prefixes,
-    derived=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    left_out=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
 )
 QWEN2 = Layout(
     name="transformers Qwen2",
-    detects=_is_transformers("qwen2"),
+    detects=is_published_as("qwen2", "model.embed_tokens.weight"),
     read_config=_read_qwen2,
     prefixes=_prefixes,
-    derived=LLAMA.derived,
+    left_out=LLAMA.left_out,
 )

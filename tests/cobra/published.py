@@ -114,6 +114,41 @@ def falcon_mamba(**options):
     return randomise(FalconMambaForCausalLM(FalconMambaConfig(**settings)))
 
 
+QWEN3 = {
+    "hidden_size": 64, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 12, "vocab_size": ROWS, "linear_key_head_dim": 5, "linear_value_head_dim": 6,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 6, "rms_norm_eps": 1e-3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+}  # fmt: skip
+
+
+def qwen3_next(**options):
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    settings = {
+        **QWEN3, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 10, "mlp_only_layers": [1], **options,
+    }  # fmt: skip
+    return randomise(Qwen3NextForCausalLM(Qwen3NextConfig(**settings)))
+
+
+def qwen3_5(**options):
+    from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
+
+    return randomise(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**QWEN3, **options)))
+
+
+def qwen3_5_vision_language(**options):
+    from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForConditionalGeneration
+
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 64}
+    text = {**QWEN3, "rope_parameters": {**QWEN3["rope_parameters"], "mrope_section": [1, 1, 1]}}
+    return randomise(Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, **options)))
+
+
 Save = Callable[[torch.nn.Module, Path], None]
 
 
@@ -203,6 +238,9 @@ CASES: dict[str, tuple] = {  # what is published, its options, how it is saved, 
         as_pickled_shards,
         "transformers Qwen2",
     ),
+    "qwen3-next": (qwen3_next, {}, as_published, "transformers Qwen3-Next"),
+    "qwen3.5": (qwen3_5, {"tie_word_embeddings": True}, in_shards, "transformers Qwen3.5, language model"),
+    "qwen3.5 that sees": (qwen3_5_vision_language, {}, as_published, "transformers Qwen3.5"),
     "falcon-mamba": (falcon_mamba, {}, as_published, "transformers Falcon-Mamba"),
     "granite": (granite, {}, as_published, "transformers Granite-4.0-H"),
     "granite, positions, biases": (
