@@ -13,6 +13,7 @@ from .lm.attention import AttentionConfig
 from .lm.mamba1 import Mamba1Config
 from .lm.mamba2 import Mamba2Config
 from .lm.mlp import MLPConfig
+from .lm.released import RELEASED
 from .lm.stack import LMConfig
 from .prompt import TEMPLATES
 from .tiles import Layout, SizedLayout, TileFrame, TileLayout
@@ -257,6 +258,7 @@ PRESETS: dict[str, CobraConfig] = {
     **_twins_of("tiny", _TINY, TINY_ATTENTION, pairs=3, activation_bytes=4),
     **{f"mamba-{size}": replace(_TINY, lm=lm) for size, lm in _MAMBA1_LMS.items()},
     **{f"mamba2-{size}": replace(_TINY, lm=lm) for size, lm in _MAMBA2_LMS.items()},
+    **{name: replace(_TINY, lm=lm) for name, lm in RELEASED.items()},
     **{
         name: twin
         for size, lm in _MAMBA2_LMS.items()

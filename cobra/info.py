@@ -7,6 +7,7 @@ from pathlib import Path
 from cobra.checkpoint import read_config
 from cobra.config import PRESETS, CobraConfig
 from cobra.cost import LMCost, count_parts
+from cobra.lm import LayerConfig
 from vision_scan.errors import choose
 
 CONTEXTS = (256, 4096, 65536)
@@ -35,11 +36,12 @@ def describe(config: CobraConfig) -> Iterator[str]:
     parts = count_parts(config)
     for name, count in {**parts, "total": sum(parts.values())}.items():
         yield f"{name:<16}{count:>13,}"
-    yield "\ncontext   state bytes (16-bit)   FLOPs to read it   FLOPs of the next token"
+    yield "\ncontext   state bytes (16-bit)   FLOPs to read it   of the next token: FLOPs     bytes moved (16-bit)"
     cost = LMCost(config.lm)
     for context in CONTEXTS:
         flops, step = cost.prefill_flops(context), cost.decode_flops(context)
-        yield f"{context:>7}{cost.state_bytes(context):>23,}{flops:>19.3g}{step:>26.3g}"
+        moved = cost.decode_bytes(context)
+        yield f"{context:>7}{cost.state_bytes(context):>23,}{flops:>19.3g}{step:>27.3g}{moved:>25,}"
 
 
 def compare(configs: Mapping[str, CobraConfig]) -> Iterator[str]:
@@ -57,9 +59,13 @@ def compare(configs: Mapping[str, CobraConfig]) -> Iterator[str]:
             yield f"{name:<{width}}{states}"
 
 
+def _kind(layer: LayerConfig) -> str:
+    return f"({' + '.join(map(_kind, layer.mixers))})" if layer.kind == "parallel" else layer.kind
+
+
 def _layers(config: CobraConfig) -> str:
     """How many there are of each kind: "18 mamba2, 6 attention, 6 mlp"."""
-    kinds = Counter((layer.kind, getattr(layer, "window", None)) for layer in config.lm.layers)
+    kinds = Counter((_kind(layer), getattr(layer, "window", None)) for layer in config.lm.layers)
     return ", ".join(
         f"{count} {kind}" + (f" (window {window})" if window else "") for (kind, window), count in kinds.items()
     )

@@ -20,7 +20,7 @@ from cobra.convert.conversion import detect
 from cobra.convert.source import read_source
 from cobra.convert.writer import Entry, write_tensors
 from cobra.cost import LMCost
-from cobra.lm import LanguageModel
+from cobra.lm import LanguageModel, released
 from cobra.lm.decode import Decoder
 from cobra.tokenizer import SPECIALS
 from tests.cobra.published import (
@@ -111,7 +111,8 @@ def test_the_layout_is_told_by_the_content(published, case):
 @pytest.mark.parametrize("name", RELEASED)
 def test_configurations_of_released_models_are_read(name):
     expected, values, parameters = RELEASED[name]
-    first = "model.embed_tokens.weight" if "Mamba" not in expected else "backbone.embeddings.weight"
+    has_backbone = "Mamba" in expected or "Nemotron" in expected
+    first = "backbone.embeddings.weight" if has_backbone else "model.embed_tokens.weight"
     first = "backbone.embedding.weight" if "state-spaces" in expected else first
     (layout,) = (layout for layout in LAYOUTS if layout.detects(values, {first}))
     assert layout.name == expected
@@ -121,6 +122,16 @@ def test_configurations_of_released_models_are_read(name):
     assert LMCost(config).parameters == parameters
     if name in cobra.PRESETS:
         assert config == cobra.PRESETS[name].lm
+
+
+@pytest.mark.parametrize("name", [name for name in RELEASED if name in released.RELEASED])
+def test_released_sizes_are_those_that_transformers_builds(name):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _, values, parameters = RELEASED[name]
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == parameters
 
 
 def test_layouts_have_different_names():

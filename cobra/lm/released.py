@@ -1,0 +1,68 @@
+"""Language models that others have released, beside those of Mamba and Mamba-2's authors: their layers and sizes.
+
+Multipliers that some have beside their weights are multiplied into these (convert/hybrid.py), so that here they only
+make the norms' epsilon smaller.
+"""
+
+from .attention import AttentionConfig
+from .mamba1 import Mamba1Config
+from .mamba2 import Mamba2Config
+from .mlp import MLPConfig
+from .parallel import ParallelConfig
+from .stack import LMConfig
+
+
+def _falcon_mamba(norm_eps: float) -> LMConfig:
+    mamba = Mamba1Config(d_inner=8192, dt_rank=256, inner_norms="plain", norm_eps=norm_eps)
+    return LMConfig(d_model=4096, vocab_size=65024, layers=(mamba,) * 64, tie_word_embeddings=False)
+
+
+def _bamba_9b() -> LMConfig:
+    mamba = Mamba2Config(d_inner=8192)
+    attention = AttentionConfig(num_heads=32, num_kv_heads=8, headdim=128, rotary_dim=64)
+    mixers = [attention if index in (9, 18, 27) else mamba for index in range(32)]
+    layers = tuple(layer for mixer in mixers for layer in (mixer, MLPConfig(d_ff=14336)))
+    return LMConfig(d_model=4096, vocab_size=128256, layers=layers, tie_word_embeddings=False)
+
+
+def _granite_h_micro() -> LMConfig:
+    eps = 1e-5
+    mamba = Mamba2Config(d_inner=4096, norm_eps=eps)
+    attention = AttentionConfig(num_heads=32, num_kv_heads=8, headdim=64, rope_theta=None)
+    mixers = [attention if index in (5, 15, 25, 35) else mamba for index in range(40)]
+    layers = tuple(layer for mixer in mixers for layer in (mixer, MLPConfig(d_ff=8192)))
+    return LMConfig(d_model=2048, vocab_size=100352, layers=layers, norm_eps=eps / 12**2)
+
+
+def _nemotron_h_8b() -> LMConfig:
+    kinds = {
+        "M": Mamba2Config(d_inner=8192, ngroups=8, chunk_size=128),
+        "-": MLPConfig(d_ff=21504, activation="relu2", gated=False),
+        "*": AttentionConfig(num_heads=32, num_kv_heads=8, headdim=128, rope_theta=None),
+    }
+    layers = tuple(kinds[letter] for letter in "M-M-M-M*-" + 3 * "M-M-M-M-M*-" + "M-M-M-M-M-")
+    return LMConfig(d_model=4096, vocab_size=131072, layers=layers, tie_word_embeddings=False)
+
+
+def _falcon_h1_500m() -> LMConfig:
+    mamba = Mamba2Config(d_inner=1536, chunk_size=128, rmsnorm=False)
+    attention = AttentionConfig(num_heads=8, num_kv_heads=2, headdim=64, rope_theta=1e11)
+    layers = (ParallelConfig(mixers=(mamba, attention)), MLPConfig(d_ff=2048)) * 36
+    eps = 1e-5 / 5.656854249492381**2
+    return LMConfig(d_model=1024, vocab_size=32784, layers=layers, norm_eps=eps, tie_word_embeddings=False)
+
+
+def _codestral_mamba() -> LMConfig:
+    mamba = Mamba2Config(ngroups=8)
+    return LMConfig(d_model=4096, vocab_size=32768, layers=(mamba,) * 64, tie_word_embeddings=False)
+
+
+RELEASED: dict[str, LMConfig] = {
+    "falcon-mamba-7b": _falcon_mamba(1e-6),
+    "falcon3-mamba-7b": _falcon_mamba(1e-5),
+    "codestral-mamba-7b": _codestral_mamba(),
+    "bamba-9b": _bamba_9b(),
+    "granite-4.0-h-micro": _granite_h_micro(),
+    "nemotron-h-8b": _nemotron_h_8b(),
+    "falcon-h1-0.5b": _falcon_h1_500m(),
+}
