@@ -61,13 +61,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_convert_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("source", metavar="SRC", help="directory of a published checkpoint: Mamba, Mamba-2, Llama or Qwen2")
+    add("source", metavar="SRC", help="directory of a published checkpoint, see docs/checkpoints.md")
     add("destination", metavar="DST", help="the model directory to write")
     add(
         "--preset",
         default="tiny",
         metavar="NAME",
-        help="whose image, vision encoder, connector and template it gets (default: tiny)",
+        help="whose image, vision encoder, connector and template a language model gets (default: tiny)",
+    )
+    add(
+        "--tower",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="weights of a tower, of a checkpoint that has none; once for each, in order",
     )
     add("--tokenizer", default=None, metavar="FILE", help="a tokenizer.json (default: SRC/tokenizer.json)")
     add("--dry-run", action="store_true", help="print what would be done, and write nothing")
@@ -78,7 +85,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
     from cobra.convert.conversion import check_destination, plan
 
     check_destination(arguments.destination)
-    conversion = plan(arguments.source, preset=arguments.preset, tokenizer=arguments.tokenizer)
+    conversion = plan(arguments.source, preset=arguments.preset, tokenizer=arguments.tokenizer, towers=arguments.tower)
     print("\n".join(conversion.report()))
     if arguments.dry_run:
         print("output      nothing, as this is a dry run")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cobra.checkpoint import TOKENIZER, check_match, named_tensors, write_model
 from cobra.config import PRESETS, CobraConfig
@@ -17,6 +17,7 @@ from cobra.model import make_vision_parts
 from cobra.progress import progress
 from cobra.prompt import TEMPLATES
 from cobra.tokenizer import Tokenizer
+from cobra.vision_encoder import load_tower_weights
 from vision_scan.errors import UserError, choose
 
 from .falcon_h1 import FALCON_H1
@@ -25,6 +26,7 @@ from .hybrid import BAMBA
 from .layout import Layout, Options, Piece, Pieces
 from .mamba import FALCON_MAMBA, MAMBA1, MAMBA2, STATE_SPACES
 from .nemotron_h import NEMOTRON_H
+from .prismatic import COBRA, ML_MAMBA
 from .qwen3 import QWEN3_5, QWEN3_5_VL, QWEN3_NEXT
 from .source import CONFIG, Source, read_source
 from .transformer import LLAMA, QWEN2
@@ -32,7 +34,7 @@ from .writer import Entry, write_tensors
 
 LAYOUTS = (
     STATE_SPACES, MAMBA1, MAMBA2, FALCON_MAMBA, LLAMA, QWEN2, GRANITE, BAMBA, NEMOTRON_H, FALCON_H1, QWEN3_NEXT,
-    QWEN3_5, QWEN3_5_VL,
+    QWEN3_5, QWEN3_5_VL, COBRA, ML_MAMBA,
 )  # fmt: skip
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,10 +49,10 @@ class Conversion:
     Attributes:
         source, layout: what was found.
         config, tokenizer: of the model that it becomes.
-        preset: where its image, vision encoder, connector and template come from.
+        preset: where its image, vision encoder, connector and template come from; None: the checkpoint has them.
         rows: of the published embeddings.
-        language: the tensors of the language model.
-        vision: those of the vision encoder and the connector, which are random.
+        published: the tensors that the checkpoint holds, the language model's first.
+        vision: those of the vision encoder, and of a connector that the checkpoint does not have.
     """
 
     source: Source
@@ -58,32 +60,42 @@ class Conversion:
     config: CobraConfig
     tokenizer: Tokenizer
     tokenizer_file: Path
-    preset: str
+    preset: str | None
     rows: int
-    language: list[Entry]
+    published: list[Entry]
     vision: list[Entry]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors to be written."""
-        return sum(entry.nbytes for entry in (*self.language, *self.vision))
+        return sum(entry.nbytes for entry in (*self.published, *self.vision))
 
     def report(self) -> list[str]:
         """What is done, in lines to be read."""
         lm = self.config.lm
         layers = ", ".join(f"{n} {kind}" for kind, n in Counter(layer.kind for layer in lm.layers).items())
         size = Counter[str]()
-        for entry in self.language:
+        for entry in self.published:
             size[str(entry.dtype).removeprefix("torch.")] += entry.nbytes
         return [
             f"layout      {self.layout.name}, {self.source.weights.name}",
             f"layers      {layers}; d_model {lm.d_model}, vocabulary {lm.vocab_size}",
-            f"parameters  {_count(self.language):,} of the language model",
-            f"            {_count(self.vision):,} of {self.preset}'s vision encoder and connector, random",
+            *self._parameters(),
             f"dtype       {', '.join(name for name, _ in size.most_common())}",
             f"tokenizer   {self.tokenizer_file}, {self.tokenizer.given_size} ids for {self.rows} embeddings",
             f"            {self._special_tokens()}",
             f"bytes       {self.nbytes:,}",
+        ]
+
+    def _parameters(self) -> list[str]:
+        if self.preset is None:
+            return [
+                f"parameters  {_count(self.published):,} of language model and connector, {self.config.connector.kind}",
+                f"            {_count(self.vision):,} of the towers, from their own files",
+            ]
+        return [
+            f"parameters  {_count(self.published):,} of the language model",
+            f"            {_count(self.vision):,} of {self.preset}'s vision encoder and connector, random",
         ]
 
     def _special_tokens(self) -> str:
@@ -105,7 +117,7 @@ class Conversion:
         """
         check_destination(path)
         with progress("writing", self.nbytes) as advance:
-            entries = [*self.language, *self.vision]
+            entries = [*self.published, *self.vision]
             write = functools.partial(write_tensors, entries=entries, advance=advance)
             write_model(path, self.config, self.tokenizer, write)
 
@@ -116,9 +128,10 @@ def convert(
     *,
     preset: str = "tiny",
     tokenizer: str | Path | None = None,
+    towers: Sequence[str | Path] = (),
     seed: int = 0,
 ) -> Conversion:
-    """Makes a model directory of a published language model, see `plan`.
+    """Makes a model directory of a published model, see `plan`.
 
     Args:
         destination: the directory to write; it must not exist, or be empty.
@@ -126,33 +139,41 @@ def convert(
         UserError: as `plan`, or if there is something at the destination already.
     """
     check_destination(destination)
-    conversion = plan(source, preset=preset, tokenizer=tokenizer, seed=seed)
+    conversion = plan(source, preset=preset, tokenizer=tokenizer, towers=towers, seed=seed)
     conversion.write(destination)
     return conversion
 
 
 def plan(
-    source: str | Path, *, preset: str = "tiny", tokenizer: str | Path | None = None, seed: int = 0
+    source: str | Path,
+    *,
+    preset: str = "tiny",
+    tokenizer: str | Path | None = None,
+    towers: Sequence[str | Path] = (),
+    seed: int = 0,
 ) -> Conversion:
     """Finds out what a checkpoint is and what it becomes; writes nothing.
 
     Args:
         source: the directory of a published checkpoint.
-        preset: whose image, vision encoder, connector and template the model gets.
+        preset: whose image, vision encoder, connector and template a language model gets; a vision-language model has
+            its own.
         tokenizer: a Hugging Face tokenizer.json; None: the one beside the checkpoint.
-        seed: of the weights of vision encoder and connector.
+        towers: the weights of a vision-language model's towers, a file of timm for each, in order.
+        seed: of the weights of vision encoder and connector of a language model.
     Raises:
         UserError: if the checkpoint is of no known layout, an option of its configuration is not supported,
             a tensor is missing, unexpected or of another shape or dtype, or tokenizer or preset do not fit.
     """
-    parts = choose("preset", preset, PRESETS)
+    given = choose("preset", preset, PRESETS)
     checkpoint = read_source(source)
     layout = detect(checkpoint)
     lm = _read_config(layout, checkpoint)
     file = _find_tokenizer(checkpoint.path, tokenizer)
     tokens = Tokenizer.from_file(file)
     vocab = _vocab_size(tokens, file, lm.vocab_size)
-    config = replace(parts, lm=replace(lm, vocab_size=vocab))
+    whole = replace(given, lm=lm) if layout.whole is None else layout.whole(lm, checkpoint.config)
+    config = replace(whole, lm=replace(lm, vocab_size=vocab))
     _check_template(config.template, tokens, file)
     return Conversion(
         source=checkpoint,
@@ -160,10 +181,10 @@ def plan(
         config=config,
         tokenizer=tokens,
         tokenizer_file=file,
-        preset=preset,
+        preset=preset if layout.whole is None else None,
         rows=lm.vocab_size,
-        language=_language_entries(layout, lm, checkpoint, vocab),
-        vision=_vision_entries(preset, config, seed),
+        published=_published_entries(layout, whole, checkpoint, vocab),
+        vision=_vision_entries(preset, config, seed) if layout.whole is None else _tower_entries(config, towers),
     )
 
 
@@ -226,28 +247,39 @@ def _check_template(template: str, tokenizer: Tokenizer, file: Path) -> None:
             raise UserError(f"{file} does not fit the template {template!r}: {error}") from error
 
 
-def _language_entries(layout: Layout, config: LMConfig, source: Source, vocab: int) -> list[Entry]:
-    """The language model's tensors, the source's being exactly those of `config`.
+def _published_entries(layout: Layout, config: CobraConfig, source: Source, vocab: int) -> list[Entry]:
+    """The tensors of the language model, and of the connector if the layout has it, the source's being exactly those of
+    `config`.
 
     Args:
         vocab: rows that the embeddings get.
     """
     with torch.device("meta"):
-        model = LanguageModel(config)
-    own = named_tensors(model)
-    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    table = shapes[TABLES[0]]
-    pieces = layout.locate(config, source.config, {**shapes, TABLES[1]: table})
+        parts = {"lm": LanguageModel(config.lm)}
+        if layout.connector is not None:
+            _, parts["connector"] = make_vision_parts(config)
+    shapes = {part: {name: tuple(x.shape) for name, x in named_tensors(parts[part]).items()} for part in parts}
+    head = {TABLES[1]: shapes["lm"][TABLES[0]]}  # has a place, whether or not it is the embeddings
+    located = {"lm": layout.locate(config.lm, source.config, {**shapes["lm"], **head})}
+    if layout.connector is not None:
+        located["connector"] = layout.connector(config, shapes["connector"])
     given = {name: tensor for name, tensor in source.tensors.items() if not layout.is_left_out(name)}
-    if config.tie_word_embeddings:
-        _drop_tied_head(given, pieces, source)
-    expected = {piece.name: piece.shape or shape for name, shape in shapes.items() for piece in pieces[name]}
+    if config.lm.tie_word_embeddings:
+        _drop_tied_head(given, located["lm"], source)
+    expected = {
+        piece.name: piece.shape or shape
+        for part, own in shapes.items()
+        for name, shape in own.items()
+        for piece in located[part][name]
+    }
     meta = {name: torch.empty(shape, device="meta") for name, shape in expected.items()}
     check_match(meta, given, str(source.weights))
-    wide = _float32_names(model)
+    wide = {part: _float32_names(module) for part, module in parts.items()}
+    rows = {("lm", table): vocab for table in TABLES}
     return [
-        _entry(name, shapes[name], pieces[name], given, name in wide, vocab if name in TABLES else None, source)
-        for name in own
+        _entry(f"{part}.{name}", shape, located[part][name], given, name in wide[part], rows.get((part, name)), source)
+        for part, own in shapes.items()
+        for name, shape in own.items()
     ]
 
 
@@ -285,8 +317,8 @@ def _entry(
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     if rows is None or rows == shape[0]:
-        return Entry(f"lm.{name}", dtype, shape, read)
-    return Entry(f"lm.{name}", dtype, (rows, *shape[1:]), lambda: _grown(read(), rows))
+        return Entry(name, dtype, shape, read)
+    return Entry(name, dtype, (rows, *shape[1:]), lambda: _grown(read(), rows))
 
 
 def _grown(table: Tensor, rows: int) -> Tensor:
@@ -295,7 +327,7 @@ def _grown(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, mean.to(table.dtype).expand(rows - len(table), -1)])
 
 
-def _float32_names(model: LanguageModel) -> set[str]:
+def _float32_names(model: nn.Module) -> set[str]:
     """The names of parameters that are never stored in half precision."""
     return {
         f"{name}.{leaf}"
@@ -303,6 +335,13 @@ def _float32_names(model: LanguageModel) -> set[str]:
         if isinstance(module, Float32Parameters)
         for leaf in module.float32_parameters
     }
+
+
+def _tower_entries(config: CobraConfig, towers: Sequence[str | Path]) -> list[Entry]:
+    """The vision encoder with the weights of these files."""
+    encoder, _ = make_vision_parts(config)
+    load_tower_weights(encoder, towers)
+    return _entries_of("vision_encoder", encoder)
 
 
 def _vision_entries(preset: str, config: CobraConfig, seed: int) -> list[Entry]:
@@ -315,10 +354,13 @@ def _vision_entries(preset: str, config: CobraConfig, seed: int) -> list[Entry]:
             raise UserError(
                 f"preset {preset} does not fit a language model with d_model {config.lm.d_model}: {error}"
             ) from error
-    parts = dict(zip(("vision_encoder", "connector"), made, strict=True))
+    encoder, connector = made
+    return [*_entries_of("vision_encoder", encoder), *_entries_of("connector", connector)]
+
+
+def _entries_of(part: str, module: nn.Module) -> list[Entry]:
     return [
         Entry(f"{part}.{name}", tensor.dtype, tuple(tensor.shape), functools.partial(torch.clone, tensor))
-        for part, module in parts.items()
         for name, tensor in named_tensors(module).items()
     ]
 

@@ -3,13 +3,16 @@
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cobra.lm import LMConfig
 from vision_scan.errors import UserError
+
+if TYPE_CHECKING:
+    from cobra.config import CobraConfig
 
 _REQUIRED: Any = object()
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
@@ -144,6 +147,8 @@ class Layout:
             not have.
         adapt: (our configuration, config.json, pieces as `prefixes` tells, our shapes) -> the pieces of those of our
             tensors that are not one published tensor, or not as published; None: all are.
+        whole: of a vision-language model: (its language model, config.json) -> all of it.
+        connector: of one: (all of it, shapes of the connector's tensors) -> their pieces.
     """
 
     name: str
@@ -153,24 +158,31 @@ class Layout:
     left_out: str | None = None
     adapt: Callable[[LMConfig, Mapping[str, Any], Pieces, Shapes], Pieces] | None = None
 
+    whole: "Callable[[LMConfig, Mapping[str, Any]], CobraConfig] | None" = None
+    connector: "Callable[[CobraConfig, Shapes], Pieces] | None" = None
+
     def locate(self, config: LMConfig, options: Mapping[str, Any], shapes: Shapes) -> Pieces:
-        """Where our tensors stand.
+        """Where the language model's tensors stand.
 
         Args:
             options: config.json.
             shapes: of our tensors.
         """
-        prefixes = self.prefixes(config)
-
-        def published(name: str) -> str:
-            prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
-            return prefixes[prefix] + name.removeprefix(prefix)
-
-        pieces = {name: (Piece(published(name)),) for name in shapes}
+        pieces = renamed(self.prefixes(config), shapes)
         return pieces if self.adapt is None else {**pieces, **self.adapt(config, options, pieces, shapes)}
 
     def is_left_out(self, name: str) -> bool:
         return self.left_out is not None and re.fullmatch(self.left_out, name) is not None
+
+
+def renamed(prefixes: Mapping[str, str], names: Collection[str]) -> Pieces:
+    """Tensors that stand under names that begin otherwise: the first prefix that fits is exchanged."""
+
+    def published(name: str) -> str:
+        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+        return prefixes[prefix] + name.removeprefix(prefix)
+
+    return {name: (Piece(published(name)),) for name in names}
 
 
 def is_published_as(model_type: str, embedding: str) -> Callable[[Mapping[str, Any], Collection[str]], bool]:

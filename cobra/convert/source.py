@@ -109,12 +109,18 @@ def _open_pickle(file: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{file}: damaged, or more than tensors, which is not read as that would execute code ({reason})"
         ) from error
-    if not isinstance(data, dict) or not all(isinstance(tensor, Tensor) for tensor in data.values()):
+    tensors = data
+    parts = data.get("model") if isinstance(data, dict) else None
+    if isinstance(parts, dict) and all(isinstance(part, dict) for part in parts.values()):  # as Cobra's and ML-Mamba's
+        tensors = {f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{file}: must hold a mapping from names to tensors and nothing else")
-    return data
+    return tensors
 
 
 _OPENERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "model.safetensors": _open_safetensors,
     "pytorch_model.bin": _open_pickle,
+    "checkpoints/latest-checkpoint.pt": _open_pickle,
+    "latest-checkpoint.pt": _open_pickle,
 }

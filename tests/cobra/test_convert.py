@@ -258,7 +258,7 @@ def test_a_tokenizer_that_has_the_special_tokens_keeps_its_ids(published, tmp_pa
 def test_tensors_computed_from_the_configuration_are_not_needed(damaged):
     path = damaged("llama 3.2")
     spoil(path, lambda t: t.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(6)}))
-    assert len(plan(path).language) == 20
+    assert len(plan(path).published) == 20
 
 
 def test_files_of_transformers_4_are_read(damaged, read_config):
@@ -311,7 +311,7 @@ def test_a_conversion_that_is_interrupted_leaves_no_trace(published, tmp_path):
         raise KeyboardInterrupt
 
     conversion = plan(published("llama")[1])
-    conversion.language[3] = conversion.language[3]._replace(read=interrupt)
+    conversion.published[3] = conversion.published[3]._replace(read=interrupt)
     with pytest.raises(KeyboardInterrupt):
         conversion.write(tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -379,7 +379,7 @@ def test_no_more_than_a_tensor_is_in_memory(tmp_path, tokenizer_file, suffix):
     conversion = plan(tmp_path / "published", tokenizer=tokenizer_file)
     write_tensors(
         tmp_path / "file",
-        [*conversion.language, *conversion.vision],
+        [*conversion.published, *conversion.vision],
         lambda nbytes: seen.append(anonymous_bytes()),
     )
     assert max(seen) - before < total / 3
