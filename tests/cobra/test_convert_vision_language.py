@@ -1,5 +1,5 @@
-"""Released Cobra and ML-Mamba, as small as can be and in the released layout: what is converted computes what their
-parts do, put together here by hand of transformers' Mamba, timm's towers and plain torch."""
+"""Released Cobra, ML-Mamba, LLaVA and MobileVLM, as small as can be and in the released layouts: what is converted
+computes what their parts do, put together here by hand of transformers' language models, timm's towers and torch."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,14 @@ from torch.nn.functional import gelu, layer_norm, linear, silu, softplus
 import cobra
 from cobra.cli import main
 from cobra.config import PRESETS
-from cobra.convert import plan, prismatic
+from cobra.convert import llava, plan, prismatic
 from cobra.cost import count_parts
 from cobra.lm import LMConfig
 from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.vision_encoder import FusedEncoderConfig, TimmEncoderConfig
 from tests.cobra.published import ROWS, mamba1, mamba2, train_tokenizer
+from tests.cobra.published import llama as llama_of_transformers
 from tests.cobra.test_oracles import randomise
 from tests.tolerance import assert_close
 from vision_scan.errors import UserError
@@ -211,6 +212,90 @@ def test_ml_mamba(small, tmp_path, monkeypatch):
     assert_close("image tokens", found, torch.stack(expected), 1e-4)
     ours, wanted = logits_of(model, theirs, found[0], torch.arange(5, 20))
     assert_close("logits", ours, wanted, 1e-4)
+
+
+class PEG(nn.Module):
+    """MobileVLM's: a depthwise convolution beside what it sees, on a square of tokens (n, side * side, D_MODEL)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peg = nn.Sequential(nn.Conv2d(D_MODEL, D_MODEL, 3, 1, 1, groups=D_MODEL))
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = int(x.shape[1] ** 0.5)
+        map_ = x.mT.unflatten(-1, (side, side))
+        return (self.peg(map_) + map_).flatten(2).mT
+
+
+@pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear", "ldpnetv2"])
+@torch.no_grad()
+def test_llava_and_mobilevlm(tmp_path, monkeypatch, kind):
+    is_mobile = kind == "ldpnetv2"
+    tower = TimmEncoderConfig(name=TOWERS[0])
+    monkeypatch.setitem(llava.TOWERS, "small", (tower, 64))
+    theirs = llama_of_transformers()
+    if kind == "linear":
+        projector = randomise(nn.Linear(192, D_MODEL))
+        tensors = projector.state_dict()
+    else:
+        mlp = randomise(nn.Sequential(nn.Linear(192, D_MODEL), nn.GELU(), nn.Linear(D_MODEL, D_MODEL)))
+        peg = randomise(PEG())
+        tensors = mlp.state_dict()
+        if is_mobile:
+            tensors = {f"mlp.mlp.{name}": t for name, t in tensors.items()}
+            tensors |= {f"peg.{name}": t for name, t in peg.state_dict().items()}
+
+        def projector(x: Tensor) -> Tensor:
+            x = mlp(x)
+            if not is_mobile:
+                return x
+            pooled = nn.functional.adaptive_avg_pool2d(x.mT.unflatten(-1, (4, 4)), (2, 2))
+            return peg(pooled.flatten(2).mT)
+
+    config = {
+        **theirs.config.to_dict(), "model_type": "mobilevlm" if is_mobile else "llava", "mm_projector_type": kind,
+        "mm_vision_tower": "small", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+        "mm_hidden_size": 192, "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
+        "image_aspect_ratio": "pad", "freeze_mm_mlp_adapter": False, "image_grid_pinpoints": None,
+    }  # fmt: skip
+    source = tmp_path / "llava"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    state = {**theirs.state_dict(), **{f"model.mm_projector.{name}": t for name, t in tensors.items()}}
+    torch.save(state, source / "pytorch_model.bin")
+    train_tokenizer(source / "tokenizer.json", specials=("<s>", "</s>"))
+    made = timm.create_model(TOWERS[0], pretrained=False, num_classes=0, img_size=64).eval()
+    torch.save(made.state_dict(), tmp_path / "tower.pth")
+    conversion = cobra.convert.convert(source, tmp_path / "out", towers=[tmp_path / "tower.pth"])
+    assert conversion.layout.name == ("MobileVLM V2" if is_mobile else "LLaVA-1.5")
+    model = cobra.load(tmp_path / "out", dtype="float32")
+    assert model.config.template == "vicuna_v1" and model.config.image.resize == "letterbox"
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(made.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    (patches,) = made.get_intermediate_layers((pixels - mean) / std, n={len(made.blocks) - 2})
+    found = model.encode_images(pixels)
+    assert_close("image tokens", found, projector(patches), 1e-5)
+    ours, wanted = logits_of(model, theirs, found[0], torch.arange(5, 20))
+    assert_close("logits", ours, wanted, 1e-4)
+
+
+def test_llavas_own_ids_lead_to_the_preset():
+    values = {
+        "model_type": "llava", "hidden_act": "silu", "hidden_size": 4096, "image_aspect_ratio": "pad",
+        "image_grid_pinpoints": None, "freeze_mm_mlp_adapter": False, "freeze_mm_vision_resampler": False,
+        "initializer_range": 0.02, "intermediate_size": 11008, "max_length": 4096, "max_position_embeddings": 4096,
+        "mm_hidden_size": 1024, "mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None,
+        "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2, "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 0,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False,
+        "torch_dtype": "float16", "tune_mm_mlp_adapter": False, "tune_mm_vision_resampler": False,
+        "unfreeze_mm_vision_tower": False, "use_cache": True, "use_mm_proj": True, "vocab_size": 32000,
+    }  # fmt: skip
+    options = cobra.convert.Options(values, "config.json")
+    lm = llava.LLAVA.read_config(options)
+    options.close()
+    assert llava.LLAVA.whole(lm, values) == PRESETS["llava-1.5"]
 
 
 @pytest.mark.parametrize("preset", ["cobra-3b", "ml-mamba-3b"])
