@@ -5,6 +5,7 @@ from typing import Union
 from torch import nn
 
 from .attention import Attention
+from .gated_conv import GatedConv
 from .gated_deltanet import GatedDeltaNet
 from .mamba1 import Mamba1
 from .mamba2 import Mamba2
@@ -14,6 +15,7 @@ from .moe import MoE
 
 KINDS: dict[str, type[nn.Module]] = {
     "attention": Attention,
+    "gated_conv": GatedConv,
     "gated_deltanet": GatedDeltaNet,
     "mamba1": Mamba1,
     "mamba2": Mamba2,

@@ -1,4 +1,6 @@
-"""The short causal convolution in front of a recurrence: each channel sees its own last few inputs."""
+"""The short causal convolution, mostly in front of a recurrence: each channel sees its own last few inputs."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +12,14 @@ from .sequence_parallel import shift, window_map
 
 
 class ShortConvolution(nn.Conv1d):
-    """Followed by SiLU; parameters as in the released state-spaces checkpoints: weight (channels, 1, d_conv)
-    and, if it has one, bias (channels,). Its state is the last d_conv - 1 inputs, (batch, channels, d_conv - 1)."""
+    """Followed by SiLU, or by nothing; parameters as in the released state-spaces checkpoints: weight (channels, 1,
+    d_conv) and, if it has one, bias (channels,). Its state is the last inputs, (batch, channels, d_conv - 1)."""
 
-    def __init__(self, channels: int, d_conv: int, bias: bool = True) -> None:
+    def __init__(
+        self, channels: int, d_conv: int, bias: bool = True, activation: Literal["silu"] | None = "silu"
+    ) -> None:
         super().__init__(channels, channels, d_conv, groups=channels, bias=bias)
+        self.activation = activation
 
     @torch.no_grad()
     def start_near_identity(self) -> None:
@@ -31,11 +36,11 @@ class ShortConvolution(nn.Conv1d):
             final, transition = window_map(x, taps, segments.seq_idx)
             state = segments.shard.entering_state(final, transition, shift).to(x.dtype)
         return vision_scan.causal_conv1d(
-            x, self.weight[:, 0], self.bias, "silu", state, return_final_state=True, seq_idx=segments.seq_idx
+            x, self.weight[:, 0], self.bias, self.activation, state, return_final_state=True, seq_idx=segments.seq_idx
         )
 
     def update(self, x: Tensor, state: Tensor, segments: Segments) -> Tensor:
         """A few tokens onto a state that is overwritten."""
         return vision_scan.causal_conv1d_update(
-            state, x, self.weight[:, 0], self.bias, "silu", segments.seq_idx
+            state, x, self.weight[:, 0], self.bias, self.activation, segments.seq_idx
         )

@@ -149,6 +149,28 @@ def qwen3_5_vision_language(**options):
     return randomise(Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, **options)))
 
 
+def jamba(**options):
+    from transformers import JambaConfig, JambaForCausalLM
+
+    settings = {
+        "hidden_size": 64, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": ROWS, "rms_norm_eps": 1e-3, "num_experts": 5, "attn_layer_period": 3,
+        "attn_layer_offset": 1, "mamba_d_state": 6, **options,
+    }  # fmt: skip
+    return randomise(JambaForCausalLM(JambaConfig(**settings)))
+
+
+def lfm2(**options):
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    settings = {
+        "hidden_size": 64, "intermediate_size": 60, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": ROWS, "norm_eps": 1e-3, "block_multiple_of": 16,
+        "full_attn_idxs": [1], **options,
+    }  # fmt: skip
+    return randomise(Lfm2ForCausalLM(Lfm2Config(**settings)))
+
+
 Save = Callable[[torch.nn.Module, Path], None]
 
 
@@ -271,6 +293,21 @@ CASES: dict[str, tuple] = {  # what is published, its options, how it is saved, 
         },
         as_published,
         "transformers Nemotron-H",
+    ),
+    "jamba": (jamba, {}, as_published, "transformers Jamba"),
+    "jamba, dense": (
+        jamba,
+        {"num_experts": 1, "mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_dt_rank": 5,
+         "tie_word_embeddings": True},
+        as_published,
+        "transformers Jamba",
+    ),
+    "lfm2": (lfm2, {}, as_published, "transformers LFM2"),
+    "lfm2, biases": (
+        lfm2,
+        {"conv_bias": True, "conv_L_cache": 4, "tie_word_embeddings": False, "block_auto_adjust_ff_dim": False},
+        as_published,
+        "transformers LFM2",
     ),
     "falcon-h1": (falcon_h1, {}, as_published, "transformers Falcon-H1"),
     "falcon-h1, norms, tied": (

@@ -47,7 +47,8 @@ STACKS = {
     "window": (WINDOW, MLP),
     "biases": (BIASED, MLP),
     "hybrid": (MAMBA2, GQA, MLP, WINDOW, MAMBA2),
-    **{name: WAYS[name] for name in ("gated attention", "mamba2 options", "mamba1 norms", "experts", "parallel")},
+    **{name: WAYS[name] for name in ("gated attention", "mamba2 options", "mamba1 norms")},
+    **{name: WAYS[name] for name in ("experts", "parallel", "gated_conv")},
 }
 
 

@@ -38,6 +38,7 @@ PROJECTIONS = {
     "attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj"},
 }
+PROJECTIONS["gated_conv"] = PROJECTIONS["mamba2"]
 PROJECTIONS["moe"] = PROJECTIONS["mlp"]
 PROJECTIONS["parallel"] = PROJECTIONS["mamba2"] | PROJECTIONS["attention"] | PROJECTIONS["mlp"]
 INITS = ("default", "pissa")
