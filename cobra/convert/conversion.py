@@ -240,7 +240,7 @@ def _language_entries(layout: Layout, config: LMConfig, source: Source, vocab: i
     expected = {pieces[name].name: pieces[name].shape or shape for name, shape in shapes.items()}
     meta = {name: torch.empty(shape, device="meta") for name, shape in expected.items()}
     check_match(meta, given, str(source.weights))
-    wide = _float32_names(model)
+    wide = float32_names(model)
     return [
         _entry(name, shapes[name], pieces[name], given, name in wide, vocab if name in TABLES else None, source)
         for name in own
@@ -284,7 +284,7 @@ def _grown(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, mean.to(table.dtype).expand(rows - len(table), -1)])
 
 
-def _float32_names(model: LanguageModel) -> set[str]:
+def float32_names(model: LanguageModel) -> set[str]:
     """The names of parameters that are never stored in half precision."""
     return {
         f"{name}.{leaf}"

@@ -145,6 +145,9 @@ class Layout:
         derived: names of tensors that are computed from the configuration again, and not read.
         adapt: (our configuration, config.json, pieces by our names, shapes of ours) -> those of the pieces that are
             not whole tensors, or not as published; None: all are.
+        block: kinds of the layers that a model repeats from the first to the last, of one that is written in this way.
+        write_config: our configuration, of such blocks -> options of config.json that `read_config` reads as it, where
+            the layout can say all of it; None: models are not written in this way, only read.
     """
 
     name: str
@@ -153,6 +156,8 @@ class Layout:
     prefixes: Callable[[LMConfig], Mapping[str, str]]
     derived: str | None = None
     adapt: Callable[[LMConfig, Mapping[str, Any], Mapping[str, Piece], Shapes], Mapping[str, Piece]] | None = None
+    block: tuple[str, ...] = ()
+    write_config: Callable[[LMConfig], dict[str, Any]] | None = None
 
     def locate(self, config: LMConfig, options: Mapping[str, Any], shapes: Shapes) -> dict[str, Piece]:
         """Where our tensors stand.
