@@ -1,4 +1,4 @@
-"""The command line: `cobra answer | read | chat | serve | convert | info | doctor | scan`."""
+"""The command line: `cobra answer | read | chat | serve | convert | export | info | doctor | scan`."""
 
 import argparse
 import sys
@@ -49,6 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_convert_options(convert)
 
+    export = add(
+        "export",
+        run_export,
+        "write the language model of a model directory for others to run",
+        "cobra export runs/demo/cobra out --format transformers",
+    )
+    _add_export_options(export)
+
     info = add("info", run_info, "print what a model consists of and costs", "cobra info mamba2-130m")
     about = "a model directory, or the name of a preset; several are compared"
     info.add_argument("models", nargs="+", metavar="DIR|PRESET", help=about)
@@ -92,6 +100,35 @@ def run_convert(arguments: argparse.Namespace) -> None:
         return
     conversion.write(arguments.destination)
     print(f"output      {arguments.destination}")
+
+
+def _add_export_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("source", metavar="SRC", help="a model directory")
+    add("destination", metavar="DST", help="what to write: a directory for transformers, a file for gguf")
+    add(
+        "--format",
+        default="transformers",
+        metavar="NAME",
+        help="transformers, or gguf for llama.cpp, Mamba and Mamba-2 only (default: transformers)",
+    )
+    dtypes = "transformers: stored, float32, bfloat16; gguf: float32, bfloat16, q8_0, q4_0; the first is the default"
+    add("--dtype", default=None, metavar="NAME", help=dtypes)
+    add("--dry-run", action="store_true", help="print what would be done, and write nothing")
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    """`cobra export`"""
+    from cobra.convert.conversion import check_destination
+    from cobra.export import plan
+
+    check_destination(arguments.destination)
+    export = plan(arguments.source, format=arguments.format, dtype=arguments.dtype)
+    print("\n".join(export.report()))
+    if not arguments.dry_run:
+        export.write(arguments.destination)
+    written = "nothing, as this is a dry run" if arguments.dry_run else arguments.destination
+    print(f"output      {written}; vision encoder and connector are not exported")
 
 
 def run_info(arguments: argparse.Namespace) -> None:

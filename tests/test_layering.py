@@ -17,7 +17,7 @@ PACKAGES = ("vision_scan", "cobra", "train", "eval")
 
 # Belong to extras or load slowly: imported by the function that needs them, never with the package.
 LAZY = {
-    "av", "deepspeed", "fastapi", "matplotlib", "peft", "pypdfium2", "sklearn", "skimage", "timm", "tokenizers",
+    "av", "deepspeed", "fastapi", "gguf", "matplotlib", "peft", "pypdfium2", "sklearn", "skimage", "timm", "tokenizers",
     "transformers", "uvicorn", "wandb",
 }  # fmt: skip
 

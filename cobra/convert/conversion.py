@@ -277,7 +277,7 @@ def _published_entries(layout: Layout, config: CobraConfig, source: Source, voca
     }
     meta = {name: torch.empty(shape, device="meta") for name, shape in expected.items()}
     check_match(meta, given, str(source.weights))
-    wide = {part: _float32_names(module) for part, module in parts.items()}
+    wide = {part: float32_names(module) for part, module in parts.items()}
     rows = {("lm", table): vocab for table in TABLES}
     return [
         _entry(f"{part}.{name}", shape, located[part][name], given, name in wide[part], rows.get((part, name)), source)
@@ -330,7 +330,7 @@ def _grown(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, mean.to(table.dtype).expand(rows - len(table), -1)])
 
 
-def _float32_names(model: nn.Module) -> set[str]:
+def float32_names(model: nn.Module) -> set[str]:
     """The names of parameters that are never stored in half precision."""
     return {
         f"{name}.{leaf}"

@@ -149,6 +149,9 @@ class Layout:
             tensors that are not one published tensor, or not as published; None: all are.
         whole: of a vision-language model: (its language model, config.json) -> all of it.
         connector: of one: (all of it, shapes of the connector's tensors) -> their pieces.
+        block: kinds of the layers that a model repeats from the first to the last, of one that is written in this way.
+        write_config: our configuration, of such blocks -> options of config.json that `read_config` reads as it, where
+            the layout can say all of it; None: models are not written in this way, only read.
     """
 
     name: str
@@ -157,7 +160,8 @@ class Layout:
     prefixes: Callable[[LMConfig], Mapping[str, str]]
     left_out: str | None = None
     adapt: Callable[[LMConfig, Mapping[str, Any], Pieces, Shapes], Pieces] | None = None
-
+    block: tuple[str, ...] = ()
+    write_config: Callable[[LMConfig], dict[str, Any]] | None = None
     whole: "Callable[[LMConfig, Mapping[str, Any]], CobraConfig] | None" = None
     connector: "Callable[[CobraConfig, Shapes], Pieces] | None" = None
 

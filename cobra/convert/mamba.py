@@ -140,6 +140,70 @@ def _transformers_stack(
     )
 
 
+def _write_mamba1(config: LMConfig) -> dict[str, Any]:
+    layer: Any = config.layers[0]
+    return {
+        "model_type": "mamba",
+        "architectures": ["MambaForCausalLM"],
+        "expand": max(1, layer.inner(config.d_model) // config.d_model),
+        **_write_selective_scan(config),
+    }
+
+
+def _write_falcon_mamba(config: LMConfig) -> dict[str, Any]:
+    layer: Any = config.layers[0]
+    return {
+        "model_type": "falcon_mamba",
+        "architectures": ["FalconMambaForCausalLM"],
+        "intermediate_size": layer.inner(config.d_model),
+        "mixer_rms_eps": layer.norm_eps,
+        **_write_selective_scan(config),
+    }
+
+
+def _write_selective_scan(config: LMConfig) -> dict[str, Any]:
+    layer: Any = config.layers[0]
+    return {
+        "state_size": layer.d_state,
+        "conv_kernel": layer.d_conv,
+        "time_step_rank": layer.rank(config.d_model),
+        **_write_transformers_stack(config),
+    }
+
+
+def _write_mamba2(config: LMConfig) -> dict[str, Any]:
+    layer: Any = config.layers[0]
+    expand = max(1, sum(layer.widths(config.d_model)) // config.d_model)
+    # No `time_step_limit`, for there is none: transformers clamps the steps of a prompt and not those of decoding, so
+    # that a model with limits would go on otherwise there than here.
+    return {
+        "model_type": "mamba2",
+        "architectures": ["Mamba2ForCausalLM"],
+        "state_size": layer.d_state,
+        "head_dim": layer.headdim,
+        "num_heads": expand * config.d_model // layer.headdim,
+        "expand": expand,
+        "n_groups": layer.ngroups,
+        "conv_kernel": layer.d_conv,
+        "chunk_size": layer.chunk_size,
+        **_write_transformers_stack(config),
+    }
+
+
+def _write_transformers_stack(config: LMConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": config.d_model,
+        "num_hidden_layers": len(config.layers),
+        "vocab_size": config.vocab_size,
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "hidden_act": "silu",
+        "use_bias": False,
+        "use_conv_bias": True,
+        "residual_in_fp32": True,
+    }
+
+
 def _dt_rank(options: Options, name: str) -> int | None:
     if options.is_set(name, "auto"):
         options.ignore(name)
@@ -176,16 +240,22 @@ MAMBA1 = Layout(
     detects=is_published_as("mamba", "backbone.embeddings.weight"),
     read_config=_read_mamba1,
     prefixes=_prefixes("embeddings"),
+    block=("mamba1",),
+    write_config=_write_mamba1,
 )
 FALCON_MAMBA = Layout(
     name="transformers Falcon-Mamba",
     detects=is_published_as("falcon_mamba", "backbone.embeddings.weight"),
     read_config=_read_falcon_mamba,
     prefixes=_prefixes("embeddings"),
+    block=("mamba1",),
+    write_config=_write_falcon_mamba,
 )
 MAMBA2 = Layout(
     name="transformers Mamba-2",
     detects=is_published_as("mamba2", "backbone.embeddings.weight"),
     read_config=_read_mamba2,
     prefixes=_prefixes("embeddings"),
+    block=("mamba2",),
+    write_config=_write_mamba2,
 )

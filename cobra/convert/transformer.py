@@ -1,6 +1,7 @@
 """Llama and Qwen2 as transformers publishes them: blocks of attention and a gated feed-forward layer."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from cobra.lm import LMConfig
@@ -110,6 +111,64 @@ def _read_windows(options: Options, depth: int) -> list[int | None]:
     return [choose(f"entry of layer_types in {options.where}", kind, windows) for kind in kinds]
 
 
+def _write_llama(config: LMConfig) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "mlp_bias": False,
+        **_write_blocks(config),
+    }
+
+
+def _write_qwen2(config: LMConfig) -> dict[str, Any]:
+    attentions: Any = config.layers[::2]
+    windows = [attention.window for attention in attentions]
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    width = next(filter(None, windows), None)
+    return {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "use_sliding_window": width is not None,
+        "sliding_window": width,
+        "layer_types": kinds,
+        **_write_blocks(config),
+    }
+
+
+def _write_blocks(config: LMConfig) -> dict[str, Any]:
+    """What both have in common, of the first block."""
+    attention: Any
+    feed_forward: Any
+    attention, feed_forward, *_ = config.layers
+    # Qwen2's own files do not have it where it follows from the others.
+    is_usual = attention.headdim * attention.num_heads == config.d_model
+    headdim = {} if is_usual else {"head_dim": attention.headdim}
+    return {
+        **headdim,
+        "hidden_size": config.d_model,
+        "intermediate_size": feed_forward.d_ff,
+        "num_hidden_layers": len(config.layers) // 2,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "hidden_act": "silu",
+        "rope_theta": attention.rope_theta,
+        **_write_rope_scaling(attention.rope_scaling),
+    }
+
+
+def _write_rope_scaling(scaling: Llama3RopeScaling | None) -> dict[str, Any]:
+    """In the words of transformers 4, which 5 reads too; the length is that for which positions were scaled."""
+    if scaling is None:
+        return {}
+    settings = asdict(scaling)
+    length = int(scaling.factor * scaling.original_max_position_embeddings)
+    return {"rope_scaling": {"rope_type": settings.pop("kind"), **settings}, "max_position_embeddings": length}
+
+
 def _prefixes(config: LMConfig) -> dict[str, str]:
     names = {"embedding.": "model.embed_tokens.", "norm_f.": "model.norm.", "lm_head.": "lm_head."}
     for index in range(len(config.layers) // 2):
@@ -130,6 +189,8 @@ LLAMA = Layout(
     read_config=_read_llama,
     prefixes=_prefixes,
     left_out=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    block=("attention", "mlp"),
+    write_config=_write_llama,
 )
 QWEN2 = Layout(
     name="transformers Qwen2",
@@ -137,4 +198,6 @@ QWEN2 = Layout(
     read_config=_read_qwen2,
     prefixes=_prefixes,
     left_out=LLAMA.left_out,
+    block=LLAMA.block,
+    write_config=_write_qwen2,
 )

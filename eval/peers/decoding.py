@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cobra.cost import LMCost
-from eval.peers import gguf_file, hugging_face, ours
+from cobra.export.gguf_file import write_gguf
+from eval.peers import hugging_face, ours
 from eval.peers.contest import (
     TOLERANCE,
     Contestant,
@@ -22,7 +23,7 @@ from eval.peers.contest import (
     rms_ratio,
 )
 from eval.peers.hugging_face import TheirReader
-from eval.peers.llama_cpp import LlamaCppReader
+from eval.peers.llama_cpp import LlamaCppReader, rounding
 from eval.peers.reader import Reader, decode_visit, logits_by_steps
 
 LLAMA_CPP_FORMS = ("bfloat16", "q8_0", "q4_0")
@@ -65,7 +66,7 @@ def readers(field: Field) -> Iterator[tuple[list[Reader], list[TheirReader]]]:
         capacity = max(settings.prompt_tokens, settings.check_tokens) + 256
         for form in LLAMA_CPP_FORMS:
             path = field.folder / f"decode-{form}.gguf"
-            gguf_file.write_gguf(field.model.lm, path, form)
+            write_gguf(path, field.model.lm.config, field.model.lm.state_dict(), form)
             native.append(LlamaCppReader(path, form, settings.threads, capacity))
     try:
         yield mamba + native, llama
@@ -123,7 +124,7 @@ def _check_all(field: Field, mamba: list[Reader], llama: list[TheirReader]) -> d
         reference = plain
         if reader.form not in hugging_face.FORMS:
             is_ours = reader.family == "ours"
-            change = ours.rounding(field.model, reader.form) if is_ours else gguf_file.rounding(reader.form)
+            change = ours.rounding(field.model, reader.form) if is_ours else rounding(reader.form)
             reference = ours.with_weights(field.model, change).logits(ids)
         found[reader, 1] = _check(reader, ids, reference, plain)
     for reader in llama:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cobra.convert import Layout
+from cobra.convert.mamba import MAMBA2
+from cobra.convert.transformer import LLAMA
 from cobra.lm import LanguageModel
-from cobra.lm.attention import AttentionConfig
-from cobra.lm.mamba2 import Mamba2Config
-from cobra.lm.mlp import MLPConfig
 from cobra.lm.stack import LMConfig
 
 FORMS = ("float32", "bfloat16")
@@ -56,64 +56,25 @@ class TheirReader:
 
 def build_mamba2(lm: LanguageModel) -> nn.Module:
     """transformers' Mamba2ForCausalLM with the weights of ours, float32."""
-    transformers = _import_quietly()
-    config, layer = lm.config, lm.config.layers[0]
-    assert isinstance(layer, Mamba2Config)
-    model = transformers.Mamba2ForCausalLM(
-        transformers.Mamba2Config(
-            hidden_size=config.d_model,
-            vocab_size=config.vocab_size,
-            num_hidden_layers=len(config.layers),
-            num_heads=layer.nheads(config.d_model),
-            head_dim=layer.headdim,
-            expand=layer.expand,
-            state_size=layer.d_state,
-            n_groups=layer.ngroups,
-            conv_kernel=layer.d_conv,
-            chunk_size=layer.chunk_size,
-            time_step_limit=layer.dt_limit,
-            layer_norm_epsilon=config.norm_eps,
-            tie_word_embeddings=config.tie_word_embeddings,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-    model.load_state_dict({_their_name(name): tensor for name, tensor in lm.state_dict().items()})
+    model, tensors = _build(MAMBA2, lm.config), lm.state_dict()
+    pieces = MAMBA2.locate(lm.config, {}, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    model.load_state_dict({pieces[name][0].name: tensor for name, tensor in tensors.items()})
     return model.eval()
 
 
 def build_llama(config: LMConfig, seed: int) -> nn.Module:
     """transformers' LlamaForCausalLM with the shapes of a transformer twin and random weights, float32."""
-    transformers = _import_quietly()
-    attention, mlp = config.layers[:2]
-    assert isinstance(attention, AttentionConfig) and isinstance(mlp, MLPConfig)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                hidden_size=config.d_model,
-                vocab_size=config.vocab_size,
-                num_hidden_layers=len(config.layers) // 2,
-                num_attention_heads=attention.num_heads,
-                num_key_value_heads=attention.num_kv_heads,
-                head_dim=attention.headdim,
-                intermediate_size=mlp.d_ff,
-                rms_norm_eps=config.norm_eps,
-                tie_word_embeddings=config.tie_word_embeddings,
-                max_position_embeddings=16384,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-            )
-        )
-    return model.eval()
+        return _build(LLAMA, config, max_position_embeddings=16384).eval()
 
 
-def _their_name(name: str) -> str:
-    if name.startswith("lm_head."):
-        return name
-    return "backbone." + name.replace("embedding.", "embeddings.", 1)
+def _build(layout: Layout, config: LMConfig, **options: int) -> nn.Module:
+    transformers = _import_quietly()
+    assert layout.write_config is not None
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    theirs = transformers.AutoConfig.for_model(**layout.write_config(config), **tokens, **options)
+    return transformers.AutoModelForCausalLM.from_config(theirs)
 
 
 def _import_quietly() -> Any:

@@ -1,12 +1,15 @@
 """llama.cpp as a contestant, through its C functions, so that nothing of Python stands between its tokens."""
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from cobra.export.gguf_file import TYPES
 
 _LOG: list[str] = []  # what llama.cpp has said, to be told if it fails
 _KEPT: list[Any] = []  # the callback must live as long as the library
@@ -17,6 +20,19 @@ def system_info() -> str:
     import llama_cpp
 
     return " ".join(llama_cpp.llama_print_system_info().decode().split())
+
+
+def rounding(form: str) -> Callable[[str, Tensor], Tensor]:
+    """What a file in a form of `TYPES` makes of a matrix: (name of its module, weight) -> weight, float32."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[TYPES[form]]
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        codes = gguf.quants.quantize(np.ascontiguousarray(weight.detach().float().numpy()), kind)
+        return torch.from_numpy(gguf.quants.dequantize(codes, kind))
+
+    return change
 
 
 class LlamaCppReader:

@@ -3,8 +3,9 @@
 import torch
 
 from cobra.cost import LMCost
+from cobra.export.gguf_file import write_gguf
 from eval.machine import gemm_peak
-from eval.peers import gguf_file, hugging_face, ours
+from eval.peers import hugging_face, ours
 from eval.peers.contest import (
     TOLERANCE,
     Contestant,
@@ -95,7 +96,7 @@ def _readers(field: Field, seqlen: int) -> dict[str, tuple[Reader, LMCost]]:
             found[f"transformers Llama {form}"] = reader, LMCost(settings.llama)
     if "llama.cpp" in field.peers:
         path = field.folder / "prefill.gguf"
-        gguf_file.write_gguf(field.model.lm, path, "bfloat16")
+        write_gguf(path, field.model.lm.config, field.model.lm.state_dict(), "bfloat16")
         for ubatch in settings.ubatches:
             reader = LlamaCppReader(path, "bfloat16", settings.threads, seqlen + 16, ubatch)
             found[f"llama.cpp bfloat16, ubatch {ubatch}"] = reader, field.cost

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import cobra
+from cobra.export.gguf_file import TYPES, write_gguf
 from eval import machine, peers
 from eval.__main__ import main
-from eval.peers import contest, gguf_file, limits, plot, scans, tables
+from eval.peers import contest, limits, plot, scans, tables
 from eval.peers.contest import Contestant, Settings, make_check, make_ratio, make_row, race
-from eval.peers.llama_cpp import LlamaCppReader
+from eval.peers.llama_cpp import LlamaCppReader, rounding
 from vision_scan.errors import UserError
 
 SMALL = {
@@ -186,14 +187,14 @@ def test_limits():
     torch.empty(1 << 20)
 
 
-@pytest.mark.parametrize("form", gguf_file.TYPES)
+@pytest.mark.parametrize("form", TYPES)
 def test_llama_cpp_reads_what_is_written(form, tmp_path):
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
     model, settings = cobra.build("tiny", seed=1), Settings(**SMALL)
-    gguf_file.write_gguf(model.lm, tmp_path / "lm.gguf", form)
+    write_gguf(tmp_path / "lm.gguf", model.lm.config, model.lm.state_dict(), form)
     reader = LlamaCppReader(tmp_path / "lm.gguf", form, 1, 64)
-    expected = peers.ours.with_weights(model, gguf_file.rounding(form))
+    expected = peers.ours.with_weights(model, rounding(form))
     ids = settings.ids(1, 10)
     error = contest.rms_ratio(reader.logits(ids), expected.logits(ids))
     assert error < (1e-5 if form == "float32" else 0.05)
