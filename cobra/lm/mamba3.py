@@ -18,6 +18,7 @@ import vision_scan
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
 from vision_scan.precision import Float32Parameters
+from vision_scan.step_bias import initial_dt_bias
 
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
 from .precision import Projection, RMSNorm
@@ -108,9 +109,7 @@ class Mamba3(Float32Parameters):
         self.nheads = config.nheads(d_model)
         self._sizes = config.in_proj_sizes(d_model)
         self.in_proj = Projection(d_model, sum(self._sizes))
-        dt = torch.exp(torch.empty(self.nheads).uniform_(math.log(config.dt_min), math.log(config.dt_max)))
-        dt = dt.clamp(min=1e-4)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        self.dt_bias = nn.Parameter(initial_dt_bias(self.nheads, dt_min=config.dt_min, dt_max=config.dt_max))
         self.B_bias = nn.Parameter(torch.ones(self.nheads, config.rank, config.d_state))
         self.C_bias = nn.Parameter(torch.ones(self.nheads, config.rank, config.d_state))
         self.B_norm = RMSNorm(config.d_state, config.norm_eps)
