@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import signal
 import tempfile
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -120,7 +121,12 @@ def _pool(workers: int) -> Iterator[Callable]:
     try:
         yield functools.partial(pool.map, chunksize=SCENES_PER_TASK)
     finally:
+        # A second interrupt does not hurry it: what is being drawn would be written into a folder that is removed.
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
         pool.shutdown(cancel_futures=True)
+        if is_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _save(
