@@ -66,7 +66,11 @@ def qwen3_5(config: GatedDeltaNetConfig):
     return settings, theirs, torch.cat([part.weight for part in parts])
 
 
-@pytest.fixture(scope="module", params=[(who, name) for who in (qwen3_next, qwen3_5) for name in SIZES], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[(who, name) for who in (qwen3_next, qwen3_5) for name in SIZES],
+    ids=lambda param: f"{param[0].__name__} {param[1]}",
+)
 def pair(request) -> tuple:
     """(their configuration, their layer with random weights, ours with the same)."""
     make, name = request.param
