@@ -1,6 +1,7 @@
 """Conversations as transformers writes them down: a chat template for each prompt template, and messages to turns."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,7 @@ def chat_template(template: Template) -> str:
         "IMAGE": IMAGE,
         "LINE": f"{IMAGE}\n",
     }
-    text = _JINJA
-    for name, value in strings.items():
-        text = text.replace(name, json.dumps(value))
-    return text
+    return re.sub(rf"\b({'|'.join(strings)})\b", lambda found: json.dumps(strings[found[0]]), _JINJA)
 
 
 def to_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[Source]]:

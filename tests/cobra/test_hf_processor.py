@@ -206,7 +206,7 @@ def test_the_pipeline_answers_as_the_model(tmp_path):
     own = lively(cobra.PRESETS["tiny"].lm.layers[:3])
     cobra.save(own, tmp_path / "model")
     pipe = transformers.pipeline("image-text-to-text", model=str(tmp_path / "model"), dtype="float32")
-    options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    options = {"generate_kwargs": {"max_new_tokens": 8, "do_sample": False}, "return_full_text": False}
     (chat,) = pipe(text=[user(image(), text("What?"))], **options)
     assert chat["generated_text"] == own.answer("What?", [RED], max_new_tokens=8)
     # Beside each other, as the pipeline takes them too.
