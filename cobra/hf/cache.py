@@ -18,8 +18,6 @@ class StateCache(Cache):
         state: what they have read by now; None: nothing.
     """
 
-    is_croppable = False
-
     def __init__(self, state: State | None = None) -> None:
         super().__init__(layers=[])
         self.state = state
@@ -49,6 +47,10 @@ class StateCache(Cache):
     @property
     def batch_size(self) -> int:
         return -1 if self.state is None else self.state.batch
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
 
     def reset(self) -> None:
         self.state, self._num_read = None, 0

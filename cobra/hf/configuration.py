@@ -20,7 +20,7 @@ class CobraVLMConfig(PreTrainedConfig):
 
     @classmethod
     def of(cls, config: CobraConfig) -> "CobraVLMConfig":
-        return cls(format_version=FORMAT_VERSION, **to_dict(config))
+        return cls(**{"format_version": FORMAT_VERSION, **to_dict(config)})
 
     @property
     def cobra(self) -> CobraConfig:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
-from cobra.checkpoint import INDEX, TOKENIZER, WEIGHTS, named_tensors
+from cobra.checkpoint import INDEX, PARTS, TOKENIZER, WEIGHTS, named_tensors
 from cobra.model import Cobra, ImageSizes
 from cobra.tokenizer import Tokenizer
 from vision_scan.errors import UserError
@@ -49,6 +49,7 @@ class CobraForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._tied_weights_keys = _ties(self)
         self.config.image_token_id = self.model.tokenizer.image_id
         self._complete_generation_config()
+        self.register_load_state_dict_pre_hook(_add_prefix)
         self.post_init()
 
     @classmethod
@@ -87,7 +88,7 @@ class CobraForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
+        state_dict: dict[str, Tensor] | None = None,
         **options: Any,
     ) -> None:
         """Writes a model directory, which `cobra.load` reads too; see `PreTrainedModel.save_pretrained`."""
@@ -145,7 +146,9 @@ class CobraForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None and (pixel_values is not None or state is None):
             inputs_embeds = self.model.embed(input_ids, pixel_values, image_sizes, num_frames)
             input_ids = None
-        batch, seqlen = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
+        batch, seqlen = given.shape[:2]
         reading = {
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
@@ -222,7 +225,8 @@ class CobraForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if expand_size > 1 and "pixel_values" in images and input_ids is not None:
             images = self._repeat_images(input_ids, images, expand_size)
         cache = inputs.get("past_key_values")
-        if expand_size > 1 and cache is not None and cache.batch_size == len(input_ids):
+        num_rows = None if input_ids is None else len(input_ids)
+        if expand_size > 1 and cache is not None and cache.batch_size == num_rows:  # or it was repeated by the caller
             cache.batch_repeat_interleave(expand_size)
         input_ids, inputs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **inputs
@@ -269,6 +273,14 @@ def _mask_of(attention_mask: Tensor, batch: int, seqlen: int) -> Tensor:
             "that was read"
         )
     return attention_mask[:, -seqlen:]
+
+
+def _add_prefix(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Has `load_state_dict` take a model directory's names, which a resuming Trainer would leave out unnoticed."""
+    starts = tuple(f"{prefix}{part}." for part in PARTS)
+    for name in list(state_dict):
+        if name.startswith(starts):
+            state_dict[f"{prefix}model.{name.removeprefix(prefix)}"] = state_dict.pop(name)
 
 
 def _ties(module: nn.Module) -> dict[str, str] | None:

@@ -18,7 +18,7 @@ from cobra.tokenizer import IMAGE, PAD, Tokenizer
 from cobra.typed_config import from_dict, to_dict
 from vision_scan.errors import UserError
 
-from .chat import Message, chat_template, to_turns
+from .chat import chat_template, to_turns
 from .configuration import CobraVLMConfig
 from .modeling import find_file
 
@@ -150,7 +150,7 @@ class CobraProcessor(ProcessorMixin):
 
     def apply_chat_template(
         self,
-        conversation: Sequence[Message] | Sequence[Sequence[Message]],
+        conversation: Any,
         chat_template: str | None = None,
         *,
         tokenize: bool = False,
@@ -175,7 +175,7 @@ class CobraProcessor(ProcessorMixin):
                 conversation, chat_template, continue_final_message=continue_final_message, **options
             )
         is_batch = not isinstance(conversation[0], dict)
-        rows = list(conversation) if is_batch else [conversation]
+        rows: list[Any] = list(conversation) if is_batch else [conversation]
         turns, sources = zip(*map(to_turns, rows), strict=True)
         given = {"padding": True, "padding_side": None, "return_tensors": return_tensors, **(processor_kwargs or {})}
         taken = {name: options.pop(name) for name in ("padding", "padding_side") if name in options}
@@ -201,7 +201,7 @@ class CobraProcessor(ProcessorMixin):
         if return_tensors not in (None, "pt"):
             raise UserError(f"return_tensors={return_tensors!r}: allowed are pt, and None for lists")
         side = padding_side or self.tokenizer.padding_side
-        data = self._processor(rows, images, side)
+        data: dict[str, Any] = self._processor(rows, images, side)
         if data["pixel_values"] is None:
             data = {name: data[name] for name in ("input_ids", "attention_mask")}
         data.pop("tiles_per_image", None)
@@ -218,7 +218,7 @@ def _by_row(texts: Sequence[str], images: Any) -> list[list[Source]] | None:
     """Images for each text, however they were given."""
     if images is None:
         return None
-    given = list_images(images)
+    given: list[Any] = list(images) if isinstance(images, list | tuple) else list_images(images)
     if any(isinstance(one, list | tuple) for one in given):
         if len(given) != len(texts):
             raise UserError(f"{len(texts)} texts, but images for {len(given)} rows")

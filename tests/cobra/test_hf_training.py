@@ -75,6 +75,28 @@ def test_checkpointing_changes_no_gradient(theirs, batch):
     assert not theirs.model.lm.recompute_layers
 
 
+def test_a_trainer_goes_on_from_its_checkpoint(path, batch, tmp_path):
+    """Weights, optimizer and learning rate: the third step is the same, stopped after the second or not."""
+    pytest.importorskip("accelerate")
+    weights = []
+    for folder, stops in (("whole", [3]), ("parts", [2, 3])):
+        for max_steps in stops:
+            model = transformers.AutoModelForImageTextToText.from_pretrained(path)
+            arguments = transformers.TrainingArguments(
+                str(tmp_path / folder), max_steps=max_steps, save_steps=1, learning_rate=1e-3, report_to=[],
+                lr_scheduler_type="constant", remove_unused_columns=False, use_cpu=True, disable_tqdm=True,
+            )  # fmt: skip
+            trainer = transformers.Trainer(
+                model=model, args=arguments, train_dataset=[0] * 8, data_collator=lambda rows: dict(batch)
+            )
+            trainer.train(resume_from_checkpoint=max_steps != stops[0])
+        weights.append(named_tensors(model.model))
+    for name, tensor in weights[0].items():
+        assert torch.equal(weights[1][name], tensor), name
+    own = cobra.load(tmp_path / "parts" / "checkpoint-3", dtype="float32")
+    assert torch.equal(own.lm.embedding.weight, weights[1]["lm.embedding.weight"])
+
+
 def test_new_models_begin_as_build_makes_them():
     config = cobra.hf.CobraVLMConfig.of(cobra.PRESETS["tiny"])
     torch.manual_seed(5)
