@@ -10,7 +10,9 @@ from PIL import Image
 
 import cobra
 from cobra.checkpoint import named_tensors
+from cobra.image import ImageConfig
 from cobra.prompt import Turn
+from tests.cobra import test_tiles, test_video
 from tests.cobra.test_generate import lively
 from tests.tolerance import assert_close
 from vision_scan.errors import UserError
@@ -198,6 +200,35 @@ def test_beams_of_rows_with_images_are_those_of_the_rows_alone(pair):
         start += num_images
         expected = new_tokens(theirs.generate(**alone, **options), alone)[0]
         assert torch.equal(found[row, : len(expected)], expected)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "tiles", "video", "native video"])
+def test_images_videos_and_tiles_are_repeated_with_their_rows(kind):
+    config = {"tiles": test_tiles.config, "fixed": lambda: test_tiles.config(image=ImageConfig(height=16, width=16))}
+    for name, tiles in (("video", "fixed"), ("native video", "native")):
+        image = ImageConfig(height=16, width=20, tiles=test_video.TILES[tiles])
+        config[name] = lambda image=image: test_video.config(image=image)
+    own = cobra.build(config[kind]())
+    last = {"type": "image", "image": picture(3, 70, 30)}
+    if "video" in kind:
+        last = {"type": "video", "video": test_video.video(3).frames}
+    processor = cobra.hf.CobraProcessor(own.processor)
+    messages = [
+        [{"type": "text", "text": "a"}, {"type": "image", "image": picture(4)}, {"type": "text", "text": "b"}, last],
+        [{"type": "text", "text": "x"}],
+        [{"type": "image", "image": picture(5, 20, 50)}],
+    ]
+    batch = processor.apply_chat_template(
+        [[{"role": "user", "content": content}] for content in messages],
+        tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    assert ("num_frames" in batch) == ("video" in kind)
+    theirs = cobra.hf.CobraForConditionalGeneration.of(own)
+    ids, more = theirs._expand_inputs_for_generation(expand_size=2, **batch)
+    images = {name: value for name, value in batch.items() if name in ("pixel_values", "image_sizes", "num_frames")}
+    expected = own.embed(batch["input_ids"], **images).repeat_interleave(2, 0)
+    more.pop("attention_mask")
+    assert_close("embeddings", own.embed(ids, **more), expected)
 
 
 def test_streamers_get_the_text(pair):
