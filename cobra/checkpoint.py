@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+INDEX = f"{WEIGHTS}.index.json"  # says in which file each tensor stands, where transformers wrote several
+
+MODEL_TYPE, ARCHITECTURE = "cobra_vlm", "CobraForConditionalGeneration"
+# What transformers knows a directory by (cobra/hf); nothing here depends on it, and older directories have none of it.
+TRANSFORMERS_KEYS = ("model_type", "architectures", "dtype", "transformers_version")
 PARTS = ("vision_encoder", "connector", "lm")
 
 _DTYPES = {
@@ -53,6 +58,7 @@ def save(model: "Cobra", path: str | Path, tensors: Mapping[str, Tensor] | None 
         model.config,
         model.tokenizer,
         lambda file: save_file(tensors, file, metadata={"format": "pt"}),
+        dtype=model.dtype,
     )
 
 
@@ -61,9 +67,12 @@ def write_model(
     config: "CobraConfig",
     tokenizer: Tokenizer,
     write_weights: Callable[[Path], object],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """As `save`, of a model that need not be in memory: `write_weights` writes the safetensors file."""
-    data = {"format_version": FORMAT_VERSION, **to_dict(config)}
+    """As `save`, of a model that need not be in memory: `write_weights` writes the safetensors file, in `dtype` but for
+    what is always float32."""
+    known = {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], "dtype": str(dtype).removeprefix("torch.")}
+    data = {"format_version": FORMAT_VERSION, **known, **to_dict(config)}
     writers: dict[str, Callable[[Path], object]] = {
         TOKENIZER: tokenizer.save,
         WEIGHTS: write_weights,
@@ -129,7 +138,8 @@ def read_config(path: str | Path) -> "CobraConfig":
         raise UserError(
             f"{file}: format_version is {version!r}, this release of cobra reads {FORMAT_VERSION}"
         )
-    return from_dict(CobraConfig, data, str(file))
+    own = {key: value for key, value in data.items() if key not in TRANSFORMERS_KEYS}
+    return from_dict(CobraConfig, own, str(file))
 
 
 def read_tensors(path: str | Path, parts: Iterable[str] = PARTS) -> dict[str, Tensor]:
@@ -143,19 +153,35 @@ def read_tensors(path: str | Path, parts: Iterable[str] = PARTS) -> dict[str, Te
     """
     from safetensors import SafetensorError, safe_open
 
-    file, parts = _file(Path(path), WEIGHTS), tuple(parts)
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-            wanted = names if parts == PARTS else [name for name in names if _part(name) in parts]
-            read = {name: tensors.get_tensor(name) for name in wanted}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged or not a safetensors file ({error})") from error
+    path, parts = Path(path), tuple(parts)
+    read: dict[str, Tensor] = {}
+    names: list[str] = []
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                here = list(tensors.keys())
+                wanted = here if parts == PARTS else [name for name in here if _part(name) in parts]
+                read |= {name: tensors.get_tensor(name) for name in wanted}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: damaged or not a safetensors file ({error})") from error
+        names += here
     for part in parts:
         if parts != PARTS and part not in map(_part, read):
             found = ", ".join(sorted(set(map(_part, names))))
-            raise UserError(f"{file}: has no part {part!r}; it has {found}")
+            raise UserError(f"{path / WEIGHTS}: has no part {part!r}; it has {found}")
     return read
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The one file of a directory's weights, or those that an index names."""
+    index = path / INDEX
+    if (path / WEIGHTS).is_file() or not index.is_file():
+        return [_file(path, WEIGHTS)]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: names no files of weights ({error!r})") from error
+    return [_file(path, Path(str(name)).name) for name in sorted(names)]
 
 
 def read_state_dict(path: str | Path) -> dict[str, Any]:

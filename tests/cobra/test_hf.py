@@ -1,6 +1,9 @@
 """Models of transformers on our kernels compute what they compute on their own."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -96,3 +99,12 @@ def test_our_scans_run_in_the_model_given_and_in_no_other(make, scan, monkeypatc
 def test_a_model_without_scans_is_the_callers_mistake():
     with pytest.raises(UserError, match="Linear has no layer that scans"):
         cobra.accelerate(torch.nn.Linear(2, 2))
+
+
+def test_a_missing_extra_is_told_in_a_line():
+    code = (
+        "import sys; sys.modules['transformers'] = None\nimport cobra\n"
+        "try: cobra.accelerate\nexcept cobra.checkpoint.UserError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], env=dict(os.environ), capture_output=True, text=True, check=True)
+    assert run.stdout == "cobra.hf needs transformers: pip install 'cobra-vlm[hf]'\n"

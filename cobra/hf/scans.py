@@ -1,4 +1,4 @@
-"""Models of the transformers library on the kernels of this one."""
+"""Mamba models that transformers wrote itself, on the kernels of this one."""
 
 import inspect
 from collections.abc import Callable
