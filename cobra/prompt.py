@@ -79,6 +79,23 @@ TEMPLATES = {
         tokens=("<|endoftext|>",),
         empty_answer=" ",
     ),
+    # Source: the same repository's prompt builder for language models that are not tuned to chat.
+    "in_out": Template(
+        user_open="In: ",
+        user_close="\nOut: ",
+        end="<|endoftext|>",
+        tokens=("<|endoftext|>",),
+        empty_answer=" ",
+    ),
+    # Source: ChatML as Qwen2.5's tokenizers write it, with the system message that they put where there is none.
+    "chatml": Template(
+        system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        user_open="<|im_start|>user\n",
+        user_close="<|im_end|>\n<|im_start|>assistant\n",
+        end="<|im_end|>",
+        between="\n",
+        tokens=("<|im_start|>", "<|im_end|>"),
+    ),
     # Source: `conv_vicuna_v1` of LLaVA (haotian-liu/LLaVA, conversation.py), whose tokenizer puts <s> in
     # front. The space before an answer is part of what is given, not of what is learned.
     "vicuna_v1": Template(

@@ -32,6 +32,8 @@ def with_specials(*names: str) -> Tokenizer:
 TOKENIZERS = {
     "compact": Tokenizer.bytes(),
     "zephyr": with_specials("<|endoftext|>"),
+    "in_out": with_specials("<|endoftext|>"),
+    "chatml": with_specials("<|im_start|>", "<|im_end|>"),
     "vicuna_v1": with_specials("<s>", "</s>"),
 }
 
@@ -63,6 +65,10 @@ GOLDEN = {
     "<|user|>Sure?<|end|><|assistant|>Yes<|end|>",
     "zephyr": "<|user|>\n<image><image>\nWhat?<|endoftext|>\n<|assistant|>\nA cat.<|endoftext|>"
     "\n<|user|>\nSure?<|endoftext|>\n<|assistant|>\nYes<|endoftext|>",
+    "in_out": "In: <image><image>\nWhat?\nOut: A cat.<|endoftext|>In: Sure?\nOut: Yes<|endoftext|>",
+    "chatml": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<image><image>\nWhat?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n"
+    "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>",
     "vicuna_v1": "<s>A chat between a curious user and an artificial intelligence assistant. The assistant "
     "gives helpful, detailed, and polite answers to the user's questions. "
     "USER: <image><image>\nWhat? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes</s>",
