@@ -57,6 +57,12 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(f"{count} GPU tests skipped: no GPU is visible")
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """A test draws what it draws alone, whichever others ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients come from the registered backward, whatever the size of the tensors."""
