@@ -13,9 +13,12 @@ import cobra
 from cobra.config import PRESETS
 from cobra.connector import LinearConfig
 from cobra.lm import LMConfig
+from cobra.lm.gated_conv import GatedConvConfig
 from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
+from cobra.lm.moe import MoEConfig
+from cobra.lm.parallel import ParallelConfig
 from cobra.lm.sequence_parallel import SequenceShard, check_shardable
 from tests.cobra.lm_ways import VOCAB, build, lively
 from tests.cobra.ranks import Ranks
@@ -28,6 +31,12 @@ MIXED = (
     MLPConfig(d_ff=24),
     Mamba1Config(d_state=5, d_conv=3),
     Mamba2Config(d_state=5, headdim=8, chunk_size=4, d_conv=1),
+)
+OTHERS = (
+    ParallelConfig(mixers=(Mamba2Config(d_state=5, headdim=8, chunk_size=4, rmsnorm=False), GatedConvConfig(d_conv=4))),
+    MoEConfig(num_experts=2, top_k=2, d_ff=7),
+    Mamba1Config(d_state=5, inner_norms="learned"),
+    Mamba2Config(d_state=5, headdim=4, d_inner=24, d_ssm=16, chunk_size=4, bias=True, conv_bias=False, D_has_hdim=True),
 )
 
 
@@ -113,7 +122,7 @@ def inputs(batch: int, seqlen: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 # 61: pieces of unequal length; 13: some with one token, fewer than the convolution's taps.
 @pytest.mark.parametrize("seqlen", [61, 13])
 @pytest.mark.parametrize("kind", ["none", "few", "many", "pads"])
-@pytest.mark.parametrize("layers", ["mamba1", "mamba2", MIXED], ids=["mamba1", "mamba2", "mixed"])
+@pytest.mark.parametrize("layers", ["mamba1", "mamba2", MIXED, OTHERS], ids=["mamba1", "mamba2", "mixed", "others"])
 def test_any_number_of_processes_gives_the_numbers_of_one(ranks, layers, kind, seqlen):
     ids, weights = inputs(2, seqlen, torch.float64)
     arguments = (layers, torch.float64, ids, weights, segments(kind, *ids.shape))
