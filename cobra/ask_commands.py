@@ -101,6 +101,8 @@ def run_answer(arguments: argparse.Namespace) -> None:
     if arguments.question is None and arguments.image:
         # `--image a.png "question"`: argparse takes all that follows an option of many values for it.
         arguments.question = arguments.image.pop()
+        if not arguments.image and not _is_file_name(arguments.question):  # such as a pattern that no file fits
+            raise UserError("--image has no path: give images and then the question, or leave --image out")
     if arguments.question is None or _is_file_name(arguments.question):
         raise UserError("no question: give it as the last argument, in quotes")
     state = _load_state(arguments)

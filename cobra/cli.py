@@ -1,6 +1,7 @@
 """The command line: `cobra answer | read | chat | serve | convert | export | info | doctor | scan`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,16 +12,21 @@ from vision_scan.errors import CommandParser, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0 done, 2 the caller's mistake, 130 interrupted."""
+    """Runs a command and returns its exit status: 0 done, 2 the caller's mistake, 130 interrupted, 141 where nobody
+    reads its output any more."""
     try:
         arguments = _parser().parse_args(argv)
         arguments.run(arguments)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as of `cobra info tiny | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return 141
     return 0
 
 

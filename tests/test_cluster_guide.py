@@ -91,7 +91,7 @@ def dry_run(words: list[str], shared: Path) -> None:
     # The stand-in for the shards, where the guide has not been run up to here.
     words = [word.replace("data/mix1231k", "data/mix1231k.json") if "data.path=" in word else word for word in words]
     words += ["--set", f"data.image_root={shared / 'data' / 'images'}"]
-    done = subprocess.run(words, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("recipe cobra-3b: preset cobra-3b")
     assert "-m train --resume --recipe cobra-3b" in done.stdout.splitlines()[-1].replace("--module train", "-m train")

@@ -1,4 +1,5 @@
 import io
+import os
 import re
 import socket
 import subprocess
@@ -75,6 +76,14 @@ def test_answer_without_an_image_and_with_sampling(capsys, model, directory):
     assert out == model.answer("What?", max_new_tokens=6, **options) + "\n"
 
 
+def test_output_that_nobody_reads_is_no_mistake():
+    reader, writer = os.pipe()
+    os.close(reader)
+    told = subprocess.run([sys.executable, "-m", "cobra.cli", "info", "tiny"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (told.returncode, told.stderr) == (141, b"")
+
+
 def test_answer_takes_a_question_that_ends_like_a_file(capsys, directory):
     for question in ("Is it on cat.png", "Why? " * 100):
         assert run(capsys, "answer", "--model", directory, *OPTIONS, question)[0] == 0
@@ -85,6 +94,7 @@ def test_answer_names_the_mistake(capsys, directory, picture, tmp_path):
     assert "no question" in fails(capsys, *answer)
     assert "no question" in fails(capsys, *answer, "--image", picture)
     assert "no question" in fails(capsys, *answer, "--image", picture, "none.png")
+    assert "--image has no path" in fails(capsys, *answer, "--image", "What?")  # as of a pattern that no file fits
     assert "no such file" in fails(capsys, *answer, "--image", str(tmp_path / "none.png"), "What?")
     assert "no such file" in fails(capsys, *answer, "--image", "paper.pdf", "What?")
     assert "every '1x'" in fails(capsys, *answer, "--image", picture, "--every", "1x", "What?")

@@ -57,7 +57,7 @@ def run_many(plan: list[dict[str, Any]], count: int, folder: Path) -> None:
     path.write_text(json.dumps(plan))
     workers = launch([sys.executable, "-m", "tests.train.many_runs", str(path)], count)
     try:
-        said = [worker.communicate(timeout=240)[0] for worker in workers]
+        said = [worker.communicate(timeout=1200)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -113,5 +113,5 @@ def environment(**extra: str) -> dict[str, str]:
 def call(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Runs a command line to its end."""
     return subprocess.run(
-        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1200
     )

@@ -117,7 +117,7 @@ def test_two_processes_have_the_losses_of_one(data: Path, tmp_path: Path) -> Non
         )
         for rank in ("0", "1")
     ]
-    output = [worker.communicate(timeout=300)[0] for worker in workers]
+    output = [worker.communicate(timeout=1200)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], output
     assert "2 rows x 2 accumulated x 2 processes" in output[0]
     assert output[1] == ""

@@ -27,7 +27,7 @@ def launch(template: str, words: list[str], **variables: str) -> subprocess.Comp
         env=environment(PYTHON=sys.executable, USER="me", **variables),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
 
 
@@ -110,7 +110,7 @@ def test_processes_find_each_other_by_what_slurm_says(data: Path, tmp_path: Path
         )
         for rank in range(2)
     ]
-    said = [task.communicate(timeout=300)[0] for task in tasks]
+    said = [task.communicate(timeout=1200)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], said
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
@@ -171,7 +171,7 @@ def test_two_nodes(nodes: None, data: Path, tmp_path: Path) -> None:
         for number, node in enumerate(NODES)
     ]
     try:
-        said = [node.communicate(timeout=300)[0] for node in started]
+        said = [node.communicate(timeout=1200)[0] for node in started]
     finally:
         for node in started:
             node.kill()

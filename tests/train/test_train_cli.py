@@ -54,7 +54,7 @@ def test_sigterm_exits_75_and_resume_needs_no_settings(data: Path, tmp_path: Pat
     while len(losses(output)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=1200)
     assert process.returncode == 75
     assert b"python -m train --resume --output" in errors
     done = len(losses(output))

@@ -224,7 +224,7 @@ def test_two_processes_find_the_loss_of_one(data: Path, tmp_path: Path, setting:
         )
         for rank in ("0", "1")
     ]
-    told = [worker.communicate(timeout=300)[0] for worker in workers]
+    told = [worker.communicate(timeout=1200)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], told
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
     assert val_losses(tmp_path / "two") == pytest.approx(val_losses(tmp_path / "one"), abs=1e-4)
