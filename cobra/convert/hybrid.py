@@ -91,7 +91,8 @@ def multipliers(options: Mapping[str, Any], name: str, count: int) -> list[float
     value = options.get(name)
     values = [1.0] * count if value is None else value if isinstance(value, list) else [value]
     if len(values) != count or not all(isinstance(each, (int, float)) and each for each in values):
-        raise UserError(f"{CONFIG}: {name} is {value!r}, must be {count} numbers other than 0")
+        allowed = "a number" if count == 1 else f"{count} numbers"
+        raise UserError(f"{CONFIG}: {name} is {value!r}, must be {allowed} other than 0")
     return [float(each) for each in values]
 
 

@@ -27,7 +27,6 @@ from tests.cobra.published import (
     CASES,
     LLAMA3_ROPE,
     MERGES,
-    RELEASED,
     ROWS,
     as_published,
     change_config,
@@ -35,6 +34,7 @@ from tests.cobra.published import (
     spoil,
     train_tokenizer,
 )
+from tests.cobra.released import RELEASED
 from tests.cobra.test_oracles import their_greedy, tokens
 from tests.tolerance import assert_close
 from vision_scan.errors import UserError

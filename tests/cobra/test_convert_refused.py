@@ -234,6 +234,21 @@ REFUSED_OPTIONS = [  # case, changes in config.json, what the message names
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("granite", {"embedding_multiplier": 0}, "embedding_multiplier is 0.0, must be a number other than 0"),
+        ("granite", {"logits_scaling": "8"}, "logits_scaling is '8'"),
+        ("falcon-h1", {"ssm_multipliers": [1.0, 2.0]}, r"ssm_multipliers is \[1.0, 2.0\], must be 5 numbers"),
+        ("falcon-h1", {"mlp_multipliers": [1.0, 0]}, "mlp_multipliers"),
+    ],
+)
+def test_multipliers_that_are_none_are_named(capsys, damaged, tmp_path, case, changes, message):
+    path = damaged(case)
+    change_config(path, **changes)
+    assert re.search(message, refused(capsys, path, tmp_path / "model"))
+
+
 @pytest.mark.parametrize(("case", "changes", "message"), REFUSED_OPTIONS)
 def test_options_that_are_not_supported_are_named(read_config, case, changes, message):
     read_config(case)
