@@ -171,7 +171,7 @@ def build_objective(config: RunConfig, model: Cobra, rows: Dataset, device: torc
     dropout."""
     torch.manual_seed(config.train.seed)
     autocast = processes.autocast_dtype(config.train.dtype, device)
-    objective = OBJECTIVES[config.train.objective](model, rows, autocast).to(device)
+    objective = OBJECTIVES[config.train.objective].build(config, model, rows, autocast, device).to(device)
     model.lm.recompute_layers = config.train.recompute == "layer"
     model.lm.recompute_tokens = config.train.segment_tokens if config.train.recompute == "segment" else 0
     for part in config.train.freeze:

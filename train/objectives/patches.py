@@ -1,148 +1,20 @@
-"""What a run minimises. An objective owns the model and turns a batch into a sum of losses."""
+"""What stands in the patches of an image: for the tower, and for connector and embeddings."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cobra.model import Cobra
-from cobra.prompt import Rendered, count_marks
-from train.data.collate import Batch, Sample, collate_conversations
+from train.data.collate import Batch
 from train.data.dataset import Dataset
-from train.data.rows import BadRowError, Row
-from train.settings import PARTS, Part
+from train.data.rows import Row
 from vision_scan.errors import UserError
 
-Stats = dict[str, Tensor]
-"""name -> float32 (2,): a sum and what to divide it by, both to be added up over batches and
-processes."""
-
-
-class Objective(nn.Module):
-    """A model and its loss: `forward(inputs) -> (sum of losses, stats)`, under autocast if a dtype
-    is given."""
-
-    needs: str
-    """The key that a row cannot do without."""
-    parts: tuple[Part, ...] = PARTS
-    """The parts of the model that run."""
-
-    def __init__(self, model: Cobra, autocast: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.autocast = autocast
-
-    def sample(self, row: Row) -> Any:
-        """What `collate` needs of a row.
-
-        Raises:
-            BadRowError: if the row cannot be used after all.
-        """
-        try:
-            return self._sample(row)
-        except (UserError, OSError) as error:
-            raise BadRowError(f"row {row.id}: {error}") from error
-
-    def _sample(self, row: Row) -> Any:
-        raise NotImplementedError
-
-    def num_tokens(self, row: Row) -> int:
-        """How many tokens (or patches) the model reads of a row."""
-        raise NotImplementedError
-
-    def collate(self, samples: Sequence[Any]) -> Batch:
-        raise NotImplementedError
-
-    def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
-        raise NotImplementedError
-
-    def forward(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
-        device = self.model.device.type
-        # Without a cache: at ZeRO stage 3 it would keep a copy of every weight that is brought together.
-        with torch.autocast(device, self.autocast, self.autocast is not None, cache_enabled=False):
-            return self.compute(inputs)
-
-    def extra_state(self) -> dict[str, Tensor]:
-        """Parameters that are not the model's and stay with the training run."""
-        state = self.state_dict()
-        return {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
-
-    def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Undoes `extra_state`.
-
-        Raises:
-            UserError: if the names are not this objective's.
-        """
-        if state.keys() != self.extra_state().keys():
-            raise UserError(
-                f"the saved objective has {sorted(state)}, this one {sorted(self.extra_state())}"
-            )
-        self.load_state_dict(state, strict=False)
-
-
-class Conversation(Objective):
-    """The next token of every answer: `model.loss`."""
-
-    needs = "conversations"
-
-    def __init__(self, model: Cobra, rows: Dataset, autocast: torch.dtype | None = None) -> None:
-        super().__init__(model, autocast)
-        self.group: dist.ProcessGroup | None = None
-        """Processes that read each row together."""
-        self.max_tokens = rows.settings.max_tokens
-        self.packing = rows.settings.packing
-        self.captions = rows.settings.captions
-
-    def _sample(self, row: Row) -> Sample:
-        rendered = self.render(row)
-        images = row.images[: rendered.num_images]
-        tiles = [self.model.processor.tiles(image.open()) for image in images]
-        return Sample(
-            id=row.id,
-            input_ids=rendered.input_ids,
-            labels=rendered.labels,
-            pixel_values=torch.cat([tile.pixel_values for tile in tiles]) if tiles else None,
-            image_sizes=tuple(size for tile in tiles for size in tile.sizes),
-            num_images=len(images),
-            is_video=row.is_video,
-            is_truncated=rendered.num_turns < len(row.turns),
-        )
-
-    def render(self, row: Row) -> Rendered:
-        """The conversation, or as many of its first exchanges as fit into `data.max_tokens`: never half a turn or
-        half an image.
-
-        Raises:
-            UserError: if not even the first exchange fits.
-        """
-        turns = row.turns
-        while True:
-            num_images = sum(count_marks(turn.text) for turn in turns if turn.role == "user")
-            rendered = self.model.processor.render(
-                turns, num_images, self.captions, row.read_sizes(), row.is_video
-            )
-            if self.max_tokens is None or len(rendered.input_ids) <= self.max_tokens:
-                return rendered
-            if len(turns) <= 2:
-                raise UserError(
-                    f"its first exchange has {len(rendered.input_ids)} tokens, data.max_tokens is "
-                    f"{self.max_tokens}; raise it, or set data.skip_bad=true to leave such rows out"
-                )
-            turns = turns[: (len(turns) - 1) // 2 * 2]
-
-    def num_tokens(self, row: Row) -> int:
-        return len(self.render(row).input_ids)
-
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        return collate_conversations(samples, self.model.tokenizer.pad_id, self.packing)
-
-    def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
-        loss, _ = self.model.loss(inputs, self.group)
-        return loss, {}
+from .objective import Objective, Stats
 
 
 class PatchLabels(Objective):
@@ -156,7 +28,7 @@ class PatchLabels(Objective):
     needs = "regions"
 
     def __init__(self, model: Cobra, rows: Dataset, autocast: torch.dtype | None = None) -> None:
-        super().__init__(model, autocast)
+        super().__init__(model, rows, autocast)
         image = model.config.image
         if image.resize != "squash":
             raise UserError(
@@ -323,10 +195,3 @@ def region_classes(rows: Iterable[Row]) -> dict[str, list[str]]:
             for kind, value in region.labels.items():
                 values.setdefault(kind, set()).add(value)
     return {kind: ["none", *sorted(values[kind] - {"none"})] for kind in sorted(values)}
-
-
-OBJECTIVES: dict[str, Callable[[Cobra, Dataset, torch.dtype | None], Objective]] = {
-    "conversation": Conversation,
-    "naming": Naming,
-    "regions": Regions,
-}
