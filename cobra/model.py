@@ -256,7 +256,7 @@ class Cobra(nn.Module):
             if is_nested:
                 embeds, labels, seq_idx = self._first_tokens(ids, embeds, labels, seq_idx)
             hidden, _ = self.lm.read(inputs_embeds=embeds, seq_idx=seq_idx)
-            targets = _next_labels(labels)
+            targets = next_labels(labels)
         else:
             if is_nested:
                 raise UserError(
@@ -265,7 +265,7 @@ class Cobra(nn.Module):
                 )
             batch_size, seqlen = ids.shape
             shard = SequenceShard.cut(batch_size, seqlen, group, seq_idx)
-            targets = shard.take(_next_labels(labels))
+            targets = shard.take(next_labels(labels))
             embeds = self.embed_shard(ids, pixels, shard, sizes, frames)
             hidden, _ = self.lm.read(inputs_embeds=embeds, shard=shard)
         supervised = targets != IGNORE
@@ -293,7 +293,7 @@ class Cobra(nn.Module):
     prefill = generation.prefill
 
 
-def _next_labels(labels: Tensor) -> Tensor:
+def next_labels(labels: Tensor) -> Tensor:
     """What each place predicts: the label of the next, which may stand in another process's piece."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 

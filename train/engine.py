@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.data.collate import Batch
-from train.objectives import Naming, Objective, Stats
+from train.objectives import Objective, Stats
 from train.settings import ZeroSettings
 from vision_scan.errors import UserError
 
@@ -207,8 +207,9 @@ class ZeroEngine(DeepSpeedEngine):
                 f"zero.stage={self.zero.stage} cuts parameters in pieces, and optim.kind=muon needs whole matrices; "
                 "use optim.kind=adamw, or zero.stage=0"
             )
-        if self.zero.stage == 3 and isinstance(self.objective, Naming):
-            raise UserError("train.objective=naming runs at zero.stage 0, 1 and 2, got 3")
+        most = self.objective.most_zero_stage
+        if self.zero.stage > most:
+            raise UserError(f"this objective runs at zero.stage 0 to {most}, got {self.zero.stage}; use {most}")
         tiles = self.objective.model.config.image.tiles
         if self.zero.stage == 3 and tiles is not None and tiles.varies:
             raise UserError(

@@ -19,6 +19,7 @@ from train.data.dataset import Dataset
 from train.objectives import OBJECTIVES, Conversation, Objective
 from train.resume import read_state
 from train.settings import InitSettings, LoraSettings, RunConfig
+from train.students import build_student, student_sections
 from vision_scan.errors import UserError
 
 MOST_LOSS = 0.8  # share of the loss by chance that a pretrained language model may have; one of 130 M has about 0.35
@@ -50,6 +51,8 @@ def load_model(config: RunConfig, rows: Dataset, checkpoint: Path) -> Cobra:
 
 def _build_base(config: RunConfig, rows: Dataset) -> Cobra:
     """What a run begins with, without adapters."""
+    if config.makes_student:
+        return build_student(config.distill, config.model.build_config(given_sections(config)), config.train.seed)
     source = config.init.path
     if source is not None and "lm" in config.init.parts:
         stored = cobra.checkpoint.read_config(source).weights
@@ -111,7 +114,10 @@ def _inject(model: Cobra, config: RunConfig, settings: LoraSettings) -> None:
 
 
 def given_sections(config: RunConfig) -> dict[str, Any]:
-    """The configuration of what comes from `init.path`: the weights mean something else under another."""
+    """The configuration of what comes from `init.path`, or from a student's teacher: the weights mean something else
+    under another."""
+    if config.makes_student:
+        return student_sections(config.distill)
     if config.init.path is None:
         return {}
     stored = cobra.checkpoint.read_config(config.init.path)
@@ -154,7 +160,7 @@ def share_sequences(objective: Objective, group: dist.ProcessGroup, config: RunC
         UserError: if objective, layers or settings cannot be shared so.
     """
     count = config.train.sequence_parallel
-    if not isinstance(objective, Conversation):
+    if type(objective) is not Conversation:
         raise UserError(
             f"train.sequence_parallel={count} needs train.objective=conversation, got {config.train.objective}"
         )
@@ -176,4 +182,5 @@ def build_objective(config: RunConfig, model: Cobra, rows: Dataset, device: torc
     model.lm.recompute_tokens = config.train.segment_tokens if config.train.recompute == "segment" else 0
     for part in config.train.freeze:
         getattr(model, part).requires_grad_(False).eval()
+    objective.freeze_idle()
     return objective

@@ -155,6 +155,32 @@ def llava() -> RunConfig:
     return dataclasses.replace(config, init=InitSettings())
 
 
+def _distilled(recipe: str, objective: Any, lr: float) -> RunConfig:
+    return RunConfig(
+        recipe=recipe,
+        init=InitSettings(check_lm=False),
+        train=TrainSettings(objective=objective, freeze=("vision_encoder", "connector")),
+        optim=OptimSettings(lr=lr),
+    )
+
+
+def distill_mixer() -> RunConfig:
+    """First stage of making a state-space student of a transformer: the matrices that its new layers mix tokens with.
+    Needs distill.teacher and data.path."""
+    return _distilled("distill-mixer", "distill_mixer", lr=1e-3)
+
+
+def distill_hidden() -> RunConfig:
+    """Second stage: what the new layers say, each given what the teacher's reads. From the first, or with the teacher
+    alone from its seeds."""
+    return _distilled("distill-hidden", "distill_hidden", lr=1e-3)
+
+
+def distill_logits() -> RunConfig:
+    """Third stage: what the student answers, as a whole, the language model learning. From the second."""
+    return _distilled("distill-logits", "distill_logits", lr=1e-4)
+
+
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "tiny-tower": tiny_tower,
     "tiny-naming": tiny_naming,
@@ -167,4 +193,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "vl-mamba": vl_mamba,
     "llava-1.5-align": llava_align,
     "llava-1.5": llava,
+    "distill-mixer": distill_mixer,
+    "distill-hidden": distill_hidden,
+    "distill-logits": distill_logits,
 }

@@ -154,11 +154,14 @@ def count_steps(config: RunConfig, rows: Dataset) -> int:
 def describe_model(config: RunConfig, objective: Objective, optimizer: torch.optim.Optimizer) -> Iterator[str]:
     """What learns, and how, line by line."""
     settings, optim, model, adapted = config.train, config.optim, objective.model, adapted_parts(config)
-    yield f"recipe {config.recipe}: preset {config.model.preset}, objective {settings.objective}"
+    origin = f"a student of {config.distill.teacher}" if config.makes_student else f"preset {config.model.preset}"
+    yield f"recipe {config.recipe}: {origin}, objective {settings.objective}"
     for part in PARTS:
-        named = getattr(model, part).named_parameters()
-        count = sum(parameter.numel() for name, parameter in named if not is_adapter(name))
-        fate = "frozen" if part in settings.freeze else "frozen but for adapters" if part in adapted else "trained"
+        own = [value for name, value in getattr(model, part).named_parameters() if not is_adapter(name)]
+        count = sum(parameter.numel() for parameter in own)
+        learning = sum(parameter.numel() for parameter in own if parameter.requires_grad)
+        fate = "frozen but for adapters" if part in adapted else "trained" if learning else "frozen"
+        fate = f"{learning:,} of them trained" if 0 < learning < count and part not in adapted else fate
         taken = config.init.path is not None and part in config.init.parts
         origin = f", from {config.init.path}" if taken else ""
         yield f"  {part:<16}{count:>14,} parameters, {fate}{origin}"

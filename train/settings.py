@@ -143,9 +143,12 @@ class DataSettings:
 class TrainSettings:
     """The course of the run."""
 
-    objective: Literal["conversation", "naming", "regions"] = "conversation"
+    objective: Literal[
+        "conversation", "naming", "regions", "distill_mixer", "distill_hidden", "distill_logits"
+    ] = "conversation"
     """conversation: the next token of the answers; naming: the words for what stands in each patch
-    (connector and embeddings); regions: what stands in each patch (the tower alone)."""
+    (connector and embeddings); regions: what stands in each patch (the tower alone); distill_mixer, distill_hidden,
+    distill_logits: what a teacher's layers weigh, what they say, and what it answers (`distill`)."""
     freeze: tuple[Part, ...] = ()
     """Parts that do not learn."""
     steps: int = 1000
@@ -206,6 +209,22 @@ class TrainSettings:
             len(set(self.freeze)) < len(PARTS),
             "train.freeze: every part is frozen, nothing would learn",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings:
+    """A student with recurrent layers, and the transformer that it learns from (students.py)."""
+
+    teacher: str | None = None
+    """The model directory of the teacher, for the objectives `distill_*`; without `init.path` the student is made of
+    it."""
+    student: Literal["mamba2", "gated_deltanet"] = "mamba2"
+    """The layers in place of attention, where the student is made of the teacher."""
+    keep: tuple[int, ...] = ()
+    """Attention layers, counted from 0, that stay where the student is made of the teacher; none: all are replaced."""
+
+    def __post_init__(self) -> None:
+        _require(len(set(self.keep)) == len(self.keep), f"distill.keep: got {self.keep}, allowed: each layer once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,10 +409,16 @@ class RunConfig:
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
     zero: ZeroSettings = field(default_factory=ZeroSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     val: ValSettings = field(default_factory=ValSettings)
     log: LogSettings = field(default_factory=LogSettings)
+
+    @property
+    def makes_student(self) -> bool:
+        """Whether the run begins with a student made of its teacher."""
+        return self.distill.teacher is not None and self.init.path is None
 
 
 def change(config: RunConfig, assignments: Iterable[str]) -> RunConfig:

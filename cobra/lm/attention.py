@@ -171,14 +171,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, state: LayerState | None, segments: Segments) -> tuple[Tensor, LayerState]:
         seqlen = x.shape[1]
         positions, runs = segments.positions_and_runs(seqlen, x.device)
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.config.headdim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.rope_theta is not None:
-            turn = self.config.rope_theta, self.config.rope_scaling, self.config.rotary_dim
-            q, k = rotate(q, positions, *turn), rotate(k, positions, *turn)
+        q, k = self._queries_and_keys(x, positions)
+        v = self._heads(self.v_proj(x))
         if state is not None and segments.overwrite and seqlen == 1:
             y, state = self._decode(q, k, v, positions, state, segments)
         else:
@@ -187,6 +181,25 @@ class Attention(nn.Module):
         if self.gate_proj is not None:
             y = y * self.gate_proj(x).sigmoid()
         return self.o_proj(y), state
+
+    def mix(self, x: Tensor, values: Tensor, segments: Segments) -> Tensor:
+        positions, runs = segments.positions_and_runs(x.shape[1], x.device)
+        q, k = self._queries_and_keys(x, positions)
+        values = values[:, None].expand(-1, self.config.num_kv_heads, -1, -1)
+        y, _ = self._attend(q, k, values, positions, runs, None, segments)
+        return y.transpose(1, 2)
+
+    def _queries_and_keys(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, num_heads, seqlen, headdim), keys with num_kv_heads; normed and rotated as the layer does."""
+        q, k = self.q_norm(self._heads(self.q_proj(x))), self.k_norm(self._heads(self.k_proj(x)))
+        if self.config.rope_theta is None:
+            return q, k
+        turn = self.config.rope_theta, self.config.rope_scaling, self.config.rotary_dim
+        return rotate(q, positions, *turn), rotate(k, positions, *turn)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(batch, seqlen, heads * headdim) -> (batch, heads, seqlen, headdim)."""
+        return x.unflatten(-1, (-1, self.config.headdim)).transpose(1, 2)
 
     def _decode(self, q, k, v, positions, state, segments) -> tuple[Tensor, LayerState]:
         """One token a row, written into the cache in place; a row of padding writes nothing."""

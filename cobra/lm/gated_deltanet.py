@@ -124,7 +124,7 @@ class GatedDeltaNet(Float32Parameters):
     def forward(self, x: Tensor, state: LayerState | None, segments: Segments) -> tuple[Tensor, LayerState]:
         config = self.config
         qkv, z, b, a = self.in_proj(x).split(config.in_sizes, dim=-1)
-        gates = -torch.exp(self.A_log) * self.step_sizes(a), b.to(self.A_log.dtype).sigmoid()
+        gates = self._gates(b, a)
         update = state is not None and segments.overwrite and x.shape[1] <= UPDATE_TOKENS
         mix = self._update if update else self._scan
         y, state = mix(qkv.transpose(1, 2), gates, state, segments)
@@ -133,6 +133,19 @@ class GatedDeltaNet(Float32Parameters):
             norm_before_gate=True,
         )  # fmt: skip
         return self.out_proj(y), state
+
+    def mix(self, x: Tensor, values: Tensor, segments: Segments) -> Tensor:
+        qkv, _, b, a = self.in_proj(x).split(self.config.in_sizes, dim=-1)
+        qkv, _ = self.conv1d.scan(qkv.transpose(1, 2), None, segments)
+        q, k, _ = self._heads(qkv)
+        values = values[:, :, None].expand(-1, -1, self.config.num_v_heads, -1)
+        return vision_scan.gated_delta_rule(
+            q, k, values, *self._gates(b, a), seq_idx=segments.seq_idx, chunk_size=self.config.chunk_size
+        )
+
+    def _gates(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """The logarithm of the decay, and the share of an answer that is corrected, (batch, seqlen, num_v_heads)."""
+        return -torch.exp(self.A_log) * self.step_sizes(a), b.to(self.A_log.dtype).sigmoid()
 
     def step_sizes(self, projected: Tensor) -> Tensor:
         """dt as the decay takes it, (batch, seqlen, num_v_heads) float32, from what `in_proj` gives."""

@@ -1,5 +1,6 @@
 """The head of a language model, and its loss without ever holding all logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,22 +11,25 @@ from .precision import Projection, product_dtype
 
 PIECE_ELEMENTS = 1 << 24  # logits that exist at once in the loss
 
+Teacher = Callable[[slice], Tensor]
+"""Which rows -> logits (rows, vocab_size) of another model."""
+
 
 class LMHead(Projection):
     """Hidden states to logits, or, with targets, to their loss."""
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, targets: "Tensor | Teacher | None" = None) -> Tensor:
         """x (..., d_model) -> logits (..., vocab_size).
 
-        With targets (...), int64: the sum of their cross entropies, a scalar. The logits, the largest array
-        of a training step by far, exist in pieces of PIECE_ELEMENTS, and the gradients are worked out beside
+        With targets (...), int64: the sum of their cross entropies, a scalar; with another model's logits, which are
+        asked for by rows of x (rows, d_model): the sum of the divergences KL(other || own). The logits, the largest
+        array of a training step by far, exist in pieces of PIECE_ELEMENTS, and the gradients are worked out beside
         them.
         """
         if targets is None:
             return super().forward(x)
-        return _CrossEntropy.apply(
-            x.flatten(0, -2), self.weight, targets.flatten(), product_dtype(x), torch.is_grad_enabled()
-        )
+        targets = targets.flatten() if isinstance(targets, Tensor) else targets
+        return _CrossEntropy.apply(x.flatten(0, -2), self.weight, targets, product_dtype(x), torch.is_grad_enabled())
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -34,7 +38,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, records: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor | Teacher, dtype: torch.dtype, records: bool
     ) -> Tensor:
         needs_hidden, needs_weight = (need and records for need in ctx.needs_input_grad[:2])
         with torch.autocast(hidden.device.type, enabled=False):
@@ -47,18 +51,16 @@ class _CrossEntropy(torch.autograd.Function):
             dweight = torch.zeros_like(matrix, dtype=wide) if needs_weight else None
             for start in range(0, len(hidden), rows):
                 x = hidden[start : start + rows].to(dtype)
-                places = targets[start : start + rows, None]
                 piece = torch.mm(x, matrix.t(), out=logits[: len(x)]).to(wide)
-                chosen = piece.gather(1, places).sum()
+                wanted = _wanted(targets, slice(start, start + len(x)), wide)
+                total -= wanted.mean_of(piece)
                 peak = piece.amax(1, keepdim=True)
                 exponentials = piece.sub_(peak).exp_()
                 sums = exponentials.sum(1, keepdim=True)
-                total += (sums.log() + peak).sum() - chosen
+                total += (sums.log() + peak).sum()
                 if not (needs_hidden or needs_weight):
                     continue
-                gradient = exponentials.div_(sums)
-                gradient.scatter_add_(1, places, -torch.ones_like(sums))
-                gradient = gradient.to(dtype)
+                gradient = wanted.subtract_from(exponentials.div_(sums)).to(dtype)
                 if dhidden is not None:
                     dhidden[start : start + rows] = gradient @ matrix
                 if dweight is not None and wide == dtype:
@@ -77,3 +79,37 @@ class _CrossEntropy(torch.autograd.Function):
         dhidden = None if dhidden is None else dhidden.mul_(grad)
         dweight = None if dweight is None else dweight.mul_(grad).to(ctx.weight_dtype)
         return dhidden, dweight, None, None, None
+
+
+class _Tokens:
+    """What is wanted of a piece: one token a row, of places (rows, 1)."""
+
+    def __init__(self, places: Tensor) -> None:
+        self._places = places
+
+    def mean_of(self, logits: Tensor) -> Tensor:
+        """The sum over the rows of the logit that is wanted."""
+        return logits.gather(1, self._places).sum()
+
+    def subtract_from(self, shares: Tensor) -> Tensor:
+        """In place, the gradient of the loss for the logits."""
+        return shares.scatter_add_(1, self._places, -shares.new_ones(self._places.shape))
+
+
+class _Shares:
+    """What is wanted of a piece: all tokens of a row by their shares (rows, vocab_size)."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._log = logits.log_softmax(1)
+        self._shares = self._log.exp()
+
+    def mean_of(self, logits: Tensor) -> Tensor:
+        """The same for shares, their own entropy taken off, so that equal ones diverge by 0."""
+        return (self._shares * (logits - self._log)).sum()
+
+    def subtract_from(self, shares: Tensor) -> Tensor:
+        return shares.sub_(self._shares)
+
+
+def _wanted(targets: Tensor | Teacher, rows: slice, dtype: torch.dtype) -> _Tokens | _Shares:
+    return _Tokens(targets[rows, None]) if isinstance(targets, Tensor) else _Shares(targets(rows).to(dtype))

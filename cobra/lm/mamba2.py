@@ -190,6 +190,16 @@ class Mamba2(Float32Parameters):
             y = torch.cat([nn.functional.silu(gate) * up, y], dim=-1)
         return self.out_proj(y), state
 
+    def mix(self, x: Tensor, values: Tensor, segments: Segments) -> Tensor:
+        *_, xBC, dt = self.in_proj(x).split(self.projected, dim=-1)
+        xBC, _ = self.conv1d.scan(xBC.transpose(1, 2), None, segments)
+        _, *inputs = self._ssd_inputs(xBC, dt)
+        values = values[:, :, None].expand(-1, -1, self.nheads, -1)
+        parameters = {**self._ssd_parameters(), "D": self.D.view(self.nheads, -1).mean(1)}
+        return vision_scan.ssd(
+            values, *inputs, seq_idx=segments.seq_idx, chunk_size=self.config.chunk_size, **parameters
+        )
+
     def step_sizes(self, projected: Tensor) -> Tensor:
         """dt as the scan takes it, (batch, seqlen, nheads) float32, from what `in_proj` gives."""
         dt = projected[..., -self.nheads :].float() + self.dt_bias

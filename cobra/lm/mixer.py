@@ -9,6 +9,10 @@ A mixer is a module `Mixer(config, d_model)` with
     reads_shards                                  optional: True if it reads a piece of a row whose rest is in
                                                   other processes: a recurrence asks `segments.shard` for its
                                                   entering state (sequence_parallel.py)
+    mix(x, values, segments)                      optional, of a layer that weighs values with a matrix of tokens by
+                                                  tokens: what the matrix of each head makes of other values,
+                                                  (batch, seqlen, width) -> (batch, seqlen, heads, width), in rows
+                                                  that begin here; neither gate, norm nor projection out
     step_projection, step_sizes(projected)        optional, of a recurrence whose state is `ssm`: the name of the
                                                   projection that dt comes from, and dt, given its output
 

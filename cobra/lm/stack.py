@@ -1,6 +1,7 @@
 """The language model: embedding, a stack of layers of any kind, final norm, head."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Union
 
@@ -190,6 +191,11 @@ class LanguageModel(nn.Module):
         """(..., d_model) -> (..., vocab_size), float32 or wider."""
         logits = self.lm_head(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def divergence(self, hidden: Tensor, teacher: Callable[[slice], Tensor]) -> Tensor:
+        """Sum of KL(teacher || own) of the tokens that follow hidden states (rows, d_model); `teacher` gives its logits
+        of some of the rows, (those, vocab_size)."""
+        return self.lm_head(hidden, teacher)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross entropies of targets (...), int64, given hidden states (..., d_model)."""

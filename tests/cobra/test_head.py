@@ -96,3 +96,34 @@ def test_autocast_keeps_float32_gradients(case):
     loss.backward()
     assert loss.dtype == wide.weight.grad.dtype == torch.float32
     torch.testing.assert_close(loss.double(), exact, rtol=2e-2, atol=0)
+
+
+@pytest.fixture
+def teacher():
+    return 3 * torch.randn(51, VOCAB, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 51, 1000])
+def test_divergence_from_a_teacher_in_pieces_of_any_size(case, teacher, rows, monkeypatch):
+    lm_head, hidden, _ = case
+    monkeypatch.setattr(head, "PIECE_ELEMENTS", rows * VOCAB + 1)
+    flat = hidden.flatten(0, 1)
+    ours = lm_head(flat, lambda taken: teacher[taken])
+    own = nn.functional.linear(flat, lm_head.weight).log_softmax(-1)
+    expected = nn.functional.kl_div(own, teacher.log_softmax(-1), reduction="sum", log_target=True)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    for one, other in zip(
+        gradients(0.3 * ours, hidden, lm_head.weight),
+        gradients(0.3 * expected, hidden, lm_head.weight),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_no_divergence_from_a_teacher_that_says_the_same(case):
+    lm_head, hidden, _ = case
+    flat = hidden.flatten(0, 1)
+    logits = nn.functional.linear(flat, lm_head.weight).detach()
+    loss = lm_head(flat, lambda taken: logits[taken])
+    assert abs(loss.item()) < 1e-10
+    assert all(gradient.abs().max() < 1e-13 for gradient in gradients(loss, hidden, lm_head.weight))

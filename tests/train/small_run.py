@@ -23,7 +23,7 @@ LAYERS = [
     {"kind": "attention", "num_heads": 2, "num_kv_heads": 1, "headdim": 16},
     {"kind": "mlp", "d_ff": 32},
 ]
-SETTINGS = (
+MODEL = (
     "model.image.height=16",
     "model.image.width=16",
     "model.vision_encoder.d_model=16",
@@ -31,6 +31,8 @@ SETTINGS = (
     'model.connector={"kind": "mlp"}',
     "model.lm.d_model=32",
     f"model.lm.layers={json.dumps(LAYERS)}",
+)
+COURSE = (
     "init.residual=1",  # so that the layers count from the first step on
     "tokenizer.kind=bytes",
     "train.dtype=float32",
@@ -38,6 +40,7 @@ SETTINGS = (
     "train.batch_size=4",
     "train.save_every=100",
 )
+SETTINGS = (*MODEL, *COURSE)
 
 
 def write_data(folder: Path, num_rows: int = 10) -> Path:

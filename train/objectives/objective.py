@@ -26,6 +26,8 @@ class Objective(nn.Module):
     """The key that a row cannot do without."""
     parts: tuple[Part, ...] = PARTS
     """The parts of the model that run."""
+    most_zero_stage = 3
+    """Of `zero.stage`: an objective that reads parameters outside of their modules' calls finds them whole up to 2."""
 
     def __init__(self, model: Cobra, rows: Dataset, autocast: torch.dtype | None = None) -> None:
         super().__init__()
@@ -38,6 +40,9 @@ class Objective(nn.Module):
     ) -> "Objective":
         """The objective of a run; one with settings of its own, or with a second model, takes them from there."""
         return cls(model, rows, autocast)
+
+    def freeze_idle(self) -> None:
+        """Freezes what does not learn under this objective, beside what `train.freeze` names."""
 
     def sample(self, row: Row) -> Any:
         """What `collate` needs of a row.

@@ -145,6 +145,7 @@ class Naming(PatchLabels):
     """
 
     parts = ("vision_encoder", "connector")
+    most_zero_stage = 2
 
     def __init__(self, model: Cobra, rows: Dataset, autocast: torch.dtype | None = None) -> None:
         super().__init__(model, rows, autocast)
