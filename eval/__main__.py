@@ -104,6 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     demo = _command(commands, "demo", _demo, "data, training, evaluation, comparison and report")
     demo.add_argument("--output", type=Path, metavar="DIR", help="default runs/demo, with --quick runs/quick")
     demo.add_argument("--quick", action="store_true", help="the whole path with few steps, in minutes")
+
+    about = "make state-space students of a demo's transformer, and compare them with it"
+    distill = _command(commands, "distill", _distill, about)
+    distill.add_argument("--demo", type=Path, default=Path("runs/demo"), metavar="DIR", help="finished (runs/demo)")
+    distill.add_argument("--output", type=Path, default=Path("runs/distill"), metavar="DIR", help="(runs/distill)")
     return parser
 
 
@@ -384,6 +389,12 @@ def _demo(options: argparse.Namespace) -> int:
 
     output = options.output or Path("runs/quick" if options.quick else "runs/demo")
     return run(output, Settings.quick() if options.quick else Settings.full(), options.quick)
+
+
+def _distill(options: argparse.Namespace) -> int:
+    from eval.distillation import run
+
+    return run(options.demo, options.output)
 
 
 if __name__ == "__main__":

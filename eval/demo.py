@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eval.files import check_format, read_json, write_json
-from eval.pipeline import Lane, Pipeline, Stage, Step, clock
-from vision_scan.errors import UserError
+from eval.files import read_json
+from eval.pipeline import Lane, Pipeline, Stage, Step, clock, open_record
 
 STATE_FILE = "demo.json"
 FORMAT = 2  # of that file
@@ -214,28 +213,11 @@ def run(root: Path, settings: Settings, quick: bool, say: Callable[[str], None] 
         UserError: if `root` holds something else.
     """
     say = say or functools.partial(print, flush=True)  # in order with what the steps print
-    record = _open(root, settings, quick)
+    record = open_record(root / STATE_FILE, FORMAT, {"quick": quick, "settings": asdict(settings)}, "demo")
     status = Pipeline(stages(root, settings), record, root / STATE_FILE, say).run()
     if status == 0:
         _say_goodbye(root, record, say)
     return status
-
-
-def _open(root: Path, settings: Settings, quick: bool) -> dict:
-    """The state of the demo in `root`, which is made if it does not exist."""
-    path = root / STATE_FILE
-    fresh = {"format": FORMAT, "quick": quick, "settings": asdict(settings), "steps": {}, "seconds": 0.0}
-    if not path.exists():
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise UserError(f"--output {root} exists and is no demo's directory; name another, or remove it")
-        root.mkdir(parents=True, exist_ok=True)
-        write_json(path, fresh)
-        return fresh
-    state = read_json(path)
-    check_format(state, FORMAT, path)
-    if (state["settings"], state["quick"]) != (fresh["settings"], quick):
-        raise UserError(f"{root} holds a demo with other settings; name another --output, or remove it")
-    return state
 
 
 def _say_goodbye(root: Path, state: dict, say: Callable[[str], None]) -> None:

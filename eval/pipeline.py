@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.environment import num_cores
-from eval.files import write_json
+from eval.files import check_format, read_json, write_json
+from vision_scan.errors import UserError
 
 STOPPED, INTERRUPTED = 75, 130  # exit statuses of a command that was asked to stop
 THREADS = "OMP_NUM_THREADS"
@@ -69,6 +70,32 @@ Lane = list[Step]
 """Steps of which each needs the one before."""
 Stage = dict[str, Lane]
 """Lanes by name that run side by side; the names stand in front of what their commands print."""
+
+
+def open_record(path: Path, current: int, about: dict, what: str) -> dict:
+    """The record at `path`, in whose folder everything is made; a new one if there is none.
+
+    Args:
+        path: of the record.
+        current: its format.
+        about: what it says of the run beside its steps; as JSON has it.
+        what: the run, for messages: "demo".
+    Raises:
+        UserError: if the folder holds something else, or a run with other settings.
+    """
+    root = path.parent
+    if not path.exists():
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise UserError(f"--output {root} exists and is no {what}'s directory; name another, or remove it")
+        root.mkdir(parents=True, exist_ok=True)
+        record = {"format": current, **about, "steps": {}, "seconds": 0.0}
+        write_json(path, record)
+        return record
+    record = read_json(path)
+    check_format(record, current, path)
+    if {name: record.get(name) for name in about} != about:
+        raise UserError(f"{root} holds a {what} with other settings; name another --output, or remove it")
+    return record
 
 
 class Pipeline:

@@ -2,7 +2,6 @@
 
 import base64
 import time
-from math import sqrt
 from pathlib import Path
 
 import cobra
@@ -15,7 +14,7 @@ from eval.files import check_format, read_json, read_lines, write_json, write_te
 from eval.page import render
 from eval.pipeline import peak_memory
 from eval.runner import result_paths
-from eval.scoring import Z_95
+from eval.scoring import paired_difference
 from eval.verdict import verdict
 from vision_scan.errors import UserError
 
@@ -127,18 +126,8 @@ def _compare(records: dict[str, list[dict]]) -> dict:
             f"{first} and {second} were asked different questions; run both through "
             "`python -m eval tasks` again"
         )
-    differences = [x["score"] - y["score"] for x, y in zip(a, b, strict=True)]
-    n = len(differences)
-    mean = sum(differences) / n
-    half = Z_95 * sqrt(sum((d - mean) ** 2 for d in differences) / n / n)
-    return {
-        "first": first,
-        "second": second,
-        "difference": mean,
-        "low": mean - half,
-        "high": mean + half,
-        "n": n,
-    }
+    scores = ([record["score"] for record in records] for records in (a, b))
+    return {"first": first, "second": second, **paired_difference(*scores)}
 
 
 def _examples(root: Path) -> list[dict]:

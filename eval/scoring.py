@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 Z_95 = 1.959964  # two-sided 95 percent quantile of the normal distribution
@@ -54,6 +54,24 @@ def accuracy(scores: Iterable[float]) -> Accuracy:
     scores = list(scores)
     interval = wilson_interval(sum(scores), len(scores))
     return Accuracy(accuracy=sum(scores) / len(scores), interval=interval, count=len(scores))
+
+
+class Difference(TypedDict):
+    """Mean difference of two scores of the same `n` samples, with the 95 percent interval of that mean."""
+
+    difference: float
+    low: float
+    high: float
+    n: int
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """How much more the first scores, sample by sample; at least one."""
+    differences = [one - other for one, other in zip(first, second, strict=True)]
+    n = len(differences)
+    mean = sum(differences) / n
+    half = Z_95 * math.sqrt(sum((difference - mean) ** 2 for difference in differences) / n / n)
+    return Difference(difference=mean, low=mean - half, high=mean + half, n=n)
 
 
 def accuracy_by_group(scores: Iterable[tuple[str, float]]) -> dict[str, Accuracy]:

@@ -9,6 +9,7 @@ from train.settings import (
     InitSettings,
     LrScale,
     ModelSettings,
+    Objective,
     OptimSettings,
     Part,
     RunConfig,
@@ -155,30 +156,31 @@ def llava() -> RunConfig:
     return dataclasses.replace(config, init=InitSettings())
 
 
-def _distilled(recipe: str, objective: Any, lr: float) -> RunConfig:
+def _distilled(recipe: str, objective: Objective, steps: int, lr: float, clip: float) -> RunConfig:
+    """A stage of making a student: what mmMamba trains 2.6b with, few steps in the first stage."""
     return RunConfig(
         recipe=recipe,
-        init=InitSettings(check_lm=False),
-        train=TrainSettings(objective=objective, freeze=("vision_encoder", "connector")),
-        optim=OptimSettings(lr=lr),
+        init=InitSettings(check_lm=False),  # a student that has only its seeds foretells nothing yet
+        train=TrainSettings(objective=objective, freeze=("vision_encoder", "connector"), steps=steps, batch_size=128),
+        optim=OptimSettings(lr=lr, warmup_ratio=0.1, decay_ratio=0.1, min_lr_ratio=0.0, clip=clip),
     )
 
 
 def distill_mixer() -> RunConfig:
     """First stage of making a state-space student of a transformer: the matrices that its new layers mix tokens with.
-    Needs distill.teacher and data.path."""
-    return _distilled("distill-mixer", "distill_mixer", lr=1e-3)
+    Needs distill.teacher (a model directory) and data.path."""
+    return _distilled("distill-mixer", "distill_mixer", steps=2_000, lr=1e-3, clip=0.0)
 
 
 def distill_hidden() -> RunConfig:
-    """Second stage: what the new layers say, each given what the teacher's reads. From the first, or with the teacher
-    alone from its seeds."""
-    return _distilled("distill-hidden", "distill_hidden", lr=1e-3)
+    """Second stage: what the new layers say, each given what the teacher's reads. From the first (--init-from), or
+    without it right from the seeds."""
+    return _distilled("distill-hidden", "distill_hidden", steps=20_000, lr=5e-4, clip=0.0)
 
 
 def distill_logits() -> RunConfig:
-    """Third stage: what the student answers, as a whole, the language model learning. From the second."""
-    return _distilled("distill-logits", "distill_logits", lr=1e-4)
+    """Third stage: what the student answers, all of its language model learning. From the second."""
+    return _distilled("distill-logits", "distill_logits", steps=20_000, lr=5e-5, clip=1.0)
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {

@@ -15,6 +15,7 @@ from cobra.typed_config import override
 from vision_scan.errors import UserError, choose
 
 Part = Literal["vision_encoder", "connector", "lm"]
+Objective = Literal["conversation", "naming", "regions", "distill_mixer", "distill_hidden", "distill_logits"]
 PARTS: tuple[Part, ...] = ("vision_encoder", "connector", "lm")
 
 
@@ -143,9 +144,7 @@ class DataSettings:
 class TrainSettings:
     """The course of the run."""
 
-    objective: Literal[
-        "conversation", "naming", "regions", "distill_mixer", "distill_hidden", "distill_logits"
-    ] = "conversation"
+    objective: Objective = "conversation"
     """conversation: the next token of the answers; naming: the words for what stands in each patch
     (connector and embeddings); regions: what stands in each patch (the tower alone); distill_mixer, distill_hidden,
     distill_logits: what a teacher's layers weigh, what they say, and what it answers (`distill`)."""

@@ -88,8 +88,11 @@ def build_student(settings: DistillSettings, config: CobraConfig, seed: int) -> 
     tensors |= {name: tensor for name, tensor in given.items() if not name.startswith(prefixes)}
     cobra.checkpoint.assign_tensors(student, tensors, settings.teacher)
     for index in replaced:
-        mixer = student.lm.layers[index].mixer
-        SEEDS[mixer.config.kind].sow(mixer, teacher.lm.layers[index].mixer)
+        mixer, attention = student.lm.layers[index].mixer, teacher.lm.layers[index].mixer
+        seed = SEEDS.get(mixer.config.kind)
+        # Layers that `model.lm.layers` asks for instead begin at random.
+        if seed is not None and isinstance(attention, Attention) and mixer.config == seed.config(attention.config):
+            seed.sow(mixer, attention)
     return student
 
 

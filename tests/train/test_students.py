@@ -125,6 +125,22 @@ def test_everything_but_the_replaced_layers_is_the_teachers(tmp_path: Path, kind
     torch.testing.assert_close(*logits)
 
 
+def test_layers_that_are_asked_for_begin_at_random(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "teacher")
+    settings = DistillSettings(teacher=str(tmp_path / "teacher"))
+    config = CobraConfig(**student_sections(settings))
+    narrower = replace(config.lm.layers[0], d_state=4)
+    mamba1 = cobra.lm.mamba1.Mamba1Config(d_state=4)
+    layers = (narrower, config.lm.layers[1], mamba1, *config.lm.layers[3:])
+    config = replace(config, lm=replace(config.lm, layers=layers))
+    student, plain = build_student(settings, config, seed=5), cobra.build(config, seed=5)
+    own, random = named_tensors(student), named_tensors(plain)
+    for name in own:
+        if name.startswith(("lm.layers.0.mixer.", "lm.layers.2.mixer.")):
+            assert torch.equal(own[name], random[name])
+    assert not own["lm.layers.4.mixer.D"].any()  # the last is sown
+
+
 def test_the_same_seed_makes_the_same_student(tmp_path: Path) -> None:
     save_teacher(tmp_path / "teacher")
     one, two = (named_tensors(make(tmp_path / "teacher")) for _ in range(2))

@@ -23,6 +23,10 @@ TILES = (
     'model.vision_encoder={"kind": "s2", "tower": {"kind": "small", "d_model": 16, "num_heads": 2}}',
 )
 SIZED = 'model.image.tiles={"kind": "uhd"}'
+STUDENT = (
+    'model.lm.layers=[{"kind": "mamba2", "d_state": 8, "headdim": 16, "chunk_size": 16}, '
+    '{"kind": "mamba2", "d_state": 16, "headdim": 16}, {"kind": "mlp", "d_ff": 32}]'
+)
 PIECES = ("train.recompute=segment", "train.segment_tokens=9")
 # Two processes; float32 sums in another order, and nothing else, is what may differ.
 WAYS: dict[str, tuple[str, ...]] = {
@@ -62,7 +66,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert run(small_config(data, *ADAMW, *changes), folder / name)
     with spoiling({6, 7}):
         assert run(small_config(data, *ADAMW, *plain, *SPOILED), folder / "plain, spoiled")
+    students = {
+        stage: (f"train.objective={stage}", f"distill.teacher={folder / 'plain'}", STUDENT)
+        for stage in ("distill_hidden", "distill_logits")
+    }
+    for name, changes in students.items():
+        assert run(small_config(data, *ADAMW, *plain, *changes), folder / f"plain, {name}")
     plan = [entry(name, *changes) for name, changes in WAYS.items()]
+    plan += [entry(name, "zero.stage=3", NOTHING_WHOLE, *changes) for name, changes in students.items()]
     plan += [
         entry("scans", "zero.stage=3", NOTHING_WHOLE, SCANS, "data.packing=true"),
         entry("tiles", "zero.stage=3", NOTHING_WHOLE, *TILES),
@@ -104,6 +115,8 @@ def test_every_way_has_the_losses_of_one_process(folder: Path, way: str) -> None
         ("shared", "plain, recurrent"),
         ("tiles", "plain, tiles"),
         ("sized", "plain, sized"),
+        ("distill_hidden", "plain, distill_hidden"),
+        ("distill_logits", "plain, distill_logits"),
     ],
 )
 def test_other_models_too(folder: Path, name: str, reference: str) -> None:
