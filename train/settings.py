@@ -221,9 +221,15 @@ class DistillSettings:
     """The layers in place of attention, where the student is made of the teacher."""
     keep: tuple[int, ...] = ()
     """Attention layers, counted from 0, that stay where the student is made of the teacher; none: all are replaced."""
+    label_share: float = 0.0
+    """Of the probabilities that distill_logits teaches, the share that the row's own answer has; the teacher has the
+    rest."""
 
     def __post_init__(self) -> None:
         _require(len(set(self.keep)) == len(self.keep), f"distill.keep: got {self.keep}, allowed: each layer once")
+        _require(
+            0 <= self.label_share < 1, f"distill.label_share: got {self.label_share}, allowed: 0 to below 1"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,8 +97,9 @@ def test_hidden_states_are_compared_layer_by_layer(data: Path, teacher: Path) ->
     assert loss_of(objective, list(rows)).item() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_answers_are_compared_where_a_token_is_learned(data: Path, teacher: Path) -> None:
-    objective, rows = build(config_of(data, teacher, "distill_logits"))
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_answers_are_compared_where_a_token_is_learned(data: Path, teacher: Path, share: float) -> None:
+    objective, rows = build(config_of(data, teacher, "distill_logits", f"distill.label_share={share}"))
     total, count = 0.0, 0
     for row in rows:
         inputs = objective.collate([objective.sample(row)]).inputs
@@ -106,9 +107,11 @@ def test_answers_are_compared_where_a_token_is_learned(data: Path, teacher: Path
         for model in (objective.teacher.model, objective.model):
             embeds = model.embed(*(inputs[name] for name in ("input_ids", "pixel_values", "image_sizes", "num_frames")))
             logits.append(model.lm(inputs_embeds=embeds)[0].detach())
-        places = next_labels(inputs["labels"]) >= 0
-        teacher_log, own_log = (each[places].log_softmax(-1) for each in logits)
-        total += F.kl_div(own_log, teacher_log, reduction="sum", log_target=True).item()
+        labels = next_labels(inputs["labels"])
+        places = labels >= 0
+        taught, own = (each[places].softmax(-1) for each in logits)
+        taught = (1 - share) * taught + share * F.one_hot(labels[places], taught.shape[-1])
+        total += F.kl_div(own.log(), taught, reduction="sum").item()
         count += int(places.sum())
     assert loss_of(objective, list(rows)).item() == pytest.approx(total / count, rel=1e-5)
 

@@ -47,7 +47,13 @@ class Distillation(Conversation):
             raise UserError(
                 f"train.objective={config.train.objective} needs a teacher: set distill.teacher to a model directory"
             )
-        return cls(model, rows, Companion(path, model, "distill.teacher", autocast, device), autocast)
+        companion = Companion(path, model, "distill.teacher", autocast, device)
+        return cls(model, rows, companion, autocast, **cls.settings(config))
+
+    @classmethod
+    def settings(cls, config: RunConfig) -> dict[str, Any]:
+        """Further arguments of the objective."""
+        return {}
 
     def _teach(self, inputs: dict[str, Any]) -> Tensor:
         """What the teacher makes of a batch, see `_read`."""
@@ -162,14 +168,40 @@ class HiddenStates(ByLayer):
 
 
 class Answers(Distillation):
-    """The probabilities of the next token of every answer: the divergence KL(teacher || student)."""
+    """The probabilities of the next token of every answer: the divergence KL(wanted || student) from the teacher's, or
+    from a mixture of them with what the row says (Hinton et al. 2015, arXiv:1503.02531)."""
+
+    def __init__(
+        self,
+        model: Cobra,
+        rows: Dataset,
+        teacher: Companion,
+        autocast: torch.dtype | None = None,
+        label_share: float = 0.0,
+    ) -> None:
+        super().__init__(model, rows, teacher, autocast)
+        self.label_share = label_share
+
+    @classmethod
+    def settings(cls, config: RunConfig) -> dict[str, Any]:
+        return {"label_share": config.distill.label_share}
 
     def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
-        teacher, model = self.teacher.model.lm, self.model
-        supervised = next_labels(inputs["labels"]) != IGNORE
-        taught = self._teach(inputs)[supervised]
+        teacher, model, share = self.teacher.model.lm, self.model, self.label_share
+        targets = next_labels(inputs["labels"])
+        supervised = targets != IGNORE
+        taught, targets = self._teach(inputs)[supervised], targets[supervised]
         hidden = _read(model, inputs, _embed(model, inputs))[supervised]
-        return model.lm.divergence(hidden, lambda rows: teacher.logits(taught[rows])), {}
+
+        def wanted(rows: slice) -> Tensor:
+            logits = teacher.logits(taught[rows])
+            if not share:
+                return logits
+            shares = (1 - share) * logits.softmax(-1)
+            places = targets[rows, None]
+            return shares.scatter_add_(1, places, torch.full_like(shares[:, :1], share)).log()
+
+        return model.lm.divergence(hidden, wanted), {}
 
 
 def _embed(model: Cobra, inputs: dict[str, Any]) -> Tensor:
