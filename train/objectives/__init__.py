@@ -3,11 +3,13 @@
 from .conversation import Conversation
 from .objective import Objective, Stats
 from .patches import Naming, Regions
+from .preference import Preference
 
-__all__ = ["OBJECTIVES", "Conversation", "Naming", "Objective", "Regions", "Stats"]
+__all__ = ["OBJECTIVES", "Conversation", "Naming", "Objective", "Preference", "Regions", "Stats"]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "conversation": Conversation,
     "naming": Naming,
     "regions": Regions,
+    "preference": Preference,
 }

@@ -1,6 +1,6 @@
 """What every objective is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ class Objective(nn.Module):
     """The key that a row cannot do without."""
     parts: tuple[Part, ...] = PARTS
     """The parts of the model that run."""
+    frozen_readers: tuple[Cobra, ...] = ()
+    """Models that read each batch too, of which nothing learns by it; the learning one without its adapters may be
+    one."""
 
     def __init__(self, model: Cobra, rows: Dataset, autocast: torch.dtype | None = None) -> None:
         super().__init__()
@@ -56,6 +59,14 @@ class Objective(nn.Module):
     def num_tokens(self, row: Row) -> int:
         """How many tokens (or patches) the model reads of a row."""
         raise NotImplementedError
+
+    def measure(self, row: Row) -> tuple[int, int]:
+        """How many tokens a whole row has, and how many of them are learned."""
+        raise NotImplementedError
+
+    def describe(self) -> Iterator[str]:
+        """Lines of the plan on what belongs to it beside the model."""
+        return iter(())
 
     def collate(self, samples: Sequence[Any]) -> Batch:
         raise NotImplementedError
