@@ -355,25 +355,20 @@ def _suffix(image: ImageFile) -> str:
 
 
 def _with_images(raw: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """The row with other names for its images, in the same places."""
-    left = iter(names)
-    row = dict(raw)
+    """The row with other names for its images, in the same places: parts of messages take them in turn."""
+    row = {key: value for key, value in raw.items() if key not in ("image", "images")}
     key = "messages" if "messages" in row else "prompt"
     if isinstance(row.get(key), list) and "conversations" not in row:
         row[key] = [
-            {**message, "content": [_rename(part, left) for part in message["content"]]}
+            {**message, "content": [_without_name(part) for part in message["content"]]}
             if isinstance(message.get("content"), list)
             else message
             for message in row[key]
         ]
-    row.pop("images", None)
-    row["image" if "conversations" in row or "regions" in row else "images"] = list(left)
-    if "video" in row:
-        row["video"] = row.pop("image")
+    is_video = "conversations" in row and row.get("video") is not None
+    row["video" if is_video else "image" if "conversations" in row or "regions" in row else "images"] = names
     return {key: value for key, value in row.items() if value != [] or key == "conversations"}
 
 
-def _rename(part: dict[str, Any], names: Iterator[str]) -> dict[str, Any]:
-    if part.get("type") in ("image", "image_url"):
-        return {"type": "image", "image": next(names)}
-    return part
+def _without_name(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "image"} if part.get("type") in ("image", "image_url") else part
