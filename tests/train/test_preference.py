@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,12 @@ from tests.train.small_run import COLOURS, LAYERS, load, losses, small_config, w
 from tests.train.test_cost import DENSE
 from tests.train.test_resume import same_tensors, stop_after
 from tests.train.test_zero import NOTHING_WHOLE, TOLERANCE
+from train.__main__ import main
 from train.cost import RowCost, TrainingCost
 from train.init import share_sequences
 from train.metrics import read_metrics
 from train.objectives import Conversation, Preference
-from train.run import build_model, build_objective, run
+from train.run import build_model, build_objective, prepare, run
 from train.settings import RunConfig, change
 from train.ssm_statistics import SSMStatistics
 from vision_scan.errors import UserError
@@ -314,6 +316,17 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert same_tensors(whole, parts)
 
 
+def test_resuming_needs_the_reference(pairs: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(pairs.parents[1] / "start", start)
+    config = dpo_config(pairs, f"init.path={start}", "train.steps=2")
+    assert run(config, tmp_path / "run")
+    shutil.rmtree(start)
+    with pytest.raises(UserError, match="start: no such model directory") as caught:
+        prepare(config, tmp_path / "run", resume=True)
+    assert "\n" not in str(caught.value)
+
+
 def write_colours(folder: Path, num_rows: int, seed: int) -> Path:
     """Pictures of one colour; the chosen answer names it, the rejected one another."""
     folder.mkdir(parents=True)
@@ -481,6 +494,11 @@ def test_settings_say_what_is_allowed(pairs: Path, assignment: str, told: str) -
 def test_smoothing_is_of_one_loss(pairs: Path) -> None:
     with pytest.raises(UserError, match=r"label_smoothing: got 0.1, allowed with preference.loss=ipo: 0"):
         dpo_config(pairs, "preference.label_smoothing=0.1", "preference.loss=ipo")
+
+
+def test_there_is_no_plan_and_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--recipe", "dpo", "--rows", "100"]) == 0
+    assert capsys.readouterr().out == "recipe dpo: objective preference, of which there is no plan\n"
 
 
 # Two processes, each with rows of its own; float32 sums in another order is what may differ.

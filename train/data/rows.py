@@ -313,8 +313,9 @@ def _parse_answer(answer: Any, name: str) -> str:
     if isinstance(text, dict) and "assistant" in (text.get("role"), ROLES.get(str(text.get("from")))):
         text = text.get("content", text.get("value"))
     if isinstance(text, list):
-        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in text]
-        text = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        parts = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        text = "".join(texts) if len(texts) == len(text) else None
     if not isinstance(text, str):
         allowed = "text, {'from': 'gpt', 'value': text} or {'role': 'assistant', 'content': text}"
         raise UserError(f"{name!r} must be {allowed}, got {short(answer)}")
