@@ -161,13 +161,17 @@ def render(
             ids += template.encode(template.user_close, tokenizer)
             labels += [IGNORE] * (len(ids) - len(labels))
         else:
-            answer = tokenizer.encode(turn.text or template.empty_answer)
-            answer.append(template.end_id(tokenizer))
+            answer = encode_answer(template, tokenizer, turn.text)
             ids += answer
             labels += answer
     if supervised and not any(label != IGNORE for label in labels):
         raise UserError("the conversation has no answer to learn from (no supervised token)")
     return Rendered(ids, labels, marks, len(turns))
+
+
+def encode_answer(template: Template, tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of an assistant's text and its end token."""
+    return [*tokenizer.encode(text or template.empty_answer), template.end_id(tokenizer)]
 
 
 def render_caption(

@@ -160,7 +160,7 @@ def share_sequences(objective: Objective, group: dist.ProcessGroup, config: RunC
         UserError: if objective, layers or settings cannot be shared so.
     """
     count = config.train.sequence_parallel
-    if type(objective) is not Conversation:
+    if not isinstance(objective, Conversation) or not objective.reads_shards:
         raise UserError(
             f"train.sequence_parallel={count} needs train.objective=conversation, got {config.train.objective}"
         )

@@ -10,6 +10,7 @@ What a run writes has W + scale * B A as the one weight `NAME`, so it is a model
 Sources: Hu et al. 2021, "LoRA" (arXiv:2106.09685); Meng et al. 2024, "PiSSA" (arXiv:2404.02948).
 """
 
+import contextlib
 import copy
 import json
 from collections import defaultdict
@@ -153,6 +154,19 @@ def _keep_initial(layer: Any, A: Tensor, B: Tensor) -> None:
         layer.register_buffer(name, factor)
     for factor in _factors(layer):
         factor._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue] (train/optim.py)
+
+
+@contextlib.contextmanager
+def without_adapters(model: Cobra) -> Iterator[None]:
+    """A model as if it had no adapters: with those of the default initialisation, as it was when they were put in."""
+    layers = [layer for _, layer in _adapted(model)]
+    for layer in layers:  # not by peft's own `enable_adapters`, which also changes what learns
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 @torch.no_grad()

@@ -80,6 +80,7 @@ def describe(record: dict[str, Any]) -> str:
         "loss": lambda loss: f"loss {loss:.4f}",
         "val_loss": lambda loss: f"val {loss:.4f}",
         "patch_accuracy": lambda share: f"patches {share:.1%}",
+        "reward_accuracy": lambda share: f"preferred {share:.1%}",
         "tokens_per_s": lambda rate: f"{short_count(rate)} tokens/s",
         "mfu": lambda share: f"MFU {share:.1%}",
         "tflops": lambda rate: "" if "mfu" in record else f"{rate:.3g} TFLOP/s",

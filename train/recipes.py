@@ -12,6 +12,7 @@ from train.settings import (
     Objective,
     OptimSettings,
     Part,
+    PreferenceSettings,
     RunConfig,
     TrainSettings,
     ZeroSettings,
@@ -183,6 +184,17 @@ def distill_logits() -> RunConfig:
     return _distilled("distill-logits", "distill_logits", steps=20_000, lr=5e-5, clip=1.0)
 
 
+def dpo() -> RunConfig:
+    """Direct preference optimisation of a finished model by rows with a chosen and a rejected answer, its tower frozen.
+    Rate, decay, warm-up and beta are RLAIF-V's for LLaVA-1.5 (RLHF-V/RLAIF-V, script/train/llava15_train.sh); one
+    epoch, 32 rows a step. Needs init.path, which is the reference too, and data.path; for another model than Cobra,
+    model.preset."""
+    optim = OptimSettings(lr=5e-7, weight_decay=0.01, beta2=0.999, warmup_ratio=0.05, min_lr_ratio=0.0)
+    train = {"objective": "preference", "epochs": 1, "batch_size": 32, "micro_batch_size": 2}
+    config = _published("dpo", "cobra-3b", ("vision_encoder",), optim, **train)
+    return dataclasses.replace(config, init=InitSettings(), preference=PreferenceSettings(beta=0.1))
+
+
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "tiny-tower": tiny_tower,
     "tiny-naming": tiny_naming,
@@ -198,4 +210,5 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "distill-mixer": distill_mixer,
     "distill-hidden": distill_hidden,
     "distill-logits": distill_logits,
+    "dpo": dpo,
 }

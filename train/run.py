@@ -22,7 +22,7 @@ from train.init import build_model, build_objective, check_language_model, load_
 from train.loop import Loop, train
 from train.lora import adapted_parts, describe, is_adapter
 from train.metrics import Metrics
-from train.objectives import OBJECTIVES, Objective
+from train.objectives import OBJECTIVES, Conversation, Objective
 from train.optim import build_optimizer, describe_groups
 from train.settings import PARTS, RunConfig
 from train.ssm_statistics import SSMStatistics
@@ -131,7 +131,7 @@ def build_source(
     """The batches of this process, of conversations shared out by what they cost."""
     settings, data = config.train, config.data
     order = SampleOrder(rows.lengths, settings.batch_size, settings.seed, data.length_group, rows.shares)
-    is_uneven = settings.objective == "conversation" and world_size > 1
+    is_uneven = isinstance(objective, Conversation) and world_size > 1
     return BatchSource(
         objective,
         rows,
@@ -167,6 +167,7 @@ def describe_model(config: RunConfig, objective: Objective, optimizer: torch.opt
         yield f"  {part:<16}{count:>14,} parameters, {fate}{origin}"
     if adapted:
         yield from describe(model, config.lora, adapted)
+    yield from objective.describe()
     yield f"optimizer: {optim.kind}, learning rate {optim.lr:g} falling to {optim.min_lr_ratio:.0%} of it"
     yield from describe_groups(optimizer)
 

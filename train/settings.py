@@ -15,7 +15,9 @@ from cobra.typed_config import override
 from vision_scan.errors import UserError, choose
 
 Part = Literal["vision_encoder", "connector", "lm"]
-Objective = Literal["conversation", "naming", "regions", "distill_mixer", "distill_hidden", "distill_logits"]
+Objective = Literal[
+    "conversation", "naming", "regions", "distill_mixer", "distill_hidden", "distill_logits", "preference"
+]
 PARTS: tuple[Part, ...] = ("vision_encoder", "connector", "lm")
 
 
@@ -147,7 +149,8 @@ class TrainSettings:
     objective: Objective = "conversation"
     """conversation: the next token of the answers; naming: the words for what stands in each patch
     (connector and embeddings); regions: what stands in each patch (the tower alone); distill_mixer, distill_hidden,
-    distill_logits: what a teacher's layers weigh, what they say, and what it answers (`distill`)."""
+    distill_logits: what a teacher's layers weigh, what they say, and what it answers (`distill`);
+    preference: of two answers the better one."""
     freeze: tuple[Part, ...] = ()
     """Parts that do not learn."""
     steps: int = 1000
@@ -404,6 +407,34 @@ class ValSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreferenceSettings:
+    """How an answer is to be preferred to another (objectives/preference.py)."""
+
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """sigmoid: DPO's; ipo: a squared distance, of log-probabilities per token; hinge: SLiC's."""
+    beta: float = 0.1
+    """How dear it is to move away from the reference."""
+    label_smoothing: float = 0.0
+    """loss=sigmoid: the share of rows whose answers are taken to be the wrong way round (conservative DPO)."""
+    sft: float = 0.0
+    """Weight of the chosen answer's own loss per token, which is added (RPO)."""
+    reference: str | None = None
+    """The directory of the model that is held against; None: that of init.path, as the run begins with it."""
+
+    def __post_init__(self) -> None:
+        _require(self.beta > 0, f"preference.beta: got {self.beta}, allowed: more than 0")
+        _require(self.sft >= 0, f"preference.sft: got {self.sft}, allowed: 0 or more")
+        _require(
+            0 <= self.label_smoothing < 0.5,
+            f"preference.label_smoothing: got {self.label_smoothing}, allowed: 0 to below 0.5",
+        )
+        _require(
+            self.loss == "sigmoid" or self.label_smoothing == 0,
+            f"preference.label_smoothing: got {self.label_smoothing}, allowed with preference.loss={self.loss}: 0",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """All of a run; saved as JSON beside its weights."""
 
@@ -419,6 +450,7 @@ class RunConfig:
     optim: OptimSettings = field(default_factory=OptimSettings)
     val: ValSettings = field(default_factory=ValSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    preference: PreferenceSettings = field(default_factory=PreferenceSettings)
 
     @property
     def makes_student(self) -> bool:

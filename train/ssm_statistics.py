@@ -20,6 +20,8 @@ class SSMStatistics:
     - `state_norm`: the root mean square of an element of the states behind the last token, over layers and rows; where
       rows are padded, those without padding.
 
+    What an objective reads behind its `input_ids`, or a second time, is not looked at.
+
     Args:
         objective: its language model is looked at.
     """
@@ -90,6 +92,8 @@ class SSMStatistics:
                 return
             start = self._read[mixer]
             self._read[mixer] = end = start + projected.shape[1]
+            if end > self._real.shape[1]:
+                return
             real = self._real[:, start:end, None]
             with torch.no_grad():
                 dt = mixer.step_sizes(projected.detach()) * real
@@ -98,5 +102,5 @@ class SSMStatistics:
         return look
 
     def _keep_state(self, mixer: nn.Module, arguments: tuple, result: tuple) -> None:
-        if self._real is not None:
+        if self._real is not None and self._read[mixer] <= self._real.shape[1]:
             self._states[mixer] = result[1]["ssm"].detach()

@@ -161,7 +161,7 @@ class Validation:
         samples = []
         for number in self._asked:
             row = self.rows[number]
-            question, reference = row.turns[0].text, row.turns[1].text
+            question, reference = row.texts[:2]  # what stands behind the first question, chosen or not
             images = row.images[: count_marks(question)]
             try:
                 opened = [image.open() for image in images]

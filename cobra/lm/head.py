@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .precision import Projection, product_dtype
+from .recompute import recompute
 
 PIECE_ELEMENTS = 1 << 24  # logits that exist at once in the loss
 
@@ -18,18 +19,30 @@ Teacher = Callable[[slice], Tensor]
 class LMHead(Projection):
     """Hidden states to logits, or, with targets, to their loss."""
 
-    def forward(self, x: Tensor, targets: "Tensor | Teacher | None" = None) -> Tensor:
+    def forward(self, x: Tensor, targets: "Tensor | Teacher | None" = None, each: bool = False) -> Tensor:
         """x (..., d_model) -> logits (..., vocab_size).
 
         With targets (...), int64: the sum of their cross entropies, a scalar; with another model's logits, which are
         asked for by rows of x (rows, d_model): the sum of the divergences KL(other || own). The logits, the largest
         array of a training step by far, exist in pieces of PIECE_ELEMENTS, and the gradients are worked out beside
         them.
+
+        With `each`: the cross entropies one by one, (...). How much each of them counts is known in the backward pass
+        only, where the logits of a piece are computed again.
         """
         if targets is None:
             return super().forward(x)
+        if each:
+            rows = max(1, PIECE_ELEMENTS // len(self.weight))
+            pieces = zip(x.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True)
+            return torch.cat([recompute(self._cross_entropies, *piece) for piece in pieces]).view(targets.shape)
         targets = targets.flatten() if isinstance(targets, Tensor) else targets
         return _CrossEntropy.apply(x.flatten(0, -2), self.weight, targets, product_dtype(x), torch.is_grad_enabled())
+
+    def _cross_entropies(self, x: Tensor, targets: Tensor) -> Tensor:
+        logits = super().forward(x)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return nn.functional.cross_entropy(wide, targets, reduction="none")
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -204,6 +204,13 @@ class LanguageModel(nn.Module):
         logits = self.logits(hidden).flatten(0, -2)  # of quantised weights
         return nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
 
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The cross entropies of targets (...), int64, one by one: (...)."""
+        if isinstance(self.lm_head, LMHead):
+            return self.lm_head(hidden, targets, each=True)
+        logits = self.logits(hidden).flatten(0, -2)
+        return nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+
     def read(
         self,
         input_ids: Tensor | None = None,

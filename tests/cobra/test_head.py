@@ -41,6 +41,24 @@ def test_pieces_of_any_size_give_the_loss_and_its_gradients(case, rows, monkeypa
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 1000])
+def test_losses_one_by_one_may_count_differently(case, rows, monkeypatch):
+    lm_head, hidden, targets = case
+    monkeypatch.setattr(head, "PIECE_ELEMENTS", rows * VOCAB + 1)
+    counts = torch.randn(3, 17, dtype=torch.float64)
+    ours = lm_head(hidden, targets, each=True)
+    logits = nn.functional.linear(hidden, lm_head.weight)
+    expected = nn.functional.cross_entropy(logits.movedim(-1, 1), targets, reduction="none")
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    for one, other in zip(
+        gradients((counts * ours).sum(), hidden, lm_head.weight),
+        gradients((counts * expected).sum(), hidden, lm_head.weight),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert lm_head(hidden[:, :0], targets[:, :0], each=True).shape == (3, 0)
+
+
 def test_logits_that_would_overflow(case):
     lm_head, hidden, targets = case
     ours = lm_head(1e4 * hidden, targets)

@@ -84,6 +84,30 @@ def write_region_data(folder: Path, num_rows: int = 10) -> Path:
     return path
 
 
+def write_preference_data(folder: Path, num_rows: int = 10) -> Path:
+    """Rows of preference data on such images: with one or two of them, a video of three frames, or none; with one
+    question or a second one, and answers of many lengths."""
+    draw = random.Random(1)
+    path = write_data(folder, num_rows)
+    rows = []
+    for index, row in enumerate(json.loads(path.read_text())):
+        names = [f"{index}.png", f"{(index + 1) % num_rows}.png", f"{(index + 2) % num_rows}.png"]
+        question = {"from": "human", "value": "what" * draw.randint(1, 3)}
+        new = {"id": row["id"], "conversations": [question], "chosen": row["conversations"][1]["value"]}
+        new["rejected"] = {"from": "gpt", "value": "I do not know " * draw.randint(1, 4)}
+        if index % 4 < 2:
+            new["image"] = names[: 1 + index % 2]
+        elif index % 4 == 2:
+            new["video"] = names
+        marks = {0: "<image>\n", 1: "<image> <image>", 2: "<video>"}.get(index % 4, "")
+        question["value"] = marks + question["value"]
+        if index % 3 == 1:
+            new["conversations"] += [{"from": "gpt", "value": "Well."}, {"from": "human", "value": "So?"}]
+        rows.append(new)
+    path.write_text(json.dumps(rows))
+    return path
+
+
 def small_config(data: Path, *changes: str, recipe: str = "tiny") -> RunConfig:
     """A recipe at a size for tests."""
     return change(RECIPES[recipe](), [*SETTINGS, f"data.path={data}", *changes])

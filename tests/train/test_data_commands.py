@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import cobra
-from tests.train.small_run import write_data
+from tests.train.small_run import write_data, write_preference_data
 from train.__main__ import main
 from train.data.commands import histogram
 
@@ -56,6 +56,29 @@ def test_inspect_shows_a_row_as_the_model_reads_it(
     assert "\x1b[1;32m" in told  # what is learned is green
     assert check("inspect", str(data), "--row", "nobody") == 2
     assert "has no row nobody" in capsys.readouterr().err
+
+
+def test_preference_data_is_checked_and_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_preference_data(tmp_path / "data")
+    assert check("check", str(data)) == 0
+    told = capsys.readouterr().out
+    assert "preference data: 10 rows with a chosen and a rejected answer" in told
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    row = json.loads(data.read_text())[0]
+    assert check("inspect", str(data), "--row", "0", "--max-tokens", "9") == 0
+    told = capsys.readouterr().out
+    assert "longer than 9: cannot be used" in told
+    assert told.count("[64 image tokens]") == 2  # with either answer
+    assert f"\x1b[1;32m{row['chosen']}" in told and f"\x1b[1;31m{row['rejected']['value']}" in told
+    rows = json.loads(data.read_text())
+    del rows[3]["rejected"], rows[4]["chosen"]
+    data.write_text(json.dumps([*rows[:5], rows[0], *rows[5:]]))
+    assert check("check", str(data)) == 2
+    told = capsys.readouterr().out
+    assert "has 'chosen' and no 'rejected'" in told and "has no 'chosen'" in told
+    assert "row 'row0': the same as row 'row0'" in told
 
 
 def test_shards_are_whole_or_absent(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,6 +121,56 @@ def test_regions_need_no_conversation(folder: Path) -> None:
         load(folder, [GOOD], needs="regions")
 
 
+CHOICE = {"id": "pair", "image": "good.png", "conversations": [ASK], "chosen": "this", "rejected": "that"}
+
+
+@pytest.mark.parametrize("chosen", ["this", {"from": "gpt", "value": "this"}, {"role": "assistant", "content": "this"}])
+@pytest.mark.parametrize("more", [[], [ANSWER, PLAIN]])
+def test_preference_data_has_two_answers_to_the_last_turn(folder: Path, chosen: Any, more: list) -> None:
+    row = {**CHOICE, "chosen": chosen, "conversations": [ASK, *more]}
+    (loaded,) = load(folder, [row], needs="chosen")
+    assert loaded.answers == ("this", "that")
+    assert [turn.role for turn in loaded.turns] == ["user", "assistant", "user"][: 1 + len(more)]
+    assert loaded.num_characters == sum(len(turn.text) for turn in loaded.turns) + 8
+    dataset = load(folder, [row], needs="chosen")
+    assert list(dataset.texts())[-2:] == ["this", "that"]
+    assert dataset.lengths[0] > loaded.num_characters
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"chosen": None}, r"has no 'chosen'; keys: id, image, conversations, rejected"),
+        ({"rejected": None}, r"has 'chosen' and no 'rejected'; keys: id, image, conversations, chosen"),
+        ({"rejected": "this "}, r"'chosen' and 'rejected' are the same answer, 'this '|'this'"),
+        ({"rejected": " "}, r"'rejected' has no text"),
+        ({"chosen": 7}, r"'chosen' must be text, .* got 7"),
+        ({"chosen": {"from": "human", "value": "x"}}, r"'chosen' must be text, .* got \{'from': 'human'"),
+        ({"chosen": ["a", "b"]}, r"'chosen' must be text"),
+        ({"chosen": [{"role": "assistant", "content": [{"type": "image"}]}]}, r"'chosen' must be text"),
+        ({"chosen": "see <image>"}, r"'chosen' has an <image> mark; images stand in human turns"),
+        ({"conversations": [ASK, ANSWER]}, r"ends with a gpt turn; 'chosen' and 'rejected' answer a human turn"),
+        ({"conversations": [ANSWER]}, r"has no human turn; 'chosen' and 'rejected' answer a human turn"),
+        ({"conversations": None}, r"has 'chosen' and no 'conversations', 'messages' or 'prompt' in front of it"),
+        ({"conversations": [PLAIN]}, r"0 <image> marks .* for 1 images"),
+        ({"conversations": [ASK, ASK]}, "alternate"),
+        ({"image": "none.png"}, r"none.png: no such file"),
+    ],
+)
+def test_bad_preference_data_is_named(folder: Path, changes: dict[str, Any], told: str) -> None:
+    row = {key: value for key, value in {**CHOICE, **changes, "id": "bad"}.items() if value is not None}
+    with pytest.raises(UserError, match=rf"1 of 2 rows cannot be used: row 'bad': .*({told})") as caught:
+        load(folder, [CHOICE, row], needs="chosen")
+    assert "\n" not in str(caught.value)
+    kept = load(folder, [CHOICE, row], needs="chosen", skip_bad=True)
+    assert len(kept) == len(kept.bad) == 1
+
+
+def test_rows_with_one_answer_are_no_preference_data(folder: Path) -> None:
+    with pytest.raises(UserError, match="has no 'chosen'; keys: id, image, conversations"):
+        load(folder, [GOOD], needs="chosen")
+
+
 def test_truncated_image_is_found_by_a_full_check_only(folder: Path) -> None:
     cut = {**GOOD, "id": "cut", "image": "cut.jpg"}
     assert len(load(folder, [GOOD, cut])) == 2

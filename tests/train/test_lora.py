@@ -62,6 +62,19 @@ def with_adapters(model: Cobra, learned: bool = True, parts: tuple = PARTS, **se
     return model
 
 
+def test_without_adapters_is_the_model_that_they_were_put_into() -> None:
+    model = small_model()
+    before = logits(model)
+    with_adapters(model)
+    learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    after = logits(model)
+    with pytest.raises(ZeroDivisionError), lora.without_adapters(model):
+        assert torch.equal(logits(model), before)
+        assert learns == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        _ = 1 / 0
+    assert torch.equal(logits(model), after) and not torch.equal(before, after)
+
+
 def batch(model: Cobra) -> dict[str, Tensor]:
     """A picture, and ten tokens."""
     noise = torch.Generator().manual_seed(0)

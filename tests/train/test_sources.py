@@ -186,6 +186,48 @@ def test_other_programs_shards_are_read_and_ours_by_them(folder: Path, capsys: p
     assert greys(ours) == greys(given)
 
 
+def preference_rows() -> list[dict[str, Any]]:
+    """The same pair of answers in every form: LLaMA-Factory's, OpenAI's, and TRL's with a text and with messages."""
+    ask = [{"type": "image"}, {"type": "text", "text": "\nwhat?"}]
+    said = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in ("this", "that")]
+    question = "<image>\nwhat?"
+    turns = [{"from": "human", "value": question}]
+    texts = {"chosen": "this", "rejected": "that"}
+    answers = {name: {"from": "gpt", "value": text} for name, text in texts.items()}
+    return [
+        {"image": "0.png", "conversations": turns, **answers},
+        {"images": ["1.png"], "messages": [{"role": "user", "content": question}], **texts},
+        {"image": "2.png", "prompt": "what?", **texts},
+        {"images": ["3.png"], "prompt": [{"role": "user", "content": ask}], "chosen": said[0], "rejected": said[1]},
+    ]
+
+
+def test_shards_of_messages_have_the_same_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from train.data.commands import main
+
+    parts = [{"type": "image", "image": "3.png"}, {"type": "text", "text": " and <image>"}, {"type": "image"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "this"}]
+    rows = [{"messages": messages, "image": ["4.png", "5.png"]}]
+    (folder / "data.json").write_text(json.dumps(rows))
+    assert main(["shard", str(folder / "data.json"), "--output", str(folder / "out")])
+    given, ours = load(folder / "data.json"), load(folder / "out")
+    assert greys(given) == greys(ours) == [[3, 4, 5]]
+    assert given[0].turns == ours[0].turns
+
+
+def test_preference_data_of_all_forms_and_its_shards(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from train.data.commands import main
+
+    (folder / "data.json").write_text(json.dumps(preference_rows()))
+    assert main(["shard", str(folder / "data.json"), "--output", str(folder / "out")])
+    for path in (folder / "data.json", folder / "out"):
+        found = open_dataset(DataSettings(path=str(path)), "chosen")
+        assert greys(found) == [[0], [1], [2], [3]]
+        assert {(row.turns[0].text, len(row.turns), row.answers) for row in found} == {
+            ("<image>\nwhat?", 1, ("this", "that"))
+        }
+
+
 def test_damaged_shards_and_images_in_them_are_named(folder: Path) -> None:
     write_shards(folder / "shards")
     shard = folder / "shards" / "s-0000.tar"

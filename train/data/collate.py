@@ -31,7 +31,9 @@ class Batch:
     ids: tuple[str, ...]
     """The rows, for messages."""
     lengths: tuple[int, ...] = ()
-    """Tokens that the language model reads of each row."""
+    """Tokens that the language model reads of each row, of pairs of each of the two."""
+    shared_lengths: tuple[int, ...] = ()
+    """Tokens that stand in front of both rows of a pair, and are read once."""
 
     @property
     def num_rows(self) -> int:
@@ -76,6 +78,20 @@ def _num_frames(sample: Sample) -> list[int]:
     return [1] * sample.num_images
 
 
+def stack_images(samples: Sequence[Sample]) -> dict[str, Tensor | None]:
+    """What a model takes of the images of rows, one row behind the other: `pixel_values`, (tiles, 3, height, width),
+    or None if no row has an image, `image_sizes`, (images, 2) int64, and `num_frames`, int64, 1 of each image and of
+    each video how many of the images are its frames."""
+    pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    sizes = [size for sample in samples for size in sample.image_sizes]
+    frames = [count for sample in samples for count in _num_frames(sample)]
+    return {
+        "pixel_values": torch.cat(pixels) if pixels else None,
+        "image_sizes": torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
+        "num_frames": torch.tensor(frames, dtype=torch.int64),
+    }
+
+
 def collate_conversations(samples: Sequence[Sample], pad_id: int, packing: bool = False) -> Batch:
     """Rows as one batch, the tiles in the order of the rows.
 
@@ -84,23 +100,14 @@ def collate_conversations(samples: Sequence[Sample], pad_id: int, packing: bool 
         pad_id: fills up short rows on the right, where a causal model needs no mask.
         packing: put the rows one behind the other instead, without any padding.
     Returns:
-        A batch whose inputs are `input_ids` and `labels`, (batch, longest) int64, labels of pads -100, and
-        `pixel_values`, (tiles, 3, height, width), or None if no row has an image, `image_sizes`, (images, 2) int64, and
-        `num_frames`, int64, 1 of each image and of each video how many of the images are its frames;
-        if packed, `input_ids`, `labels` and `seq_idx` (1, all tokens) int64, in which every row is a segment. Its
-        weight is the number of labels after the shift: the first token of a row is predicted from nothing.
+        A batch whose inputs are `input_ids` and `labels`, (batch, longest) int64, labels of pads -100, and those of
+        `stack_images`; if packed, `input_ids`, `labels` and `seq_idx` (1, all tokens) int64, in which every row is a
+        segment. Its weight is the number of labels after the shift: the first token of a row is predicted from nothing.
     """
     # Nothing stands before a row's first token; in a pack the last token of another row does.
     labels = [[IGNORE, *sample.labels[1:]] for sample in samples]
-    pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     lengths = [len(sample.input_ids) for sample in samples]
-    sizes = [size for sample in samples for size in sample.image_sizes]
-    frames = [count for sample in samples for count in _num_frames(sample)]
-    inputs: dict[str, Any] = {
-        "pixel_values": torch.cat(pixels) if pixels else None,
-        "image_sizes": torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
-        "num_frames": torch.tensor(frames, dtype=torch.int64),
-    }
+    inputs: dict[str, Any] = stack_images(samples)
     if packing:
         inputs["input_ids"] = torch.tensor([[i for sample in samples for i in sample.input_ids]])
         inputs["labels"] = torch.tensor([[label for row in labels for label in row]])

@@ -19,6 +19,7 @@ from cobra.progress import track
 from cobra.prompt import IGNORE, Rendered
 from cobra.tokenizer import Tokenizer
 from train.data.dataset import image_check, name_row, open_parts
+from train.data.pairs import render_pair
 from train.data.rows import ImageFile, ImageFinder, Row, parse_row
 from train.settings import DataSettings
 from vision_scan.errors import CommandParser, UserError, choose
@@ -75,8 +76,11 @@ def build_processor(name: str) -> Processor:
     return Processor(choose("preset or model directory", name, PRESETS), Tokenizer.bytes())
 
 
-def _render(row: Row, processor: Processor, settings: DataSettings) -> Rendered:
-    return processor.render(row.turns, len(row.images), settings.captions, row.read_sizes(), row.is_video)
+def _render(row: Row, processor: Processor, settings: DataSettings) -> list[Rendered]:
+    """A conversation, or one with each of the answers of preference data."""
+    if row.answers:
+        return render_pair(row, processor).conversations()
+    return [processor.render(row.turns, len(row.images), settings.captions, row.read_sizes(), row.is_video)]
 
 
 @dataclass
@@ -86,9 +90,10 @@ class Report:
     Attributes:
         bad: one line for each row that cannot be used.
         doubtful: one line for each row that can, and hardly should.
-        lengths: tokens of each usable row.
+        lengths: tokens of each usable row, of preference data with the longer answer.
         turns: how many rows have how many turns.
         images: how many rows have how many images.
+        num_pairs: how many rows are preference data.
     """
 
     num_rows: int = 0
@@ -98,12 +103,13 @@ class Report:
     num_supervised: int = 0
     turns: Counter[int] = field(default_factory=Counter)
     images: Counter[int] = field(default_factory=Counter)
+    num_pairs: int = 0
     _seen: dict[bytes, str] = field(default_factory=dict)
 
     def add(self, row: Row, processor: Processor, settings: DataSettings) -> None:
         """Takes a row, unless it cannot be rendered."""
-        rendered = _render(row, processor, settings) if row.turns else None
-        content = repr((row.turns, [str(image) for image in row.images])).encode()
+        rendered = _render(row, processor, settings) if row.turns else []
+        content = repr((row.turns, row.answers, [str(image) for image in row.images])).encode()
         first = self._seen.setdefault(hashlib.sha256(content).digest(), row.id)
         if first is not row.id:
             self.doubtful.append(f"row {row.id}: the same as row {first}")
@@ -112,12 +118,13 @@ class Report:
             self.doubtful.append(f"row {row.id}: {empty} empty answers")
         self.turns[len(row.turns)] += 1
         self.images[len(row.images)] += 1
-        if rendered is not None:
-            self.lengths.append(len(rendered.input_ids))
-            self.num_supervised += sum(label != IGNORE for label in rendered.labels)
-            if settings.max_tokens is not None and len(rendered.input_ids) > settings.max_tokens:
-                told = f"{len(rendered.input_ids)} tokens, more than {settings.max_tokens}"
-                self.doubtful.append(f"row {row.id}: {told}")
+        self.num_pairs += bool(row.answers)
+        if rendered:
+            length = max(len(each.input_ids) for each in rendered)
+            self.lengths.append(length)
+            self.num_supervised += sum(label != IGNORE for each in rendered for label in each.labels)
+            if settings.max_tokens is not None and length > settings.max_tokens:
+                self.doubtful.append(f"row {row.id}: {length} tokens, more than {settings.max_tokens}")
 
 
 def _settings(options: argparse.Namespace) -> DataSettings:
@@ -154,7 +161,10 @@ def _raw_rows(settings: DataSettings) -> Iterator[tuple[Any, str, ImageFinder]]:
 
 def _parse(raw: Any, name: str, finder: ImageFinder) -> Row:
     keys = raw.keys() if isinstance(raw, dict) else set()
-    needs = "regions" if "regions" in keys and not {"conversations", "messages"} & keys else "conversations"
+    if {"chosen", "rejected"} & keys:
+        needs = "chosen"
+    else:
+        needs = "regions" if "regions" in keys and not {"conversations", "messages"} & keys else "conversations"
     return parse_row(raw, name, finder, needs)
 
 
@@ -165,6 +175,8 @@ def describe(report: Report, options: argparse.Namespace, processor: Processor) 
     yield f"{options.path}: {usable:,} usable rows, {images:,} images"
     yield f"  images per row: {_tally(report.images)}"
     yield f"  turns per row:  {_tally(report.turns)}"
+    if report.num_pairs:
+        yield f"  preference data: {report.num_pairs:,} rows with a chosen and a rejected answer"
     if report.lengths:
         tokens = sum(report.lengths)
         yield (
@@ -229,19 +241,25 @@ def _inspect(row: Row, processor: Processor, settings: DataSettings) -> Iterator
     from rich.text import Text
 
     rendered = _render(row, processor, settings)
-    learned = sum(label != IGNORE for label in rendered.labels)
-    size = len(rendered.input_ids)
+    learned = sum(label != IGNORE for each in rendered for label in each.labels)
+    size = max(len(each.input_ids) for each in rendered)
     yield Text(f"row {row.id}: {size:,} tokens, {learned:,} learned (green), {len(row.images)} images", "bold")
     if settings.max_tokens is not None and size > settings.max_tokens:
-        yield Text(f"longer than {settings.max_tokens}: loses its last exchanges", "yellow")
+        fate = "cannot be used" if row.answers else "loses its last exchanges"
+        yield Text(f"longer than {settings.max_tokens}: {fate}", "yellow")
     for image in row.images:
         picture = image.open()
         yield Text(f"  {image}: {picture.width} x {picture.height}", "cyan")
-    yield Text.assemble(*_pieces(rendered.input_ids, rendered.labels, processor))
+    for title, style, each in zip(("chosen:", "rejected:"), ("bold green", "bold red"), rendered, strict=False):
+        if row.answers:
+            yield Text(title, style)
+        yield Text.assemble(*_pieces(each.input_ids, each.labels, processor, style))
 
 
-def _pieces(ids: Sequence[int], labels: Sequence[int], processor: Processor) -> Iterator[tuple[str, str]]:
-    """Runs of tokens with their style: image tokens in one, what is learned in green."""
+def _pieces(
+    ids: Sequence[int], labels: Sequence[int], processor: Processor, learned: str
+) -> Iterator[tuple[str, str]]:
+    """Runs of tokens with their style: image tokens in one, what is learned in its own."""
     start = 0
     image_id = processor.tokenizer.image_id
 
@@ -253,7 +271,7 @@ def _pieces(ids: Sequence[int], labels: Sequence[int], processor: Processor) -> 
             continue
         is_image, is_learned = kind(start)
         text = f"[{place - start} image tokens]" if is_image else processor.tokenizer.decode(ids[start:place], False)
-        yield text, "cyan" if is_image else "bold green" if is_learned else "dim"
+        yield text, "cyan" if is_image else learned if is_learned else "dim"
         start = place
 
 
@@ -337,24 +355,20 @@ def _suffix(image: ImageFile) -> str:
 
 
 def _with_images(raw: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """The row with other names for its images, in the same places."""
-    left = iter(names)
-    row = dict(raw)
-    if "messages" in row and "conversations" not in row:
-        row["messages"] = [
-            {**message, "content": [_rename(part, left) for part in message["content"]]}
+    """The row with other names for its images, in the same places: parts of messages take them in turn."""
+    row = {key: value for key, value in raw.items() if key not in ("image", "images")}
+    key = "messages" if "messages" in row else "prompt"
+    if isinstance(row.get(key), list) and "conversations" not in row:
+        row[key] = [
+            {**message, "content": [_without_name(part) for part in message["content"]]}
             if isinstance(message.get("content"), list)
             else message
-            for message in row["messages"]
+            for message in row[key]
         ]
-    row.pop("images", None)
-    row["image" if "conversations" in row or "regions" in row else "images"] = list(left)
-    if "video" in row:
-        row["video"] = row.pop("image")
+    is_video = "conversations" in row and row.get("video") is not None
+    row["video" if is_video else "image" if "conversations" in row or "regions" in row else "images"] = names
     return {key: value for key, value in row.items() if value != [] or key == "conversations"}
 
 
-def _rename(part: dict[str, Any], names: Iterator[str]) -> dict[str, Any]:
-    if part.get("type") in ("image", "image_url"):
-        return {"type": "image", "image": next(names)}
-    return part
+def _without_name(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "image"} if part.get("type") in ("image", "image_url") else part

@@ -106,8 +106,8 @@ class Dataset:
     def texts(self) -> Iterator[str]:
         """All text, for training a tokenizer."""
         for row in self:
-            for turn in row.turns:
-                yield turn.text.replace(IMAGE, "")
+            for text in row.texts:
+                yield text.replace(IMAGE, "")
 
 
 def open_dataset(
@@ -121,7 +121,7 @@ def open_dataset(
 
     Args:
         settings: path, image root, and how much to check.
-        needs: the key that a row cannot do without, "conversations" or "regions".
+        needs: the key that a row cannot do without, see `parse_row`.
         rank, world_size: each process looks at its share of the images only.
         gather: brings together what the processes found.
     Raises:

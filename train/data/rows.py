@@ -4,7 +4,8 @@ LLaVA's form is `{"id", "image"?: path | [paths], "conversations": [{"from": "hu
 where each image has one `<image>` mark in a human turn. OpenAI's form is `{"messages": [{"role", "content"}]}`
 with text or a list of parts as content. `"video"` names a folder of frames, or lists them, and has one `<video>`
 mark. Rows for the vision tower carry `"regions": [{"box": [x0, y0, x1, y1], "labels": {kind: value}}]`, boxes in
-0..1 of the image.
+0..1 of the image. Preference data has `"chosen"` and `"rejected"`, two answers to a conversation that ends with a human
+turn; in TRL's form the conversation is called `"prompt"`.
 """
 
 import base64
@@ -18,7 +19,7 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 
 from cobra.image import IMAGE_SUFFIXES, check_image, open_image, upright_size
-from cobra.prompt import Turn, count_marks
+from cobra.prompt import Turn, count_marks, mark_images
 from cobra.tokenizer import IMAGE
 from vision_scan.errors import UserError
 
@@ -124,10 +125,16 @@ class Row:
     turns: tuple[Turn, ...]
     regions: tuple[Region, ...] | None
     is_video: bool = False
+    answers: tuple[str, ...] = ()
+    """Of preference data, the chosen and the rejected answer to the last turn."""
+
+    @property
+    def texts(self) -> list[str]:
+        return [*(turn.text for turn in self.turns), *self.answers]
 
     @property
     def num_characters(self) -> int:
-        return sum(len(turn.text) for turn in self.turns)
+        return sum(map(len, self.texts))
 
     def read_sizes(self) -> Iterator[tuple[int, int]]:
         """Height and width of each image, read as they are asked for."""
@@ -181,7 +188,7 @@ def parse_row(raw: Any, name: str, finder: ImageFinder, needs: str = "conversati
         raw: the row as JSON gave it.
         name: what to call it.
         finder: finds its images.
-        needs: what the row cannot do without, "conversations" or "regions".
+        needs: what the row cannot do without, "conversations", "regions" or "chosen".
     Raises:
         UserError: with the reason.
     """
@@ -189,10 +196,13 @@ def parse_row(raw: Any, name: str, finder: ImageFinder, needs: str = "conversati
         raise UserError(f"expected a mapping with 'conversations', got {short(raw)}")
     if needs not in raw and not (needs == "conversations" and "messages" in raw):
         raise UserError(f"has no {needs!r}; keys: {', '.join(map(str, raw)) or 'none'}")
+    answers = _parse_answers(raw) if needs == "chosen" else ()
+    if answers and not {"conversations", "messages"} & raw.keys():
+        raw = {**raw, "messages": _prompt_messages(raw)}
     if "messages" in raw and "conversations" not in raw:
-        turns, images = _parse_messages(raw, finder)
+        turns, images = _parse_messages(raw, finder, bool(answers))
     else:
-        turns, images = _parse_llava(raw, finder)
+        turns, images = _parse_llava(raw, finder, bool(answers))
     marks = sum(count_marks(turn.text) for turn in turns if turn.role == "user")
     if turns and marks != len(images):
         raise UserError(
@@ -202,12 +212,12 @@ def parse_row(raw: Any, name: str, finder: ImageFinder, needs: str = "conversati
     if needs == "regions" and len(images) != 1:
         raise UserError(f"'regions' need one image, got {len(images)}")
     is_video = "conversations" in raw and raw.get("video") is not None
-    return Row(name, tuple(images), turns, regions, is_video)
+    return Row(name, tuple(images), turns, regions, is_video, answers)
 
 
-def _parse_llava(raw: dict, finder: ImageFinder) -> tuple[tuple[Turn, ...], list[ImageFile]]:
+def _parse_llava(raw: dict, finder: ImageFinder, is_open: bool) -> tuple[tuple[Turn, ...], list[ImageFile]]:
     images = [finder.image(name) for name in _image_names(raw)]
-    turns = _parse_turns(raw["conversations"]) if "conversations" in raw else ()
+    turns = _parse_turns(raw["conversations"], is_open) if "conversations" in raw else ()
     if raw.get("video") is None:
         return turns, images
     if images:
@@ -232,7 +242,7 @@ def _image_names(raw: dict) -> list[str]:
     return []
 
 
-def _parse_turns(raw: Any) -> tuple[Turn, ...]:
+def _parse_turns(raw: Any, is_open: bool) -> tuple[Turn, ...]:
     if not isinstance(raw, list) or not raw:
         raise UserError(f"'conversations' must be a list of turns, got {short(raw)}")
     for turn in raw:
@@ -243,18 +253,24 @@ def _parse_turns(raw: Any) -> tuple[Turn, ...]:
     turns = tuple(Turn(ROLES[turn["from"]], turn["value"]) for turn in raw)
     if turns[0].role == "assistant":  # some of LLaVA's text-only rows; it drops the turn too
         turns = turns[1:]
-    return _check_turns(turns, "human and gpt")
+    return _check_turns(turns, "human and gpt", is_open)
 
 
-def _check_turns(turns: tuple[Turn, ...], roles: str) -> tuple[Turn, ...]:
+def _check_turns(turns: tuple[Turn, ...], roles: str, is_open: bool) -> tuple[Turn, ...]:
+    """Turns by turns, with an answer among them, or, if they are left open, behind them."""
     if any(turn.role != ("user", "assistant")[index % 2] for index, turn in enumerate(turns)):
         raise UserError(f"the turns do not alternate between {roles}")
-    if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
+    if is_open:
+        if not turns or turns[-1].role != "user":
+            asking, _, answering = roles.split()
+            what = f"ends with a {answering} turn" if turns else f"has no {asking} turn"
+            raise UserError(f"{what}; 'chosen' and 'rejected' answer a {asking} turn, which must be the last")
+    elif not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
         raise UserError(f"has no answer to learn from: no {roles.split()[-1]} turn with text")
     return turns
 
 
-def _parse_messages(raw: dict, finder: ImageFinder) -> tuple[tuple[Turn, ...], list[ImageFile]]:
+def _parse_messages(raw: dict, finder: ImageFinder, is_open: bool) -> tuple[tuple[Turn, ...], list[ImageFile]]:
     """OpenAI's form. A system message goes in front of the first user turn, since no template has a place for it;
     a part of type `image` without a path takes the next of the row's `images`."""
     if not isinstance(raw["messages"], list) or not raw["messages"]:
@@ -278,7 +294,47 @@ def _parse_messages(raw: dict, finder: ImageFinder) -> tuple[tuple[Turn, ...], l
             turns.append(Turn(role, system + text))
             system = ""
     images += [finder.image(name) for name in loose]  # those of marks within the texts
-    return _check_turns(tuple(turns), "user and assistant"), images
+    return _check_turns(tuple(turns), "user and assistant", is_open), images
+
+
+def _parse_answers(raw: dict) -> tuple[str, str]:
+    """The chosen and the rejected answer of preference data."""
+    if "rejected" not in raw:
+        raise UserError(f"has 'chosen' and no 'rejected'; keys: {', '.join(map(str, raw))}")
+    chosen, rejected = (_parse_answer(raw[name], name) for name in ("chosen", "rejected"))
+    if chosen.strip() == rejected.strip():
+        raise UserError(f"'chosen' and 'rejected' are the same answer, {short(chosen)}")
+    return chosen, rejected
+
+
+def _parse_answer(answer: Any, name: str) -> str:
+    """A text, a turn, a message, or a list of one of them."""
+    (text,) = answer if isinstance(answer, list) and len(answer) == 1 else (answer,)
+    if isinstance(text, dict) and "assistant" in (text.get("role"), ROLES.get(str(text.get("from")))):
+        text = text.get("content", text.get("value"))
+    if isinstance(text, list):
+        parts = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        text = "".join(texts) if len(texts) == len(text) else None
+    if not isinstance(text, str):
+        allowed = "text, {'from': 'gpt', 'value': text} or {'role': 'assistant', 'content': text}"
+        raise UserError(f"{name!r} must be {allowed}, got {short(answer)}")
+    if not text.strip():
+        raise UserError(f"{name!r} has no text")
+    for mark in (IMAGE, VIDEO):
+        if mark in text:
+            raise UserError(f"{name!r} has an {mark} mark; images stand in human turns, which both answers share")
+    return text
+
+
+def _prompt_messages(raw: dict) -> Any:
+    """TRL's `prompt` as messages; in front of a text without marks stand those of its images."""
+    if "prompt" not in raw:
+        keys = ", ".join(map(str, raw))
+        raise UserError(f"has 'chosen' and no 'conversations', 'messages' or 'prompt' in front of it; keys: {keys}")
+    if not isinstance(raw["prompt"], str):
+        return raw["prompt"]
+    return [{"role": "user", "content": mark_images(raw["prompt"], len(_image_names(raw)))}]
 
 
 def _parts(content: Any) -> Iterator[dict]:

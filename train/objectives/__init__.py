@@ -4,8 +4,9 @@ from .conversation import Conversation
 from .distillation import Answers, HiddenStates, Mixers
 from .objective import Objective, Stats
 from .patches import Naming, Regions
+from .preference import Preference
 
-__all__ = ["OBJECTIVES", "Conversation", "Naming", "Objective", "Regions", "Stats"]
+__all__ = ["OBJECTIVES", "Conversation", "Naming", "Objective", "Preference", "Regions", "Stats"]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "conversation": Conversation,
@@ -14,4 +15,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "distill_mixer": Mixers,
     "naming": Naming,
     "regions": Regions,
+    "preference": Preference,
 }

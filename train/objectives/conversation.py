@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cobra.model import Cobra
-from cobra.prompt import Rendered, count_marks
+from cobra.prompt import IGNORE, Rendered, count_marks
 from train.data.collate import Batch, Sample, collate_conversations
 from train.data.dataset import Dataset
 from train.data.rows import Row
@@ -21,6 +21,8 @@ class Conversation(Objective):
     """The next token of every answer: `model.loss`."""
 
     needs = "conversations"
+    reads_shards = True
+    """Whether several processes can read each row together."""
 
     def __init__(self, model: Cobra, rows: Dataset, autocast: torch.dtype | None = None) -> None:
         super().__init__(model, rows, autocast)
@@ -32,17 +34,23 @@ class Conversation(Objective):
 
     def _sample(self, row: Row) -> Sample:
         rendered = self.render(row)
-        images = row.images[: rendered.num_images]
-        tiles = [self.model.processor.tiles(image.open()) for image in images]
+        is_truncated = rendered.num_turns < len(row.turns)
+        return self._with_images(row, rendered.num_images, rendered.input_ids, rendered.labels, is_truncated)
+
+    def _with_images(
+        self, row: Row, num_images: int, input_ids: Sequence[int], labels: Sequence[int], is_truncated: bool = False
+    ) -> Sample:
+        """The ids of a row, and the tiles of its first images."""
+        tiles = [self.model.processor.tiles(image.open()) for image in row.images[:num_images]]
         return Sample(
             id=row.id,
-            input_ids=rendered.input_ids,
-            labels=rendered.labels,
+            input_ids=input_ids,
+            labels=labels,
             pixel_values=torch.cat([tile.pixel_values for tile in tiles]) if tiles else None,
             image_sizes=tuple(size for tile in tiles for size in tile.sizes),
-            num_images=len(images),
+            num_images=num_images,
             is_video=row.is_video,
-            is_truncated=rendered.num_turns < len(row.turns),
+            is_truncated=is_truncated,
         )
 
     def render(self, row: Row) -> Rendered:
@@ -69,6 +77,12 @@ class Conversation(Objective):
 
     def num_tokens(self, row: Row) -> int:
         return len(self.render(row).input_ids)
+
+    def measure(self, row: Row) -> tuple[int, int]:
+        rendered = self.model.processor.render(
+            row.turns, len(row.images), self.captions, row.read_sizes(), row.is_video
+        )
+        return len(rendered.input_ids), sum(label != IGNORE for label in rendered.labels)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         return collate_conversations(samples, self.model.tokenizer.pad_id, self.packing)

@@ -7,7 +7,7 @@ expectation (Hutchinson's estimate) in memory that grows with seqlen. And its di
 of what the teacher has, so that no layer outweighs the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,9 +34,15 @@ NUM_PROBES = 64  # random vectors that matrices are compared by, for each row an
 class Distillation(Conversation):
     """What the stages share: a teacher that reads the same rows."""
 
+    reads_shards = False
+
     def __init__(self, model: Cobra, rows: Dataset, teacher: Companion, autocast: torch.dtype | None = None) -> None:
         super().__init__(model, rows, autocast)
         self.teacher = teacher
+        self.frozen_readers = (teacher.model,)
+
+    def describe(self) -> Iterator[str]:
+        yield f"teacher: {self.teacher.describe()}"
 
     @classmethod
     def build(
@@ -78,6 +84,11 @@ class ByLayer(Distillation):
     def __init__(self, model: Cobra, rows: Dataset, teacher: Companion, autocast: torch.dtype | None = None) -> None:
         super().__init__(model, rows, teacher, autocast)
         self.replaced = replaced_layers(model, teacher.model)
+
+    def describe(self) -> Iterator[str]:
+        yield from super().describe()
+        kinds = ", ".join(f"{index} {self.model.config.lm.layers[index].kind}" for index in self.replaced)
+        yield f"layers held against the teacher's: {kinds}"
 
     def freeze_idle(self) -> None:
         learning = tuple(f"lm.layers.{index}.mixer." for index in self.replaced)

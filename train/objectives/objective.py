@@ -1,6 +1,6 @@
 """What every objective is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ class Objective(nn.Module):
     """The parts of the model that run."""
     most_zero_stage = 3
     """Of `zero.stage`: an objective that reads parameters outside of their modules' calls finds them whole up to 2."""
+    frozen_readers: tuple[Cobra, ...] = ()
+    """Models that read each batch too, of which nothing learns by it; the learning one without its adapters may be
+    one."""
 
     def __init__(self, model: Cobra, rows: Dataset, autocast: torch.dtype | None = None) -> None:
         super().__init__()
@@ -61,6 +64,14 @@ class Objective(nn.Module):
     def num_tokens(self, row: Row) -> int:
         """How many tokens (or patches) the model reads of a row."""
         raise NotImplementedError
+
+    def measure(self, row: Row) -> tuple[int, int]:
+        """How many tokens a whole row has, and how many of them are learned."""
+        raise NotImplementedError
+
+    def describe(self) -> Iterator[str]:
+        """Lines of the plan on what belongs to it beside the model."""
+        return iter(())
 
     def collate(self, samples: Sequence[Any]) -> Batch:
         raise NotImplementedError
