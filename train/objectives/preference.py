@@ -28,7 +28,7 @@ from train.lora import adapted_parts, without_adapters
 from train.settings import PARTS, PreferenceSettings, RunConfig
 from vision_scan.errors import UserError
 
-from .companion import Companion
+from .companion import Companion, check_reads_alike
 from .conversation import Conversation
 from .objective import Stats
 
