@@ -28,16 +28,20 @@ from .modeling import find_file
 PROCESSOR_CONFIG, CHAT_TEMPLATE = "processor_config.json", "chat_template.jinja"
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(str):
     """A conversation as a chat template has written it.
 
     Attributes:
         answers: where the assistant's words are: the first character of each stretch and the one behind it, in order.
     """
 
-    text: str
     answers: Sequence[tuple[int, int]] = ()
+
+    @classmethod
+    def of(cls, text: str, answers: Sequence[tuple[int, int]]) -> "Written":
+        written = cls(text)
+        written.answers = answers
+        return written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,19 +71,19 @@ class TextProcessor(Processor):
     """Takes prompts as `apply_chat_template` writes them: the template's own strings are told from what was said, so
     that they get the ids that a conversation has, where a tokenizer by itself might see other special tokens."""
 
-    def _row(self, prompt: str | Written | Sequence[Turn], lengths: Sequence[int]) -> Rendered:
-        if not isinstance(prompt, str | Written):
+    def _row(self, prompt: str | Sequence[Turn], lengths: Sequence[int]) -> Rendered:
+        if not isinstance(prompt, str):
             return super()._row(prompt, lengths)
-        text, answers = (prompt, ()) if isinstance(prompt, str) else (prompt.text, prompt.answers)
-        marks = count_marks(text)
+        marks = count_marks(prompt)
         if marks != len(lengths):
             raise UserError(f"{marks} {IMAGE} marks for {len(lengths)} images: the two must be equal")
         left = iter(lengths)
         ids: list[int] = []
         labels: list[int] = []
-        cuts = [0, *(place for answer in answers for place in answer), len(text)]
+        answers = prompt.answers if isinstance(prompt, Written) else ()
+        cuts = [0, *(place for answer in answers for place in answer), len(prompt)]
         for number, (start, end) in enumerate(pairwise(cuts)):  # what lies between answers, an answer, and so on
-            piece = self._encode(text[start:end], left)
+            piece = self._encode(prompt[start:end], left)
             ids += piece
             labels += piece if number % 2 else [IGNORE] * len(piece)
         return Rendered(ids, labels, marks, 1)
@@ -252,8 +256,8 @@ class CobraProcessor(ProcessorMixin):
         images = [*sources]
         if options.get("images") is not None:
             images = _by_row(["".join(turn.text for turn in row) for row in turns], options.pop("images"))
-        prompts: Sequence[str | Written | Sequence[Turn]] = turns
-        text = chat_template or self.chat_template
+        prompts: Sequence[str | Sequence[Turn]] = turns
+        text = chat_template or str(self.chat_template)
         is_own = text == write_template(self._processor.template)
         if return_assistant_tokens_mask and not is_own:
             prompts = self._with_answers(rows, text, options)
@@ -262,7 +266,7 @@ class CobraProcessor(ProcessorMixin):
         batch = self._batch(prompts, images, how, return_assistant_tokens_mask)
         return batch if return_dict else batch["input_ids"]
 
-    def _with_answers(self, rows: Sequence[Any], text: str, options: dict[str, Any]) -> list[Written]:
+    def _with_answers(self, rows: list[Any], text: str, options: dict[str, Any]) -> list[Written]:
         if not re.search(r"\{%-?\s*generation\s*-?%\}", text):
             raise UserError(
                 "the chat template does not say what the assistant's words are: put them within {% generation %} and "
@@ -270,11 +274,11 @@ class CobraProcessor(ProcessorMixin):
             )
         given = {**self.tokenizer.special_tokens_map, **options}
         rendered = render_jinja_template(rows, chat_template=text, return_assistant_tokens_mask=True, **given)
-        return [Written(*row) for row in zip(*rendered, strict=True)]
+        return [Written.of(*row) for row in zip(*rendered, strict=True)]
 
     def _batch(
         self,
-        prompts: Sequence[str | Written | Sequence[Turn]],
+        prompts: Sequence[str | Sequence[Turn]],
         images: Sequence[Any] | None,
         options: BatchOptions,
         has_answers: bool = False,

@@ -305,7 +305,7 @@ def test_packed_texts_are_read_apart(pair):
     _, theirs = pair
     texts = [[1, 2, 3, 4], [5, 6], [7, 8, 9]]
     expected = torch.cat([theirs(torch.tensor([text])).logits for text in texts], 1)
-    ids = torch.tensor([sum(texts, [])])
+    ids = torch.tensor([[token for text in texts for token in text]])
     seq_idx = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2]], dtype=torch.int32)
     places = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]])
     ends = torch.tensor([0, 4, 6, 9], dtype=torch.int32)

@@ -143,7 +143,7 @@ def test_the_assistants_tokens_of_another_template(pair):
 
 
 def test_a_template_that_was_saved_is_the_one_that_writes(pair, tmp_path):
-    own, theirs = pair
+    own, _ = pair
     mine = cobra.hf.CobraProcessor(own, MARKED)
     mine.save_pretrained(tmp_path)
     for processor in (mine, transformers.AutoProcessor.from_pretrained(tmp_path)):
