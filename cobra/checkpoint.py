@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cobra.lm.precision import has_native_bf16
-from cobra.tokenizer import Tokenizer
+from cobra.prompt import TEMPLATES
+from cobra.tokenizer import PAD, Tokenizer
 from cobra.typed_config import from_dict, to_dict
 from vision_scan.errors import UserError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"  # the same for transformers, which reads from it what its tokens are for
 INDEX = f"{WEIGHTS}.index.json"  # says in which file each tensor stands, where transformers wrote several
 
 MODEL_TYPE, ARCHITECTURE = "cobra_vlm", "CobraForConditionalGeneration"
@@ -74,11 +76,28 @@ def write_model(
     known = {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], "dtype": str(dtype).removeprefix("torch.")}
     data = {"format_version": FORMAT_VERSION, **known, **to_dict(config)}
     writers: dict[str, Callable[[Path], object]] = {
-        TOKENIZER: tokenizer.save,
+        **tokenizer_files(tokenizer, TEMPLATES[config.template].end),
         WEIGHTS: write_weights,
         CONFIG: lambda file: file.write_text(json.dumps(data, indent=2) + "\n"),
     }
     write_directory(Path(path), writers)
+
+
+def tokenizer_files(tokenizer: Tokenizer, end: str) -> dict[str, Callable[[Path], object]]:
+    """What writes each file of a tokenizer.
+
+    Args:
+        end: the token that ends an answer.
+    """
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the file as it is, whatever the model's own class would make
+        "eos_token": end,
+        "pad_token": PAD,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
+    text = json.dumps(settings, indent=2) + "\n"
+    return {TOKENIZER: tokenizer.save, TOKENIZER_CONFIG: lambda file: file.write_text(text, encoding="utf-8")}
 
 
 def load(

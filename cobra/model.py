@@ -51,6 +51,8 @@ class Cobra(nn.Module):
     """
 
     encodes_always = False
+    # What names of tensors in other files are here; peft looks for it. In `cobra.hf`, this model is the `model` of one.
+    _checkpoint_conversion_mapping = {r"^model\.": ""}  # noqa: RUF012 (peft asks for a dict)
 
     def __init__(
         self, config: CobraConfig, tokenizer: Tokenizer, lm_device: str | torch.device | None = None

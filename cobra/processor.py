@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cobra.image import ImageSource, open_image, to_patches, to_pixels
-from cobra.prompt import TEMPLATES, Rendered, Turn, body, count_marks, render, render_caption
+from cobra.prompt import IGNORE, TEMPLATES, Rendered, Turn, body, count_marks, render, render_caption
 from cobra.tiles import Layout, SizedLayout
 from cobra.tokenizer import IMAGE, Tokenizer
 from cobra.video import Video
@@ -74,14 +74,28 @@ class Processor:
         Raises:
             UserError: naming the row, if its marks and images differ in number.
         """
-        if isinstance(text, str):
-            raise UserError("text must be a list with one prompt per row, got a single string")
         if padding_side not in ("left", "right"):
             raise UserError(f"padding_side={padding_side!r}: allowed are left, right")
+        rows, tiles = self.rows(text, images)
+        input_ids, attention_mask = pad([row.input_ids for row in rows], self.tokenizer.pad_id, padding_side)
+        per_image = [self.config.layout(*size).num_entries for tile in tiles for size in tile.sizes]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            **self.stack(tiles),
+            "tiles_per_image": torch.tensor(per_image, dtype=torch.int64),
+        }
+
+    def rows(
+        self, text: Sequence[str | Sequence[Turn]], images: Sequence[Images] | None = None
+    ) -> tuple[list[Rendered], list[Tiles]]:
+        """The rows of a batch as they are, and the tiles of all their images in order; see `__call__`."""
+        if isinstance(text, str):
+            raise UserError("text must be a list with one prompt per row, got a single string")
         sources = [None] * len(text) if images is None else list(images)
         if len(sources) != len(text):
             raise UserError(f"{len(text)} texts, but images for {len(sources)} rows")
-        rows: list[list[int]] = []
+        rows: list[Rendered] = []
         tiles: list[Tiles] = []
         for index, (prompt, row_sources) in enumerate(zip(text, sources, strict=True)):
             new = [self.tiles(source) for source in list_images(row_sources)]
@@ -90,14 +104,7 @@ class Processor:
             except UserError as error:
                 raise UserError(f"row {index}: {error}") from error
             tiles += new
-        input_ids, attention_mask = pad(rows, self.tokenizer.pad_id, padding_side)
-        per_image = [self.config.layout(*size).num_entries for tile in tiles for size in tile.sizes]
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            **self.stack(tiles),
-            "tiles_per_image": torch.tensor(per_image, dtype=torch.int64),
-        }
+        return rows, tiles
 
     def stack(self, tiles: Sequence[Tiles]) -> dict[str, Tensor | None]:
         """What a model takes of images and videos: pixel_values, image_sizes, and with `config.video` num_frames."""
@@ -170,13 +177,14 @@ class Processor:
         written = render_caption if captions else render
         return written(turns, self.tokenizer, self.template, self.image_tokens(num_images, sizes, is_video))
 
-    def _row(self, prompt: str | Sequence[Turn], lengths: Sequence[int]) -> list[int]:
+    def _row(self, prompt: str | Sequence[Turn], lengths: Sequence[int]) -> Rendered:
         if not isinstance(prompt, str):
-            return render(prompt, self.tokenizer, self.template, lengths, supervised=False).input_ids
+            return render(prompt, self.tokenizer, self.template, lengths, supervised=False)
         marks = count_marks(prompt)
         if marks != len(lengths):
             raise UserError(f"{marks} {IMAGE} marks for {len(lengths)} images: the two must be equal")
-        return body(prompt, self.tokenizer, iter(lengths), allow_special=True)
+        ids = body(prompt, self.tokenizer, iter(lengths), allow_special=True)
+        return Rendered(ids, [IGNORE] * len(ids), marks, 1)
 
 
 def list_images(images: Images, most: int | None = None) -> list[Source]:
@@ -197,9 +205,13 @@ def iter_images(images: Images) -> Iterable[Source]:
     return iter(images)
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
-    """Rows of ids as one tensor and its mask: two (batch, longest), int64, the mask 0 at pads."""
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"], multiple: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Rows of ids as one tensor and its mask: two (batch, longest), int64, the mask 0 at pads; longest rounded up to a
+    multiple of `multiple`."""
     longest = max(map(len, rows), default=0)
+    longest += -longest % multiple
     input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     for index, row in enumerate(rows):

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from vision_scan.ops import register
 
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported; trl tells of each use
 DEVICE = os.environ.get("COBRA_TEST_DEVICE", "cpu")
 LONG = ("test_emulated.py", "test_zero.py", "test_demo.py")
 

@@ -17,8 +17,8 @@ PACKAGES = ("vision_scan", "cobra", "train", "eval")
 
 # Belong to extras or load slowly: imported by the function that needs them, never with the package.
 LAZY = {
-    "av", "deepspeed", "fastapi", "gguf", "matplotlib", "peft", "pypdfium2", "sklearn", "skimage", "timm", "tokenizers",
-    "transformers", "uvicorn", "wandb",
+    "av", "datasets", "deepspeed", "fastapi", "gguf", "matplotlib", "peft", "pypdfium2", "sklearn", "skimage", "timm",
+    "tokenizers", "transformers", "trl", "uvicorn", "wandb",
 }  # fmt: skip
 
 
@@ -105,6 +105,7 @@ def test_references_import_torch_only():
         ("deepspeed", "train/engine.py"),
         ("peft", "train/lora.py"),
         ("wandb", "train/metrics.py"),
+        ("trl", "tests"),  # whoever trains with it imports it
     ],
 )
 def test_module_has_one_home(module, home):

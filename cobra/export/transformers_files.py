@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 
-from cobra.checkpoint import CONFIG, TOKENIZER, WEIGHTS, write_directory
+from cobra.checkpoint import CONFIG, TOKENIZER, WEIGHTS, tokenizer_files, write_directory
 from cobra.convert.layout import Layout, Piece
 from cobra.convert.writer import Entry, write_tensors
-from cobra.tokenizer import END, PAD
+from cobra.tokenizer import END
 
 from .language import Language
 from .output import Advance, Format, Output
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 STORED = "stored"
 
 
@@ -61,25 +60,14 @@ def _config(language: Language, layout: Layout, dtype: str) -> dict[str, Any]:
 
 
 def _write(path: Path, advance: Advance, language: Language, entries: list[Entry], config: dict[str, Any]) -> None:
-    tokenizer = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # the file as it is, whatever the model's own class would make
-        "eos_token": END,
-        "pad_token": PAD,
-        "clean_up_tokenization_spaces": False,
-    }
     write_directory(
         path,
         {
-            TOKENIZER: language.tokenizer.save,
-            TOKENIZER_CONFIG: functools.partial(_write_json, data=tokenizer),
+            **tokenizer_files(language.tokenizer, END),
             WEIGHTS: functools.partial(write_tensors, entries=entries, advance=advance),
-            CONFIG: functools.partial(_write_json, data=config),
+            CONFIG: lambda file: file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"),
         },
     )
-
-
-def _write_json(file: Path, data: dict[str, Any]) -> None:
-    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 TRANSFORMERS = Format(dtypes=(STORED, "float32", "bfloat16"), plan=plan_transformers)

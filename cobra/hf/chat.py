@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from cobra.processor import Source
-from cobra.prompt import Template, Turn
+from cobra.prompt import Template, Turn, count_marks
 from cobra.serve.prompt import Picture, arrange
 from cobra.tokenizer import IMAGE
 from cobra.video import Video
 from vision_scan.errors import UserError
 
 Message = Mapping[str, Any]
+_ROLES = {"human": "user", "gpt": "assistant"}  # of LLaVA's rows
 
 # Where images stand, `arrange` of cobra/serve/prompt.py says; a system's words go in front of the user's first ones.
 _JINJA = """\
@@ -49,7 +50,7 @@ _JINJA = """\
 {%- set ns.opening = NEXT -%}
 {%- set ns.role = 'user' -%}
 {%- elif message['role'] == 'assistant' -%}
-{{- (text or EMPTY) + END -}}
+{%- generation -%}{{- (text or EMPTY) + END -}}{%- endgeneration -%}
 {%- set ns.role = 'assistant' -%}
 {%- else -%}
 {{- raise_exception('allowed roles are system, user, assistant') -}}
@@ -58,7 +59,7 @@ _JINJA = """\
 """
 
 
-def chat_template(template: Template) -> str:
+def write_template(template: Template) -> str:
     """The Jinja text that writes a conversation as `cobra.prompt.render` does.
 
     A user's turn always ends with the opening of the answer, whatever `add_generation_prompt` says: the two are one
@@ -99,6 +100,50 @@ def to_turns(messages: Sequence[Message]) -> tuple[list[Turn], list[Source]]:
     return turns, sources
 
 
+def to_trl(row: Mapping[str, Any], image_root: str | Path = ".") -> dict[str, Any]:
+    """A row in LLaVA's form as trl's trainers take it.
+
+    Args:
+        row: `conversations`, and `image` or `images`, a path or several, with an `<image>` each in human turns; of
+            preferences also `chosen` and `rejected`, answers to the last turn, each a text or a turn of gpt.
+        image_root: the folder that paths start from.
+    Returns:
+        images, paths; messages, or prompt, chosen and rejected.
+    Raises:
+        UserError: if it has another form.
+    """
+    names = row.get("image") or row.get("images") or []
+    images = [str(Path(image_root, name)) for name in ([names] if isinstance(names, str) else names)]
+    messages = [_to_message(turn) for turn in row.get("conversations", ())]
+    num_marks = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if num_marks != len(images):
+        raise UserError(f"{num_marks} {IMAGE} marks in the human turns for {len(images)} images; write one for each")
+    if "chosen" not in row and "rejected" not in row:
+        return {"images": images, "messages": messages}
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError("chosen and rejected answer the last of conversations, which must be a human turn")
+    answers = {}
+    for name in ("chosen", "rejected"):
+        answer = row.get(name)
+        answers[name] = [_to_message({"from": "gpt", "value": answer} if isinstance(answer, str) else answer)]
+        if answers[name][0]["role"] != "assistant":
+            raise UserError(f"{name} is no answer of gpt: {answer!r:.60}")
+    return {"images": images, "prompt": messages, **answers}
+
+
+def _to_message(turn: Any) -> dict[str, Any]:
+    if not isinstance(turn, Mapping) or turn.get("from") not in _ROLES or not isinstance(turn.get("value"), str):
+        raise UserError(f"a turn must be {{'from': 'human' or 'gpt', 'value': text}}, got {turn!r:.60}")
+    role, text = _ROLES[turn["from"]], turn["value"]
+    marks = count_marks(text) if role == "user" else 0
+    if not marks:
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+    lines = f"{IMAGE}\n" * marks  # as `arrange` writes images that are in front of the words
+    pieces = [IMAGE] * marks + [text.removeprefix(lines)] if text.startswith(lines) else re.split(f"({IMAGE})", text)
+    parts = [{"type": "image"} if piece == IMAGE else {"type": "text", "text": piece} for piece in pieces if piece]
+    return {"role": role, "content": parts}
+
+
 def _read_parts(content: Sequence[Message], sources: list[Source], number: int) -> Iterator[str | Picture]:
     for part in content:
         kind = part.get("type")
@@ -108,7 +153,8 @@ def _read_parts(content: Sequence[Message], sources: list[Source], number: int) 
         if kind not in ("image", "image_url", "video"):
             raise UserError(f"message {number} has content of type {kind!r}: allowed are text, image, video")
         # Without one it only marks the place of an image that is given beside the conversation.
-        given = next((part[key] for key in (kind, "image", "url", "path", "base64") if key in part), None)
+        keys = (kind, "image", "url", "path", "base64")
+        given = next((part[key] for key in keys if part.get(key) is not None), None)  # tables fill up with None
         if given is not None:
             sources.append(Video(given) if kind == "video" else _open(given))
         yield Picture(b"", b"", 0)

@@ -43,6 +43,11 @@ class CobraVLMConfig(PreTrainedConfig):
     # What trainers, planners of memory and engines look for in any configuration.
 
     @property
+    def auto_map(self) -> dict[str, str]:
+        """No code comes with a model directory: importing `cobra.hf` has its classes known."""
+        return {}
+
+    @property
     def vocab_size(self) -> int:
         return self.lm["vocab_size"]
 

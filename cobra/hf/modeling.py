@@ -1,16 +1,18 @@
 """`Cobra` as a model of transformers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.hub import cached_file
+from typing_extensions import Unpack
 
-from cobra.checkpoint import INDEX, PARTS, TOKENIZER, WEIGHTS, named_tensors
+from cobra.checkpoint import INDEX, PARTS, TOKENIZER, WEIGHTS, named_tensors, tokenizer_files
+from cobra.lm import State
 from cobra.model import Cobra, ImageSizes
 from cobra.tokenizer import Tokenizer
 from vision_scan.errors import UserError
@@ -20,6 +22,24 @@ from .configuration import CobraVLMConfig
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 IMAGE_INPUTS = ("pixel_values", "image_sizes", "num_frames")
+
+
+class Others(TypedDict, total=False):
+    """What trainers hand to any model.
+
+    Attributes:
+        position_ids: where each token stands in its text; of packed rows, which have no mask, a 0 begins another text.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: the same for kernels of attention, looked at by none.
+        output_attentions, output_hidden_states: False or None, as there are none to be had.
+    """
+
+    position_ids: Tensor | None
+    cu_seq_lens_q: Tensor
+    cu_seq_lens_k: Tensor
+    max_length_q: int
+    max_length_k: int
+    output_attentions: bool | None
+    output_hidden_states: bool | None
 
 
 class CobraForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -35,6 +55,8 @@ class CobraForConditionalGeneration(PreTrainedModel, GenerationMixin):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
+    # Has peft load adapters that `train.lora` wrote for the model itself.
+    _checkpoint_conversion_mapping = {rf"^({'|'.join(PARTS)})\.": r"model.\1."}  # noqa: RUF012 (peft asks for a dict)
     _is_stateful = True  # refuses what would take read tokens back, such as an assistant model's
 
     def __init__(self, config: CobraVLMConfig, tokenizer: Tokenizer | None = None) -> None:
@@ -48,7 +70,7 @@ class CobraForConditionalGeneration(PreTrainedModel, GenerationMixin):
             torch.set_default_dtype(dtype)
         self._tied_weights_keys = _ties(self)
         self.config.image_token_id = self.model.tokenizer.image_id
-        self._complete_generation_config()
+        self._complete_configs()
         self.register_load_state_dict_pre_hook(_add_prefix)
         self.post_init()
 
@@ -81,7 +103,7 @@ class CobraForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 name = sorted(info[kind])[0].removeprefix("model.")
                 told = f"{kind.partition('_')[0]} {name}, {len(info[kind])} in all"
                 raise UserError(f"{pretrained_model_name_or_path}: does not fit the model's configuration: {told}")
-        model._complete_generation_config()  # transformers makes a bare one where there is no file of it
+        model._complete_configs()  # transformers makes a bare one where there is no file of it
         return (model, info) if wants_info else model
 
     def save_pretrained(
@@ -101,7 +123,8 @@ class CobraForConditionalGeneration(PreTrainedModel, GenerationMixin):
             Path(save_directory, INDEX).unlink(missing_ok=True)
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
         if is_main_process and not is_adapter:
-            self.model.tokenizer.save(Path(save_directory, TOKENIZER))
+            for name, write in tokenizer_files(self.model.tokenizer, self.model.processor.template.end).items():
+                write(Path(save_directory, name))
             if Path(save_directory, INDEX).exists():  # a whole file from before would be read instead of the parts
                 Path(save_directory, WEIGHTS).unlink(missing_ok=True)
 
@@ -119,6 +142,8 @@ class CobraForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        seq_idx: Tensor | None = None,
+        **others: Unpack[Others],
     ) -> CausalLMOutputWithPast | tuple:
         """Reads tokens.
 
@@ -132,30 +157,15 @@ class CobraForConditionalGeneration(PreTrainedModel, GenerationMixin):
             use_cache: whether to return what was read; None: outside of training.
             logits_to_keep: of the last so many places, of all (0), or of these.
             num_items_in_batch: what the sum of losses is divided by; None: the number of labels.
+            seq_idx: (batch, seqlen), of packed rows which text each token is of; below 0 is padding.
+            others: see `Others`.
         Returns:
             loss, logits (batch, kept, vocab_size) in float32, past_key_values.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UserError("give either input_ids or inputs_embeds")
-        cache = past_key_values
-        if cache is not None and not isinstance(cache, StateCache):
-            raise UserError(f"past_key_values is a {type(cache).__name__}: give a cobra.hf.StateCache, or nothing")
-        if use_cache is None:
-            use_cache = not self.training
-        state = None if cache is None else cache.state
-        if inputs_embeds is None and (pixel_values is not None or state is None):
-            inputs_embeds = self.model.embed(input_ids, pixel_values, image_sizes, num_frames)
-            input_ids = None
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        assert given is not None
-        batch, seqlen = given.shape[:2]
-        reading = {
-            "input_ids": input_ids,
-            "inputs_embeds": inputs_embeds,
-            "state": state,
-            "attention_mask": None if attention_mask is None else _mask_of(attention_mask, batch, seqlen),
-            "overwrite_state": cache is not None and cache.may_overwrite and not torch.is_grad_enabled(),
-        }
+        reading = self._reading(
+            input_ids, past_key_values, attention_mask=attention_mask, pixel_values=pixel_values,
+            image_sizes=image_sizes, num_frames=num_frames, inputs_embeds=inputs_embeds, seq_idx=seq_idx, **others,
+        )  # fmt: skip
         if isinstance(logits_to_keep, int):
             logits, state = self.model.lm(**reading, logits_to_keep=logits_to_keep)
         else:
@@ -166,20 +176,83 @@ class CobraForConditionalGeneration(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
             )
-        if use_cache:
-            cache = StateCache() if cache is None else cache
-            cache.advance(state, seqlen)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        cache = self._go_on(past_key_values, state, reading, use_cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
+
+    def read(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """As `forward`, but what the head gets, (batch, seqlen, d_model), instead of logits."""
+        reading = self._reading(input_ids, past_key_values, **inputs)
+        hidden, state = self.model.lm.read(**reading)
+        cache = self._go_on(past_key_values, state, reading, use_cache)
+        output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return output.to_tuple() if return_dict is False else output
+
+    @property
+    def base_model(self) -> Callable[..., BaseModelOutputWithPast | tuple]:
+        """What others call when they apply the head themselves, to a part of what it gets at a time."""
+        return self.read
+
+    def _reading(
+        self,
+        input_ids: Tensor | None,
+        cache: StateCache | None,
+        *,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: ImageSizes | None = None,
+        num_frames: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **others: Unpack[Others],
+    ) -> dict[str, Any]:
+        """What the language model takes."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("give either input_ids or inputs_embeds")
+        if cache is not None and not isinstance(cache, StateCache):
+            raise UserError(f"past_key_values is a {type(cache).__name__}: give a cobra.hf.StateCache, or nothing")
+        state = None if cache is None else cache.state
+        if inputs_embeds is None and (pixel_values is not None or state is None):
+            inputs_embeds = self.model.embed(input_ids, pixel_values, image_sizes, num_frames)
+            input_ids = None
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
+        return {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "state": state,
+            "attention_mask": None if attention_mask is None else _mask_of(attention_mask, *given.shape[:2]),
+            "seq_idx": _texts_of(seq_idx, attention_mask, state, others),
+            "overwrite_state": cache is not None and cache.may_overwrite and not torch.is_grad_enabled(),
+        }
+
+    def _go_on(
+        self, cache: StateCache | None, state: State, reading: dict[str, Any], use_cache: bool | None
+    ) -> StateCache | None:
+        """The cache behind what was read, if one is asked for."""
+        if not (not self.training if use_cache is None else use_cache):
+            return None
+        cache = StateCache() if cache is None else cache
+        given = reading["input_ids"] if reading["inputs_embeds"] is None else reading["inputs_embeds"]
+        cache.advance(state, given.shape[1])
+        return cache
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the projections; the first parameter may be one that stays float32."""
         return self.model.dtype
 
-    def _complete_generation_config(self) -> None:
+    def _complete_configs(self) -> None:
         tokenizer, template = self.model.tokenizer, self.model.processor.template
         for name, index in (("eos_token_id", template.end_id(tokenizer)), ("pad_token_id", tokenizer.pad_id)):
+            setattr(self.config, name, index)
             if getattr(self.generation_config, name) is None:
                 setattr(self.generation_config, name, index)
 
@@ -273,6 +346,21 @@ def _mask_of(attention_mask: Tensor, batch: int, seqlen: int) -> Tensor:
             "that was read"
         )
     return attention_mask[:, -seqlen:]
+
+
+def _texts_of(
+    seq_idx: Tensor | None, attention_mask: Tensor | None, state: State | None, others: Others
+) -> Tensor | None:
+    """Which text of a packed row each token is of; None: rows are not packed."""
+    unknown = others.keys() - Others.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}")
+    for name in ("output_attentions", "output_hidden_states"):
+        if others.get(name):
+            raise UserError(f"{name}=True: layers hand out a state, which past_key_values has, and nothing else")
+    position_ids = others.get("position_ids")
+    is_packed = seq_idx is None and attention_mask is None and state is None and position_ids is not None
+    return (position_ids == 0).cumsum(1) if is_packed and position_ids is not None else seq_idx
 
 
 def _add_prefix(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

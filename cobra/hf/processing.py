@@ -2,45 +2,99 @@
 
 import json
 import re
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from tokenizers import Tokenizer as Backend
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from cobra.checkpoint import CONFIG, TOKENIZER
+from cobra.checkpoint import CONFIG, TOKENIZER, tokenizer_files
 from cobra.config import CobraConfig
-from cobra.processor import Processor, Source, list_images
-from cobra.prompt import Turn, body, count_marks
+from cobra.processor import Processor, Source, list_images, pad
+from cobra.prompt import IGNORE, Rendered, Turn, body, count_marks
 from cobra.tokenizer import IMAGE, PAD, Tokenizer
 from cobra.typed_config import from_dict, to_dict
 from vision_scan.errors import UserError
 
-from .chat import chat_template, to_turns
+from .chat import to_turns, write_template
 from .configuration import CobraVLMConfig
 from .modeling import find_file
 
 PROCESSOR_CONFIG, CHAT_TEMPLATE = "processor_config.json", "chat_template.jinja"
 
 
+class Written(str):
+    """A conversation as a chat template has written it.
+
+    Attributes:
+        answers: where the assistant's words are: the first character of each stretch and the one behind it, in order.
+    """
+
+    answers: Sequence[tuple[int, int]] = ()
+
+    @classmethod
+    def of(cls, text: str, answers: Sequence[tuple[int, int]]) -> "Written":
+        written = cls(text)
+        written.answers = answers
+        return written
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """How rows become a batch; see `CobraProcessor.__call__`."""
+
+    padding: bool | str = True
+    padding_side: Literal["left", "right"] | None = None
+    pad_to_multiple_of: int | None = None
+    return_tensors: str | None = None
+    truncation: bool = False
+    max_length: int | None = None
+    add_special_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        if self.return_tensors not in (None, "pt"):
+            raise UserError(f"return_tensors={self.return_tensors!r}: allowed are pt, and None for lists")
+        if self.padding not in (True, False, "longest", "do_not_pad"):
+            raise UserError(f"padding={self.padding!r}: allowed are True or 'longest', False or 'do_not_pad'")
+
+    @property
+    def pads(self) -> bool:
+        return self.padding in (True, "longest")
+
+
 class TextProcessor(Processor):
     """Takes prompts as `apply_chat_template` writes them: the template's own strings are told from what was said, so
     that they get the ids that a conversation has, where a tokenizer by itself might see other special tokens."""
 
-    def _row(self, prompt: str | Sequence[Turn], lengths: Sequence[int]) -> list[int]:
+    def _row(self, prompt: str | Sequence[Turn], lengths: Sequence[int]) -> Rendered:
         if not isinstance(prompt, str):
             return super()._row(prompt, lengths)
         marks = count_marks(prompt)
         if marks != len(lengths):
             raise UserError(f"{marks} {IMAGE} marks for {len(lengths)} images: the two must be equal")
-        template, left = self.template, iter(lengths)
+        left = iter(lengths)
+        ids: list[int] = []
+        labels: list[int] = []
+        answers = prompt.answers if isinstance(prompt, Written) else ()
+        cuts = [0, *(place for answer in answers for place in answer), len(prompt)]
+        for number, (start, end) in enumerate(pairwise(cuts)):  # what lies between answers, an answer, and so on
+            piece = self._encode(prompt[start:end], left)
+            ids += piece
+            labels += piece if number % 2 else [IGNORE] * len(piece)
+        return Rendered(ids, labels, marks, 1)
+
+    def _encode(self, text: str, lengths: Iterator[int]) -> list[int]:
+        template = self.template
         openings = {before + template.user_open for before in (template.begin + template.system, template.between)}
         strings = sorted(openings | {template.user_close, template.end}, key=len, reverse=True)
         ids: list[int] = []
-        for piece in re.split(f"({'|'.join(map(re.escape, strings))})", prompt):
-            ids += template.encode(piece, self.tokenizer) if piece in strings else body(piece, self.tokenizer, left)
+        for piece in re.split(f"({'|'.join(map(re.escape, strings))})", text):
+            ids += template.encode(piece, self.tokenizer) if piece in strings else body(piece, self.tokenizer, lengths)
         return ids
 
 
@@ -63,7 +117,7 @@ class CobraProcessor(ProcessorMixin):
             padding_side="left",
             model_input_names=["input_ids", "attention_mask"],
         )
-        super().__init__(tokenizer, chat_template=chat_template_text or chat_template(template))
+        super().__init__(tokenizer, chat_template=chat_template_text or write_template(template))
         self.tokenizer.chat_template = self.chat_template
         self.image_token, self.image_token_id = IMAGE, processor.tokenizer.image_id
         self._processor = TextProcessor(processor.config, processor.tokenizer)
@@ -105,10 +159,15 @@ class CobraProcessor(ProcessorMixin):
             raise UserError("push_to_hub: save into a directory, and push that with `hf upload`")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self._processor.tokenizer.save(folder / TOKENIZER)
-        (folder / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
-        (folder / PROCESSOR_CONFIG).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        return [str(folder / name) for name in (TOKENIZER, CHAT_TEMPLATE, PROCESSOR_CONFIG)]
+        settings = json.dumps(self.to_dict(), indent=2) + "\n"
+        writers = {
+            **tokenizer_files(self._processor.tokenizer, self._processor.template.end),
+            CHAT_TEMPLATE: lambda file: file.write_text(self.chat_template, encoding="utf-8"),
+            PROCESSOR_CONFIG: lambda file: file.write_text(settings, encoding="utf-8"),
+        }
+        for name, write in writers.items():
+            write(folder / name)
+        return [str(folder / name) for name in writers]
 
     def to_dict(self) -> dict[str, Any]:
         return {"processor_class": type(self).__name__, "config": to_dict(self._processor.config)}
@@ -124,6 +183,7 @@ class CobraProcessor(ProcessorMixin):
         *,
         padding: bool | str = True,
         padding_side: Literal["left", "right"] | None = None,
+        pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
         truncation: bool = False,
         max_length: int | None = None,
@@ -134,19 +194,27 @@ class CobraProcessor(ProcessorMixin):
         Args:
             images: of one text: one or several; of several: a list for each, or all of them in order.
             text: prompts, with an `<image>` for each image; special tokens are recognised.
-            padding: False: rows are lists of their own lengths.
+            padding: False or "do_not_pad": rows that are lists keep their own lengths.
+            pad_to_multiple_of: rows are padded to a multiple of it.
             return_tensors: "pt", or None: ids and mask are lists.
-            truncation, max_length: refused, as they might cut through an image.
+            truncation, max_length: whether rows end after `max_length` tokens; none may lose an image.
             add_special_tokens: changes nothing: a prompt is taken as it is.
         Returns:
             input_ids, attention_mask and, with images, pixel_values, image_sizes (and num_frames, see `Processor`).
         """
         if text is None:
             raise UserError("a prompt is missing: give text, with an <image> for each image")
-        if truncation:
-            raise UserError(f"truncation to {max_length} tokens might cut through an image: shorten the text instead")
         texts = [text] if isinstance(text, str) else list(text)
-        return self._batch(texts, _by_row(texts, images), padding, padding_side, return_tensors)
+        options = BatchOptions(
+            padding=padding,
+            padding_side=padding_side,
+            pad_to_multiple_of=pad_to_multiple_of,
+            return_tensors=return_tensors,
+            truncation=truncation,
+            max_length=max_length,
+            add_special_tokens=add_special_tokens,
+        )
+        return self._batch(texts, _by_row(texts, images), options)
 
     def apply_chat_template(
         self,
@@ -155,6 +223,7 @@ class CobraProcessor(ProcessorMixin):
         *,
         tokenize: bool = False,
         continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
         return_dict: bool = False,
         return_tensors: str | None = None,
         processor_kwargs: dict[str, Any] | None = None,
@@ -167,6 +236,9 @@ class CobraProcessor(ProcessorMixin):
         Args:
             conversation: messages with a role and content, a text or parts of type text, image and video; or several.
             tokenize, continue_final_message, return_dict, return_tensors: see `ProcessorMixin`.
+            return_assistant_tokens_mask: adds `assistant_masks`, as long as input_ids, 1 where `cobra.prompt.render`
+                has labels: answers and the tokens that end them. Of another template, what is within its
+                `{% generation %}`.
             processor_kwargs: of `__call__`, `padding` for instance.
             options: what a template of one's own asks for.
         """
@@ -174,44 +246,68 @@ class CobraProcessor(ProcessorMixin):
             return super().apply_chat_template(
                 conversation, chat_template, continue_final_message=continue_final_message, **options
             )
+        if return_assistant_tokens_mask and continue_final_message:
+            raise UserError("return_assistant_tokens_mask is of answers that have ended: no continue_final_message")
         is_batch = not isinstance(conversation[0], dict)
         rows: list[Any] = list(conversation) if is_batch else [conversation]
         turns, sources = zip(*map(to_turns, rows), strict=True)
-        given = {"padding": True, "padding_side": None, "return_tensors": return_tensors, **(processor_kwargs or {})}
         taken = {name: options.pop(name) for name in ("padding", "padding_side") if name in options}
+        how = BatchOptions(**{"return_tensors": return_tensors, **(processor_kwargs or {}), **taken})
         images = [*sources]
         if options.get("images") is not None:
             images = _by_row(["".join(turn.text for turn in row) for row in turns], options.pop("images"))
-        prompts = turns
-        if chat_template is not None or continue_final_message or self.chat_template != self.tokenizer.chat_template:
-            prompts = super().apply_chat_template(
-                rows, chat_template, continue_final_message=continue_final_message, **options
-            )
-        batch = self._batch(list(prompts), images, **{**given, **taken})
+        prompts: Sequence[str | Sequence[Turn]] = turns
+        text = chat_template or str(self.chat_template)
+        is_own = text == write_template(self._processor.template)
+        if return_assistant_tokens_mask and not is_own:
+            prompts = self._with_answers(rows, text, options)
+        elif continue_final_message or not is_own:
+            prompts = super().apply_chat_template(rows, text, continue_final_message=continue_final_message, **options)
+        batch = self._batch(prompts, images, how, return_assistant_tokens_mask)
         return batch if return_dict else batch["input_ids"]
+
+    def _with_answers(self, rows: list[Any], text: str, options: dict[str, Any]) -> list[Written]:
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", text):
+            raise UserError(
+                "the chat template does not say what the assistant's words are: put them within {% generation %} and "
+                "{% endgeneration %}"
+            )
+        given = {**self.tokenizer.special_tokens_map, **options}
+        rendered = render_jinja_template(rows, chat_template=text, return_assistant_tokens_mask=True, **given)
+        return [Written.of(*row) for row in zip(*rendered, strict=True)]
 
     def _batch(
         self,
-        rows: Sequence[str | Sequence[Turn]],
+        prompts: Sequence[str | Sequence[Turn]],
         images: Sequence[Any] | None,
-        padding: bool | str,
-        padding_side: Literal["left", "right"] | None,
-        return_tensors: str | None,
+        options: BatchOptions,
+        has_answers: bool = False,
     ) -> BatchFeature:
-        if return_tensors not in (None, "pt"):
-            raise UserError(f"return_tensors={return_tensors!r}: allowed are pt, and None for lists")
-        side = padding_side or self.tokenizer.padding_side
-        data: dict[str, Any] = self._processor(rows, images, side)
-        if data["pixel_values"] is None:
-            data = {name: data[name] for name in ("input_ids", "attention_mask")}
-        data.pop("tiles_per_image", None)
-        if return_tensors is None:
-            masks = data["attention_mask"].bool()
-            for name in ("input_ids", "attention_mask"):
-                data[name] = [
-                    (row if padding else row[mask]).tolist() for row, mask in zip(data[name], masks, strict=True)
-                ]
+        rows, tiles = self._processor.rows(prompts, images)
+        if options.truncation and options.max_length is not None:
+            rows = [self._cut(row, options.max_length, number) for number, row in enumerate(rows)]
+        side, multiple = options.padding_side or self.tokenizer.padding_side, options.pad_to_multiple_of or 1
+        input_ids, masks = pad([row.input_ids for row in rows], self.tokenizer.pad_token_id, side, multiple)
+        data: dict[str, Any] = {"input_ids": input_ids, "attention_mask": masks}
+        if has_answers:
+            learned = [[int(label != IGNORE) for label in row.labels] for row in rows]
+            data["assistant_masks"], _ = pad(learned, 0, side, multiple)
+        if options.return_tensors is None:
+            keep = torch.ones_like(masks) if options.pads else masks
+            for name, table in data.items():
+                data[name] = [row[kept.bool()].tolist() for row, kept in zip(table, keep, strict=True)]
+        if tiles:
+            data |= self._processor.stack(tiles)
         return BatchFeature(data)
+
+    def _cut(self, row: Rendered, most: int, number: int) -> Rendered:
+        if self.image_token_id in row.input_ids[most:]:
+            needed = len(row.input_ids) - row.input_ids[::-1].index(self.image_token_id)
+            raise UserError(
+                f"row {number}: max_length={most} cuts off images, which end at token {needed}: make it larger, or "
+                "None"
+            )
+        return replace(row, input_ids=row.input_ids[:most], labels=row.labels[:most])
 
 
 def _by_row(texts: Sequence[str], images: Any) -> list[list[Source]] | None:

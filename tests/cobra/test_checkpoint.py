@@ -20,7 +20,8 @@ from cobra.connector import VSSMLPConfig
 from cobra.tokenizer import Tokenizer
 from vision_scan.errors import UserError
 
-FILES = {"config.json", "model.safetensors", "tokenizer.json"}
+READ = {"config.json", "model.safetensors", "tokenizer.json"}
+FILES = READ | {"tokenizer_config.json"}
 
 
 @pytest.fixture(scope="module")
@@ -183,14 +184,14 @@ def test_load_names_every_kind_of_misfit(directory):
     assert "misshapen lm.norm_f.weight (7,) instead of (128,)" in told
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("name", sorted(READ))
 def test_load_names_a_missing_file(directory, name):
     (directory / name).unlink()
     with pytest.raises(UserError, match=name):
         cobra.load(directory)
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("name", sorted(READ))
 @pytest.mark.parametrize("content", [b"", b"{", b"\x80\x02}q\x00.", b"[1]"])
 def test_load_names_a_damaged_file(directory, name, content):
     (directory / name).write_bytes(content)

@@ -36,7 +36,7 @@ def test_a_destination_with_something_in_it_is_left_alone(capsys, published, tmp
     (tmp_path / "empty").mkdir()
     assert main(["convert", str(path), str(tmp_path / "empty")]) == 0
     assert {file.name for file in (tmp_path / "empty").iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json"
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
     }  # fmt: skip
 
 

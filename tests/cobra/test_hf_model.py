@@ -78,7 +78,10 @@ def test_auto_classes_read_the_directory(pair):
     config = transformers.AutoConfig.from_pretrained(theirs.config.name_or_path)
     assert config.cobra == own.config == theirs.config.cobra
     assert (config.vocab_size, config.hidden_size) == (own.config.lm.vocab_size, own.config.lm.d_model)
-    assert not theirs.training and theirs.generation_config.eos_token_id == own.tokenizer.end_id
+    assert not theirs.training
+    for known in (theirs.config, theirs.generation_config):
+        assert (known.eos_token_id, known.pad_token_id) == (own.tokenizer.end_id, own.tokenizer.pad_id)
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(config.name_or_path)) is type(theirs)
     batch = prompts(own, with_images=True)
     embeds = own.embed(batch["input_ids"], batch["pixel_values"], batch["image_sizes"])
     expected, _ = own.lm(inputs_embeds=embeds, attention_mask=batch["attention_mask"])
@@ -282,6 +285,41 @@ def test_a_cache_selects_rows_and_cannot_go_back(pair):
         theirs.generate(ids[:1], assistant_model=theirs, max_new_tokens=2)
 
 
+@torch.no_grad()
+def test_what_the_head_gets_is_read_alone(pair):
+    """As trainers ask for it that apply the head themselves."""
+    _, theirs = pair
+    batch = prompts(pair[0], with_images=True)
+    output = theirs.base_model(**batch, use_cache=True)
+    logits = theirs.get_output_embeddings()(output.last_hidden_state)
+    assert torch.equal(logits, theirs(**batch).logits)
+    assert output.past_key_values.get_seq_length() == batch["input_ids"].shape[1]
+    assert theirs.base_model(**batch, use_cache=False).past_key_values is None
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pixels'"):
+        theirs.base_model(torch.tensor([[1]]), pixels=1)
+
+
+@torch.no_grad()
+def test_packed_texts_are_read_apart(pair):
+    """However trainers say where one ends."""
+    _, theirs = pair
+    texts = [[1, 2, 3, 4], [5, 6], [7, 8, 9]]
+    expected = torch.cat([theirs(torch.tensor([text])).logits for text in texts], 1)
+    ids = torch.tensor([[token for text in texts for token in text]])
+    seq_idx = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2]], dtype=torch.int32)
+    places = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]])
+    ends = torch.tensor([0, 4, 6, 9], dtype=torch.int32)
+    kernels = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 4, "max_length_k": 4}
+    for said in ({"seq_idx": seq_idx}, {"position_ids": places, **kernels}, {"seq_idx": seq_idx, **kernels}):
+        assert_close("logits", theirs(ids, **said).logits, expected)
+        assert theirs.base_model(ids, **said).last_hidden_state.shape[:2] == ids.shape
+    # With a mask, positions begin behind the padding and no text ends.
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])
+    positions = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5, 6]])
+    found = theirs(ids, attention_mask=mask, position_ids=positions).logits
+    assert torch.equal(found, theirs(ids, attention_mask=mask).logits)
+
+
 def test_wrong_inputs_are_told_in_a_line(pair):
     _, theirs = pair
     ids = torch.tensor([[1, 2, 3]])
@@ -290,6 +328,7 @@ def test_wrong_inputs_are_told_in_a_line(pair):
         (lambda: theirs(ids, past_key_values=transformers.DynamicCache()), "is a DynamicCache: give a cobra.hf"),
         (lambda: theirs(ids, attention_mask=torch.ones(1, 2)), r"attention_mask has shape \(1, 2\): give \(1, 3\)"),
         (lambda: theirs(torch.tensor([[257]])), "1 image tokens, the images give 0"),
+        (lambda: theirs(ids, output_attentions=True), "output_attentions=True: layers hand out a state"),
         (lambda: theirs.resize_token_embeddings(300), "python -m train enlarges it"),
     ):
         with pytest.raises(UserError, match=told) as caught:
@@ -310,6 +349,9 @@ def test_saved_models_are_read_by_both(tiny_path, tmp_path, max_shard_size):
         assert torch.equal(own.get_parameter(name), tensor), name
         assert torch.equal(again.get_parameter(f"model.{name}"), tensor), name
     assert own.tokenizer.to_json() == theirs.model.tokenizer.to_json()
+    for path in (tiny_path, out):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (own.tokenizer.pad_id, own.tokenizer.end_id)
 
 
 def test_quantised_directories_answer_alike(tiny_path, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import cobra
-from cobra.prompt import TEMPLATES, Turn
+from cobra.prompt import IGNORE, TEMPLATES, Turn, render
 from tests.cobra.test_prompt import TOKENIZERS
 from vision_scan.errors import UserError
 
@@ -100,6 +100,57 @@ def test_conversations_are_written_and_encoded_as_ours(pair, name):
             assert torch.equal(found["image_sizes"], expected["image_sizes"])
 
 
+MARKED = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}!{% endgeneration %}" \
+    "{% else %}{{ m.role }}: {{ m.content }} - {% endif %}{% endfor %}"  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_the_assistants_tokens_are_those_that_have_labels(pair, name):
+    own, theirs = pair
+    messages, turns = CONVERSATIONS[name]
+    images = pictures(messages)
+    rendered = render(turns, own.tokenizer, own.template, own.image_tokens(len(images)), supervised=False)
+    expected = [int(label != IGNORE) for label in rendered.labels]
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    assert theirs.apply_chat_template(messages, **options)["assistant_masks"] == [expected]
+    # What the template marks, where it is given as one's own.
+    template = f"{theirs.chat_template}{{# mine #}}"
+    found = theirs.apply_chat_template(messages, template, **options)
+    assert found["input_ids"] == [rendered.input_ids] and found["assistant_masks"] == [expected]
+    # In a batch, on either side of the padding.
+    rows = [[user("?"), assistant("a long answer to it")], messages]
+    for side in ("left", "right"):
+        batch = theirs.apply_chat_template(
+            rows, return_tensors="pt", processor_kwargs={"padding_side": side, "pad_to_multiple_of": 8}, **options
+        )
+        mask = batch["attention_mask"].bool()
+        assert batch["input_ids"].shape[1] % 8 == 0 and not mask.all()
+        assert batch["assistant_masks"][1, mask[1]].tolist() == expected
+        assert not batch["assistant_masks"][~mask].any()
+
+
+def test_the_assistants_tokens_of_another_template(pair):
+    own, theirs = pair
+    rows = [[user("Why?"), assistant("So"), user("And?"), assistant("Thus")], [user("x"), assistant("y")]]
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, "padding": False}
+    found = theirs.apply_chat_template(rows, MARKED, **options)
+    texts = ["user: Why? - So!user: And? - Thus!", "user: x - y!"]
+    for ids, mask, text_, said in zip(
+        found["input_ids"], found["assistant_masks"], texts, ("So!Thus!", "y!"), strict=True
+    ):
+        assert own.tokenizer.decode(ids) == text_
+        assert own.tokenizer.decode([token for token, is_said in zip(ids, mask, strict=True) if is_said]) == said
+
+
+def test_a_template_that_was_saved_is_the_one_that_writes(pair, tmp_path):
+    own, _ = pair
+    mine = cobra.hf.CobraProcessor(own, MARKED)
+    mine.save_pretrained(tmp_path)
+    for processor in (mine, transformers.AutoProcessor.from_pretrained(tmp_path)):
+        (ids,) = processor.apply_chat_template([user("Why?"), assistant("So")], tokenize=True)
+        assert own.tokenizer.decode(ids) == "user: Why? - So!"
+
+
 def test_an_answer_that_goes_on_has_no_end(pair):
     own, theirs = pair
     messages = [user("What?"), assistant("A c")]
@@ -130,6 +181,17 @@ def test_the_fast_tokenizer_has_the_same_ids(pair):
     assert len(tokenizer) == own.tokenizer.vocab_size
 
 
+def test_a_tokenizer_alone_knows_its_tokens(pair, tmp_path):
+    own, theirs = pair
+    theirs.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.pad_token_id == own.tokenizer.pad_id
+    assert tokenizer.eos_token_id == own.template.end_id(own.tokenizer)
+    assert len(tokenizer) == own.tokenizer.vocab_size and tokenizer.padding_side == "left"
+    words = f" é{own.template.end}b<image>"
+    assert tokenizer(words)["input_ids"] == own.tokenizer.encode(words, allow_special=True)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batches_are_padded_as_ours(pair, side):
     own, theirs = pair
@@ -148,6 +210,21 @@ def test_batches_are_padded_as_ours(pair, side):
     assert len(batch["input_ids"]) == 2
 
 
+def test_rows_end_where_they_are_told_to(pair):
+    own, theirs = pair
+    texts = ["<image>\nWhat is in it, and where?", "x"]
+    whole = theirs(text=texts, images=[[RED], []], padding_side="right", return_tensors="pt")
+    most = own.config.tokens_per_tile + 3
+    found = theirs(
+        text=texts, images=[[RED], []], padding_side="right", return_tensors="pt", truncation=True, max_length=most
+    )
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(found[name], whole[name][:, :most])
+    assert torch.equal(found["pixel_values"], whole["pixel_values"])
+    longer = theirs(text=texts[1], padding=False, truncation=True, max_length=most)
+    assert longer["input_ids"] == theirs(text=texts[1], padding=False)["input_ids"]
+
+
 def test_images_come_in_any_form(pair, tmp_path):
     _, theirs = pair
     RED.save(tmp_path / "red.png")
@@ -159,6 +236,7 @@ def test_images_come_in_any_form(pair, tmp_path):
         {"type": "image", "url": f"data:image/png;base64,{code}"},
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{code}"}},
         {"type": "image", "base64": code},
+        {"type": "image", "image": None, "path": str(tmp_path / "red.png"), "text": None},  # a row of a table
     ]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     expected = theirs.apply_chat_template([user(image(), text("?"))], **options)
@@ -182,14 +260,20 @@ def test_a_saved_processor_is_read_alone(pair, tmp_path):
 
 
 def test_wrong_inputs_are_told_in_a_line(pair):
-    _, theirs = pair
+    own, theirs = pair
     both = {"role": "user", "content": [{"type": "audio"}]}
+    asked, masks = [user("x"), assistant("y")], {"tokenize": True, "return_assistant_tokens_mask": True}
+    needed = len(own.tokenizer.encode("a ")) + own.config.tokens_per_tile
+    cut = f"row 1: max_length=5 cuts off images, which end at token {needed}"
     for call, told in (
         (lambda: theirs(images=RED), "a prompt is missing"),
         (lambda: theirs(text="<image> x"), "1 <image> marks for 0 images"),
         (lambda: theirs(text="x", images=[RED]), "0 <image> marks for 1 images"),
         (lambda: theirs(text=["x", "y"], images=[[RED]]), "2 texts, but images for 1 rows"),
-        (lambda: theirs(text="x", truncation=True, max_length=3), "truncation to 3 tokens might cut"),
+        (lambda: theirs(text=["x", "a <image>"], images=[RED], truncation=True, max_length=5), cut),
+        (lambda: theirs(text="x", padding="max_length"), "padding='max_length': allowed are True"),
+        (lambda: theirs.apply_chat_template(asked, "{{ messages }}", **masks), "does not say what the assistant's"),
+        (lambda: theirs.apply_chat_template(asked, continue_final_message=True, **masks), "answers that have ended"),
         (lambda: theirs(text="x", return_tensors="np"), "allowed are pt"),
         (lambda: theirs.apply_chat_template([both], tokenize=True), "content of type 'audio'"),
         (lambda: theirs.apply_chat_template([{"role": "tool", "content": ""}], tokenize=True), "of role 'tool'"),

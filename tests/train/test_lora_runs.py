@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cobra
+import cobra.hf
 from tests.tolerance import assert_close
 from tests.train.many_runs import run_many
 from tests.train.small_run import losses, small_config, write_data
@@ -109,6 +110,9 @@ def test_peft_loads_the_adapters_of_a_run(base: Path, tmp_path: Path, changes: t
     loaded = peft.PeftModel.from_pretrained(plain, str(output / "adapter"))
     assert (logits(trained) - before).abs().max() > 1e-3
     assert_close("logits", logits(loaded.base_model.model), logits(trained), ratio=1e-5)
+    theirs = cobra.hf.CobraForConditionalGeneration.from_pretrained(base, dtype="float32")
+    loaded = peft.PeftModel.from_pretrained(theirs, str(output / "adapter"))
+    assert_close("logits of transformers", logits(loaded.get_base_model().model), logits(trained), ratio=1e-5)
     config = json.loads((output / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base)
     assert config["modules_to_save"] == (["vision_encoder", "connector"] if "lora.parts=lm" in changes else None)
