@@ -10,6 +10,7 @@ rotary positions, a decay that at first depends on no token.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ MEMORY: dict[str, Any] = {"dt_min": 0.02, "dt_max": 0.5, "A_init_range": (0.01, 
 
 def student_sections(settings: DistillSettings) -> dict[str, Any]:
     """The sections of a student's configuration: its teacher's, but for the language model."""
+    if not Path(settings.teacher or "").is_dir():
+        raise UserError(f"distill.teacher={settings.teacher}: no such model directory")
     teacher = cobra.checkpoint.read_config(settings.teacher)
     if teacher.weights != "plain":
         raise UserError(

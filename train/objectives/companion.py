@@ -49,6 +49,8 @@ def check_reads_alike(model: Cobra, path: str | Path, setting: str) -> None:
     Raises:
         UserError: if not, or if there is no model.
     """
+    if not Path(path).is_dir():
+        raise UserError(f"{setting}={path}: no such model directory")
     stored = cobra.checkpoint.read_config(path)
     for name in SAME:
         theirs, ours = getattr(stored, name), getattr(model.config, name)
