@@ -116,6 +116,39 @@ def test_answers_are_compared_where_a_token_is_learned(data: Path, teacher: Path
     assert loss_of(objective, list(rows)).item() == pytest.approx(total / count, rel=1e-5)
 
 
+def test_the_states_that_the_head_reads_are_compared_too(data: Path, teacher: Path) -> None:
+    plain, rows = build(config_of(data, teacher, "distill_logits"))
+    objective, _ = build(config_of(data, teacher, "distill_logits", "distill.hidden_weight=0.5"))
+    total, count = 0.0, 0
+    for row in rows:
+        inputs = objective.collate([objective.sample(row)]).inputs
+        hidden = []
+        for model in (objective.teacher.model, objective.model):
+            embeds = model.embed(*(inputs[name] for name in ("input_ids", "pixel_values", "image_sizes", "num_frames")))
+            hidden.append(model.lm.read(inputs_embeds=embeds)[0].detach()[0])
+        given, own = hidden
+        supervised = int((next_labels(inputs["labels"]) >= 0).sum())
+        distances = [float((x - y).square().sum() / x.square().sum()) for x, y in zip(given, own, strict=True)]
+        total += supervised * sum(distances) / len(distances)
+        count += supervised
+    difference = loss_of(objective, list(rows)).item() - loss_of(plain, list(rows)).item()
+    assert difference == pytest.approx(0.5 * total / count, rel=1e-4)
+    batch = objective.collate([objective.sample(row) for row in rows])
+    error, weight = objective(batch.inputs)[1]["hidden_error"].tolist()
+    assert error / weight == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_teacher_that_is_sure_leaves_no_holes(data: Path, teacher: Path) -> None:
+    """Probabilities that are 0 in float32 have logarithms all the same."""
+    objective, rows = build(config_of(data, teacher, "distill_logits", "distill.label_share=0.2"))
+    with torch.no_grad():
+        objective.teacher.model.lm.norm_f.weight.mul_(1e3)
+    loss = loss_of(objective, list(rows))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in objective.model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("objective", ["distill_hidden", "distill_logits"])
 def test_rows_in_a_batch_count_as_alone_and_in_a_pack(data: Path, teacher: Path, objective: str) -> None:
     found, rows = build(config_of(data, teacher, objective))

@@ -158,7 +158,7 @@ def test_what_cannot_be_a_student_is_said(tmp_path: Path) -> None:
         student_lm(PRESETS["tiny"].lm, settings)
     with pytest.raises(UserError, match="each layer once"):
         DistillSettings(keep=(1, 1))
-    with pytest.raises(UserError, match="distill.teacher=.*: no such model directory"):
+    with pytest.raises(UserError, match=r"distill.teacher=.*: no such model directory"):
         student_sections(replace(settings, teacher=str(tmp_path / "none")))
     config = replace(small(), weights="int8")
     cobra.save(cobra.build(config), tmp_path / "int8")

@@ -7,6 +7,7 @@ expectation (Hutchinson's estimate) in memory that grows with seqlen. And its di
 of what the teacher has, so that no layer outweighs the others.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from cobra.model import Cobra, next_labels
 from cobra.prompt import IGNORE
 from train.data.collate import Batch, Sample
 from train.data.dataset import Dataset
-from train.settings import RunConfig
+from train.settings import DistillSettings, RunConfig
 from train.students import replaced_layers
 from vision_scan.errors import UserError
 
@@ -54,12 +55,22 @@ class Distillation(Conversation):
                 f"train.objective={config.train.objective} needs a teacher: set distill.teacher to a model directory"
             )
         companion = Companion(path, model, "distill.teacher", autocast, device)
-        return cls(model, rows, companion, autocast, **cls.settings(config))
+        return cls(model, rows, companion, autocast, **cls.arguments(config))
 
     @classmethod
-    def settings(cls, config: RunConfig) -> dict[str, Any]:
+    def arguments(cls, config: RunConfig) -> dict[str, Any]:
         """Further arguments of the objective."""
         return {}
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Says of each token whether it is one; pads are not."""
+        batch = super().collate(samples)
+        shape = batch.inputs["input_ids"].shape
+        if self.packing:
+            is_real = torch.ones(shape, dtype=torch.bool)
+        else:
+            is_real = torch.arange(shape[1]) < torch.tensor(batch.lengths)[:, None]
+        return replace(batch, inputs={**batch.inputs, "is_real": is_real})
 
     def _teach(self, inputs: dict[str, Any]) -> Tensor:
         """What the teacher makes of a batch, see `_read`."""
@@ -97,14 +108,9 @@ class ByLayer(Distillation):
                 parameter.requires_grad_(False)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """All tokens count: pads have to be known."""
+        """All tokens count."""
         batch = super().collate(samples)
-        shape = batch.inputs["input_ids"].shape
-        if self.packing:
-            is_real = torch.ones(shape, dtype=torch.bool)
-        else:
-            is_real = torch.arange(shape[1]) < torch.tensor(batch.lengths)[:, None]
-        return replace(batch, inputs={**batch.inputs, "is_real": is_real}, weight=float(batch.num_tokens))
+        return replace(batch, weight=float(batch.num_tokens))
 
     def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
         is_real, learns = inputs["is_real"], torch.is_grad_enabled()
@@ -180,7 +186,9 @@ class HiddenStates(ByLayer):
 
 class Answers(Distillation):
     """The probabilities of the next token of every answer: the divergence KL(wanted || student) from the teacher's, or
-    from a mixture of them with what the row says (Hinton et al. 2015, arXiv:1503.02531)."""
+    from a mixture of them with what the row says (Hinton et al. 2015, arXiv:1503.02531); and, by `hidden_weight`, the
+    states that the head reads, token by token |own - teacher's|^2 / |teacher's|^2, the mean of a row for each of its
+    answers' tokens."""
 
     def __init__(
         self,
@@ -188,31 +196,44 @@ class Answers(Distillation):
         rows: Dataset,
         teacher: Companion,
         autocast: torch.dtype | None = None,
-        label_share: float = 0.0,
+        settings: DistillSettings | None = None,
     ) -> None:
         super().__init__(model, rows, teacher, autocast)
-        self.label_share = label_share
+        self.settings = settings or DistillSettings()
+        widths = model.config.lm.d_model, teacher.model.config.lm.d_model
+        if self.settings.hidden_weight and widths[0] != widths[1]:
+            raise UserError(
+                f"distill.hidden_weight compares states of one width, and the student has {widths[0]} channels, the "
+                f"teacher {widths[1]}: set it to 0"
+            )
 
     @classmethod
-    def settings(cls, config: RunConfig) -> dict[str, Any]:
-        return {"label_share": config.distill.label_share}
+    def arguments(cls, config: RunConfig) -> dict[str, Any]:
+        return {"settings": config.distill}
 
     def compute(self, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
-        teacher, model, share = self.teacher.model.lm, self.model, self.label_share
+        teacher, model, settings = self.teacher.model.lm, self.model, self.settings
         targets = next_labels(inputs["labels"])
         supervised = targets != IGNORE
-        taught, targets = self._teach(inputs)[supervised], targets[supervised]
-        hidden = _read(model, inputs, _embed(model, inputs))[supervised]
+        taught, hidden = self._teach(inputs), _read(model, inputs, _embed(model, inputs))
+        given, places = taught[supervised], targets[supervised]
 
         def wanted(rows: slice) -> Tensor:
-            logits = teacher.logits(taught[rows])
-            if not share:
-                return logits
-            shares = (1 - share) * logits.softmax(-1)
-            places = targets[rows, None]
-            return shares.scatter_add_(1, places, torch.full_like(shares[:, :1], share)).log()
+            logs = teacher.logits(given[rows]).log_softmax(-1)
+            if not settings.label_share:
+                return logs
+            logs, own = logs + math.log1p(-settings.label_share), places[rows, None]
+            label = logs.new_tensor(math.log(settings.label_share))
+            return logs.scatter(1, own, torch.logaddexp(logs.gather(1, own), label))
 
-        return model.lm.divergence(hidden, wanted), {}
+        loss = model.lm.divergence(hidden[supervised], wanted)
+        if not settings.hidden_weight:
+            return loss, {}
+        is_real, hidden, taught = inputs["is_real"], hidden.float(), taught.float()
+        errors = (hidden - taught).square().sum(-1) / taught.square().sum(-1)
+        error = ((errors * is_real).sum(1) / is_real.sum(1) * supervised.sum(1)).sum()
+        stats = {"hidden_error": torch.stack([error.detach(), supervised.sum()])}
+        return loss + settings.hidden_weight * error, stats
 
 
 def _embed(model: Cobra, inputs: dict[str, Any]) -> Tensor:

@@ -24,9 +24,15 @@ class DistillSettings:
     label_share: float = 0.0
     """Of the probabilities that distill_logits teaches, the share that the row's own answer has; the teacher has the
     rest."""
+    hidden_weight: float = 0.0
+    """What distill_logits adds to the divergence for each answer's token: so many times the relative squared distance
+    of the normed states that the head reads, over all tokens."""
 
     def __post_init__(self) -> None:
         require(len(set(self.keep)) == len(self.keep), f"distill.keep: got {self.keep}, allowed: each layer once")
+        require(
+            self.hidden_weight >= 0, f"distill.hidden_weight: got {self.hidden_weight}, allowed: 0 or more"
+        )
         require(
             0 <= self.label_share < 1, f"distill.label_share: got {self.label_share}, allowed: 0 to below 1"
         )
