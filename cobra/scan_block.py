@@ -23,7 +23,9 @@ COMBINATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "concat": lambda y: y.movedim(1, -2).flatten(-2),
 }
 
-PLAIN_MIXER = {"d_ssm": None, "rmsnorm": True, "bias": False, "conv_bias": True, "D_has_hdim": False}
+PLAIN_MIXER = {
+    "d_ssm": None, "rmsnorm": True, "bias": False, "conv_bias": True, "conv_activation": "silu", "D_has_hdim": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ class Mamba2Config:
         norm_before_gate: whether the norm comes first.
         bias: of both projections.
         conv_bias: of the convolution.
+        conv_activation: behind the convolution; None: nothing.
         D_has_hdim: whether each channel has a skip of its own, or those of a head share one.
     """
 
@@ -54,6 +55,7 @@ class Mamba2Config:
     norm_before_gate: bool = False
     bias: bool = False
     conv_bias: bool = True
+    conv_activation: Literal["silu"] | None = "silu"
     D_has_hdim: bool = False
     norm_eps: float = 1e-5
     dt_min: float = 0.001
@@ -64,6 +66,8 @@ class Mamba2Config:
     def __post_init__(self) -> None:
         require_positive(self, "d_state", "headdim", "expand", "ngroups", "d_conv", "chunk_size")
         require_positive(self, *(name for name in ("d_inner", "d_ssm") if getattr(self, name) is not None))
+        if self.conv_activation not in ("silu", None):
+            raise UserError(f"mamba2: conv_activation {self.conv_activation!r} must be 'silu' or none")
         for name in ("dt_limit", "A_init_range"):
             bounds = getattr(self, name)
             if len(bounds) != 2 or bounds[0] > bounds[1]:
@@ -136,7 +140,9 @@ class Mamba2(Float32Parameters):
         self.nheads = config.nheads(d_model)
         self.projected = config.projected(d_model)
         self.in_proj = Projection(d_model, sum(self.projected), config.bias)
-        self.conv1d = ShortConvolution(config.conv_channels(d_model), config.d_conv, config.conv_bias)
+        self.conv1d = ShortConvolution(
+            config.conv_channels(d_model), config.d_conv, config.conv_bias, config.conv_activation
+        )
         self.dt_bias = nn.Parameter(initial_dt_bias(self.nheads, dt_min=config.dt_min, dt_max=config.dt_max))
         self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*config.A_init_range).log())
         self.D = nn.Parameter(torch.ones(self.d_ssm if config.D_has_hdim else self.nheads))
@@ -191,7 +197,7 @@ class Mamba2(Float32Parameters):
 
     def add_to(self, decoder, norm: RMSNorm) -> None:
         config = self.config
-        if self.norm is None or self.d_mlp or config.D_has_hdim:
+        if self.norm is None or self.d_mlp or config.D_has_hdim or config.conv_activation is None:
             raise UnservableError
         decoder.add_mamba2(
             norm.weight, norm.eps, stored(self.in_proj), stored(self.out_proj),

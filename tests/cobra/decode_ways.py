@@ -49,7 +49,8 @@ USUAL = {
     "attention": {"qkv_bias": False, "o_bias": False, "rope_scaling": None, "rotary_dim": None, "qk_norm": False,
                   "gated": False},
     "mamba1": {"inner_norms": "none", "bias": False, "conv_bias": True},
-    "mamba2": {"d_ssm": None, "rmsnorm": True, "bias": False, "conv_bias": True, "D_has_hdim": False},
+    "mamba2": {"d_ssm": None, "rmsnorm": True, "bias": False, "conv_bias": True, "conv_activation": "silu",
+               "D_has_hdim": False},
     "mlp": {"gated": True, "activation": "silu", "bias": False},
 }  # fmt: skip
 

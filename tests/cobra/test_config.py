@@ -207,6 +207,7 @@ WRONG = {
     "mamba2 ngroups 0": lambda: Mamba2Config(ngroups=0),
     "mamba2 d_conv 0": lambda: Mamba2Config(d_conv=0),
     "mamba2 chunk_size 0": lambda: Mamba2Config(chunk_size=0),
+    "mamba2 another activation": lambda: Mamba2Config(conv_activation="gelu"),
     "mamba2 one dt_limit": lambda: Mamba2Config(dt_limit=(0.1,)),
     "mamba2 dt_limit upside down": lambda: Mamba2Config(dt_limit=(0.5, 0.1)),
     "mamba2 dt_min 0": lambda: Mamba2Config(dt_min=0.0),

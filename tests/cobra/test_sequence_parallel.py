@@ -37,6 +37,7 @@ OTHERS = (
     MoEConfig(num_experts=2, top_k=2, d_ff=7),
     Mamba1Config(d_state=5, inner_norms="learned"),
     Mamba2Config(d_state=5, headdim=4, d_inner=24, d_ssm=16, chunk_size=4, bias=True, conv_bias=False, D_has_hdim=True),
+    Mamba2Config(d_state=5, headdim=8, chunk_size=4, conv_activation=None),
 )
 
 
