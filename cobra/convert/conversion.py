@@ -26,6 +26,7 @@ from .hybrid import BAMBA
 from .jamba import JAMBA
 from .layout import Layout, Options, Piece, Pieces
 from .lfm2 import LFM2
+from .llamba import LLAMBA
 from .llava import LLAVA, MOBILEVLM
 from .mamba import FALCON_MAMBA, MAMBA1, MAMBA2, STATE_SPACES
 from .nemotron_h import NEMOTRON_H
@@ -37,7 +38,7 @@ from .writer import Entry, write_tensors
 
 LAYOUTS = (
     STATE_SPACES, MAMBA1, MAMBA2, FALCON_MAMBA, LLAMA, QWEN2, GRANITE, BAMBA, NEMOTRON_H, FALCON_H1, JAMBA, LFM2,
-    QWEN3_NEXT, QWEN3_5, QWEN3_5_VL, COBRA, ML_MAMBA, LLAVA, MOBILEVLM,
+    QWEN3_NEXT, QWEN3_5, QWEN3_5_VL, LLAMBA, COBRA, ML_MAMBA, LLAVA, MOBILEVLM,
 )  # fmt: skip
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

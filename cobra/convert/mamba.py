@@ -69,10 +69,9 @@ def _read_state_spaces(options: Options) -> LMConfig:
     options.demand("attn_layer_idx", [])
     options.demand("d_intermediate", 0)
     options.ignore("attn_cfg", "fused_add_norm", "residual_in_fp32")
-    vocab, multiple = options.take("vocab_size", int), options.take("pad_vocab_size_multiple", int, 8)
     return LMConfig(
         d_model=options.take("d_model", int),
-        vocab_size=vocab + -vocab % max(multiple, 1),
+        vocab_size=padded_vocab(options),
         layers=(layer,) * options.take("n_layer", int),
         tie_word_embeddings=options.take("tie_embeddings", bool, True),
     )
@@ -210,6 +209,12 @@ def _dt_rank(options: Options, name: str) -> int | None:
     return options.take(name, int, None)
 
 
+def padded_vocab(options: Options) -> int:
+    """Rows of embeddings that are padded to a multiple."""
+    vocab, multiple = options.take("vocab_size", int), options.take("pad_vocab_size_multiple", int, 8)
+    return vocab + -vocab % max(multiple, 1)
+
+
 def read_dt_limit(options: Options, name: str) -> tuple[float, ...]:
     limit = options.take(name, list, list(Mamba2Config.dt_limit))
     if not all(isinstance(bound, (int, float)) for bound in limit):
@@ -226,7 +231,7 @@ def _prefixes(embedding: str):
 
 
 def _is_state_spaces(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    return "ssm_cfg" in config and "backbone.embedding.weight" in names
+    return "ssm_cfg" in config and config.get("model_type") != "llamba" and "backbone.embedding.weight" in names
 
 
 STATE_SPACES = Layout(

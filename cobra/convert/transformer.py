@@ -1,6 +1,6 @@
 """Llama and Qwen2 as transformers publishes them: blocks of attention and a gated feed-forward layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -169,19 +169,30 @@ def _write_rope_scaling(scaling: Llama3RopeScaling | None) -> dict[str, Any]:
     return {"rope_scaling": {"rope_type": settings.pop("kind"), **settings}, "max_position_embeddings": length}
 
 
-def _prefixes(config: LMConfig) -> dict[str, str]:
-    names = {"embedding.": "model.embed_tokens.", "norm_f.": "model.norm.", "lm_head.": "lm_head."}
+def block_prefixes(config: LMConfig, outer: str, mixer: Callable[[Any], str]) -> dict[str, str]:
+    """Names of blocks of a mixer and a feed-forward layer, as Llama has them.
+
+    Args:
+        outer: what the blocks are part of.
+        mixer: a mixer's configuration -> what it is called in its block.
+    """
+    names = {}
     for index in range(len(config.layers) // 2):
-        attention, feed_forward = f"layers.{2 * index}.", f"layers.{2 * index + 1}."
-        block = f"model.layers.{index}."
+        first, feed_forward, block = f"layers.{2 * index}.", f"layers.{2 * index + 1}.", f"{outer}.layers.{index}."
         names |= {
-            f"{attention}norm.": f"{block}input_layernorm.",
-            f"{attention}mixer.": f"{block}self_attn.",
+            f"{first}norm.": f"{block}input_layernorm.",
+            f"{first}mixer.": f"{block}{mixer(config.layers[2 * index])}.",
             f"{feed_forward}norm.": f"{block}post_attention_layernorm.",
             f"{feed_forward}mixer.": f"{block}mlp.",
         }
     return names
 
+
+def _prefixes(config: LMConfig) -> dict[str, str]:
+    return {**TABLES, **block_prefixes(config, "model", lambda layer: "self_attn")}
+
+
+TABLES = {"embedding.": "model.embed_tokens.", "norm_f.": "model.norm.", "lm_head.": "lm_head."}
 
 LLAMA = Layout(
     name="transformers Llama",

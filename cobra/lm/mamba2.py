@@ -6,7 +6,7 @@ the projections as in the released state-spaces checkpoints.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import vision_scan
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
+from vision_scan.ops import NO_DECAY, discretize, skip_and_gate
 from vision_scan.precision import Float32Parameters
 from vision_scan.step_bias import initial_dt_bias
 
@@ -39,7 +40,10 @@ class Mamba2Config:
         bias: of both projections.
         conv_bias: of the convolution.
         conv_activation: behind the convolution; None: nothing.
+        z_bias: of z alone, beside `bias`.
         D_has_hdim: whether each channel has a skip of its own, or those of a head share one.
+        discrete: whether a token's decay is exp(-softplus(dt)), without A_log and dt_bias, and what it adds is not
+            multiplied by dt (Llamba).
     """
 
     kind: Literal["mamba2"] = "mamba2"
@@ -56,7 +60,9 @@ class Mamba2Config:
     bias: bool = False
     conv_bias: bool = True
     conv_activation: Literal["silu"] | None = "silu"
+    z_bias: bool = False
     D_has_hdim: bool = False
+    discrete: bool = False
     norm_eps: float = 1e-5
     dt_min: float = 0.001
     dt_max: float = 0.1
@@ -106,13 +112,13 @@ class Mamba2Config:
         d_mlp, d_ssm = self.widths(d_model)
         inner, outer = sum(self.projected(d_model)), d_mlp + d_ssm
         projections = d_model * (inner + outer)
-        biases = self.bias * (inner + d_model) + self.conv_bias * channels
+        biases = self.bias * (inner + d_model) + self.conv_bias * channels + self.z_bias * d_ssm
         state = d_ssm * self.d_state
         return LayerCost(
             parameters=projections
             + biases
             + channels * self.d_conv
-            + 2 * nheads
+            + 2 * nheads * (not self.discrete)
             + (d_ssm if self.D_has_hdim else nheads)
             + self.rmsnorm * d_ssm,
             # Decay, inflow and readout of the state are 5 operations per element.
@@ -143,8 +149,14 @@ class Mamba2(Float32Parameters):
         self.conv1d = ShortConvolution(
             config.conv_channels(d_model), config.d_conv, config.conv_bias, config.conv_activation
         )
-        self.dt_bias = nn.Parameter(initial_dt_bias(self.nheads, dt_min=config.dt_min, dt_max=config.dt_max))
-        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*config.A_init_range).log())
+        self.z_bias = nn.Parameter(torch.zeros(self.d_ssm)) if config.z_bias else None
+        self.dt_bias, self.A_log, self.dt_limit = None, None, config.dt_limit
+        if config.discrete:
+            self.float32_parameters = ("D",)
+            self.dt_limit = (max(config.dt_limit[0], NO_DECAY), config.dt_limit[1])
+        else:
+            self.dt_bias = nn.Parameter(initial_dt_bias(self.nheads, dt_min=config.dt_min, dt_max=config.dt_max))
+            self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*config.A_init_range).log())
         self.D = nn.Parameter(torch.ones(self.d_ssm if config.D_has_hdim else self.nheads))
         self.norm = RMSNorm(self.d_ssm, config.norm_eps) if config.rmsnorm else None
         self.out_proj = Projection(self.d_mlp + self.d_ssm, d_model, config.bias)
@@ -176,6 +188,7 @@ class Mamba2(Float32Parameters):
 
     def forward(self, x: Tensor, state: LayerState | None, segments: Segments) -> tuple[Tensor, LayerState]:
         gate, up, z, xBC, dt = self.in_proj(x).split(self.projected, dim=-1)
+        z = z if self.z_bias is None else z + self.z_bias
         update = state is not None and segments.overwrite and x.shape[1] <= UPDATE_TOKENS
         mix = self._update if update else self._scan
         own_gate = None if self.norm is not None else z.unflatten(-1, (self.nheads, -1))
@@ -192,12 +205,12 @@ class Mamba2(Float32Parameters):
 
     def step_sizes(self, projected: Tensor) -> Tensor:
         """dt as the scan takes it, (batch, seqlen, nheads) float32, from what `in_proj` gives."""
-        dt = projected[..., -self.nheads :].float() + self.dt_bias
-        return nn.functional.softplus(dt).clamp(*self.config.dt_limit)
+        return discretize(projected[..., -self.nheads :], self.dt_bias, True, *self.dt_limit, torch.float32)
 
     def add_to(self, decoder, norm: RMSNorm) -> None:
         config = self.config
-        if self.norm is None or self.d_mlp or config.D_has_hdim or config.conv_activation is None:
+        is_plain = self.norm is not None and not self.d_mlp and not config.D_has_hdim and not config.discrete
+        if not is_plain or config.z_bias or config.conv_activation is None:
             raise UnservableError
         decoder.add_mamba2(
             norm.weight, norm.eps, stored(self.in_proj), stored(self.out_proj),
@@ -209,39 +222,46 @@ class Mamba2(Float32Parameters):
     def _scan(self, xBC, dt, z, state, segments) -> tuple[Tensor, LayerState]:
         state = state or {"conv": None, "ssm": None}
         xBC, conv = self.conv1d.scan(xBC, state["conv"], segments)
-        inputs, initial_state = self._ssd_inputs(xBC, dt), state["ssm"]
+        inputs, initial_state = self._ssd_inputs(xBC, dt, z), state["ssm"]
         if segments.shard is not None:
-            own = ssd_map(*inputs[:4], self.dt_bias, self.config.dt_limit, segments.seq_idx)
-            initial_state = segments.shard.entering_state(*own)
+            own = {name: inputs[name] for name in ("x", "dt", "A", "B", "dt_bias", "dt_limit")}
+            initial_state = segments.shard.entering_state(*ssd_map(**own, seq_idx=segments.seq_idx))
         y, ssm = vision_scan.ssd(
-            *inputs,
-            z=z,
+            **inputs,
             initial_state=initial_state,
             return_final_state=True,
             seq_idx=segments.seq_idx,
             chunk_size=self.config.chunk_size,
-            **self._ssd_parameters(),
         )
-        return y, {"conv": conv, "ssm": ssm}
+        return self._complete(y, xBC, z), {"conv": conv, "ssm": ssm}
 
     def _update(self, xBC, dt, z, state, segments) -> tuple[Tensor, LayerState]:
         xBC = self.conv1d.update(xBC, state["conv"], segments)
-        y = vision_scan.ssd_update(
-            state["ssm"], *self._ssd_inputs(xBC, dt), z=z, seq_idx=segments.seq_idx, **self._ssd_parameters()
-        )
-        return y, state
+        y = vision_scan.ssd_update(state["ssm"], **self._ssd_inputs(xBC, dt, z), seq_idx=segments.seq_idx)
+        return self._complete(y, xBC, z), state
 
-    def _ssd_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
+    def _ssd_inputs(self, xBC: Tensor, dt: Tensor, z: Tensor | None) -> dict[str, Any]:
+        """What `vision_scan.ssd` takes. As it multiplies by dt what comes in, it is handed that divided by dt where a
+        token is not to be; the smallest dt, which decays nothing in any dtype, is large enough to divide by."""
+        x, B, C = self._heads(xBC)
+        inputs = {"dt": dt, "B": B, "C": C, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
+        if not self.config.discrete:
+            return {**inputs, "x": x, "A": -torch.exp(self.A_log), "D": self._skip, "z": z}
+        wide = torch.promote_types(x.dtype, torch.float32)
+        steps = discretize(dt, None, True, *self.dt_limit, wide)
+        return {**inputs, "x": x.to(wide) / steps[..., None], "A": -torch.ones_like(steps[0, 0])}
+
+    def _complete(self, y: Tensor, xBC: Tensor, z: Tensor | None) -> Tensor:
+        """What the scan has not done, if it knows x divided by dt alone: the skip and the gate."""
+        return skip_and_gate(y, self._heads(xBC)[0], self._skip, z).to(xBC.dtype) if self.config.discrete else y
+
+    def _heads(self, xBC: Tensor) -> list[Tensor]:
+        """(batch, channels, seqlen) -> x (batch, seqlen, nheads, headdim), B, C (batch, seqlen, ngroups, d_state)."""
         groups = self.config.ngroups * self.config.d_state
-        x, B, C = xBC.transpose(1, 2).split([self.d_ssm, groups, groups], dim=-1)
-        x = x.unflatten(-1, (self.nheads, self.config.headdim))
-        B, C = (t.unflatten(-1, (self.config.ngroups, self.config.d_state)) for t in (B, C))
-        return x, dt, -torch.exp(self.A_log), B, C
+        parts = xBC.transpose(1, 2).split([self.d_ssm, groups, groups], dim=-1)
+        sizes = (self.config.headdim, self.config.d_state, self.config.d_state)
+        return [part.unflatten(-1, (-1, size)) for part, size in zip(parts, sizes, strict=True)]
 
-    def _ssd_parameters(self) -> dict:
-        return {
-            "D": self.D.view(self.nheads, -1) if self.config.D_has_hdim else self.D,
-            "dt_bias": self.dt_bias,
-            "dt_softplus": True,
-            "dt_limit": self.config.dt_limit,
-        }
+    @property
+    def _skip(self) -> Tensor:
+        return self.D.view(self.nheads, -1) if self.config.D_has_hdim else self.D

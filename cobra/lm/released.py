@@ -57,6 +57,14 @@ def _codestral_mamba() -> LMConfig:
     return LMConfig(d_model=4096, vocab_size=32768, layers=(mamba,) * 64, tie_word_embeddings=False)
 
 
+def _llamba_3b() -> LMConfig:
+    mamba = Mamba2Config(
+        d_state=64, headdim=96, d_inner=3072, ngroups=32, chunk_size=128, rmsnorm=False, z_bias=True,
+        conv_activation=None, discrete=True,
+    )  # fmt: skip
+    return LMConfig(d_model=3072, vocab_size=128256, layers=(mamba, MLPConfig(d_ff=8192)) * 28)
+
+
 RELEASED: dict[str, LMConfig] = {
     "falcon-mamba-7b": _falcon_mamba(1e-6),
     "falcon3-mamba-7b": _falcon_mamba(1e-5),
@@ -65,4 +73,5 @@ RELEASED: dict[str, LMConfig] = {
     "granite-4.0-h-micro": _granite_h_micro(),
     "nemotron-h-8b": _nemotron_h_8b(),
     "falcon-h1-0.5b": _falcon_h1_500m(),
+    "llamba-3b": _llamba_3b(),
 }

@@ -50,7 +50,7 @@ USUAL = {
                   "gated": False},
     "mamba1": {"inner_norms": "none", "bias": False, "conv_bias": True},
     "mamba2": {"d_ssm": None, "rmsnorm": True, "bias": False, "conv_bias": True, "conv_activation": "silu",
-               "D_has_hdim": False},
+               "z_bias": False, "D_has_hdim": False, "discrete": False},
     "mlp": {"gated": True, "activation": "silu", "bias": False},
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints with random weights in the published layouts, made by transformers' own classes."""
+"""Tiny checkpoints with random weights in the published layouts, made by transformers' classes where it has them."""
 
 import json
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tests.cobra.distilled import Distilled, llamba
 from tests.cobra.test_oracles import randomise
 
 ROWS, MERGES = 288, 20  # of the embeddings, more than the tokenizer has ids
@@ -222,6 +223,10 @@ def as_state_spaces(**ssm) -> Save:
     return save
 
 
+def as_distilled(model: Distilled, path: Path) -> None:
+    model.save(path)
+
+
 MAMBA2_SSM = {"layer": "Mamba2", "headdim": 16, "chunk_size": 16}
 CASES: dict[str, tuple] = {  # what is published, its options, how it is saved, the layout
     "mamba": (mamba1, {}, as_published, "transformers Mamba"),
@@ -319,6 +324,18 @@ CASES: dict[str, tuple] = {  # what is published, its options, how it is saved, 
         },
         as_published,
         "transformers Falcon-H1",
+    ),
+    "llamba": (llamba, {}, as_distilled, "Llamba"),
+    "llamba, groups, biases, untied": (
+        llamba,
+        {
+            "ssm_cfg": {
+                "n_qk_heads": 2, "expand": 2, "bias": True, "conv_bias": False, "activation": "silu", "d_conv": 3
+            },
+            "tie_embeddings": False,
+        },
+        as_distilled,
+        "Llamba",
     ),
 }  # fmt: skip
 

@@ -175,4 +175,18 @@ RELEASED: dict[str, tuple[str, dict, int]] = {
         },
         521_411_104,
     ),
+    "llamba-3b": (
+        "Llamba",
+        {
+            "model_type": "llamba", "vocab_size": 128256, "tie_embeddings": True, "pad_vocab_size_multiple": 8,
+            "lm_head_bias": False, "d_model": 3072, "n_layer": 28, "resid_dropout": 0.0, "norm_epsilon": 1e-05,
+            "mlp_cfg": {"intermediate_size": 8192, "bias": False, "act_fn": "silu"},
+            "ssm_cfg": {
+                "d_state": 64, "n_v_heads": 32, "n_qk_heads": 32, "expand": 1, "chunk_size": 128,
+                "activation": "identity", "bias": False,
+            },
+        },
+        # A projection of 10272 rows, 7168 channels convolved, z_bias, D, a projection out, a feed-forward layer.
+        28 * (10272 * 3072 + 5 * 7168 + 3072 + 32 + 3072**2 + 3 * 8192 * 3072 + 2 * 3072) + (128256 + 1) * 3072,
+    ),
 }  # fmt: skip

@@ -38,6 +38,7 @@ OTHERS = (
     Mamba1Config(d_state=5, inner_norms="learned"),
     Mamba2Config(d_state=5, headdim=4, d_inner=24, d_ssm=16, chunk_size=4, bias=True, conv_bias=False, D_has_hdim=True),
     Mamba2Config(d_state=5, headdim=8, chunk_size=4, conv_activation=None),
+    Mamba2Config(d_state=5, headdim=8, chunk_size=4, discrete=True, z_bias=True),
 )
 
 
