@@ -29,6 +29,7 @@ from .lfm2 import LFM2
 from .llamba import LLAMBA
 from .llava import LLAVA, MOBILEVLM
 from .mamba import FALCON_MAMBA, MAMBA1, MAMBA2, STATE_SPACES
+from .mamba_in_llama import MAMBA1_IN_LLAMA, MAMBA2_IN_LLAMA
 from .nemotron_h import NEMOTRON_H
 from .prismatic import COBRA, ML_MAMBA
 from .qwen3 import QWEN3_5, QWEN3_5_VL, QWEN3_NEXT
@@ -38,7 +39,7 @@ from .writer import Entry, write_tensors
 
 LAYOUTS = (
     STATE_SPACES, MAMBA1, MAMBA2, FALCON_MAMBA, LLAMA, QWEN2, GRANITE, BAMBA, NEMOTRON_H, FALCON_H1, JAMBA, LFM2,
-    QWEN3_NEXT, QWEN3_5, QWEN3_5_VL, LLAMBA, COBRA, ML_MAMBA, LLAVA, MOBILEVLM,
+    QWEN3_NEXT, QWEN3_5, QWEN3_5_VL, LLAMBA, MAMBA1_IN_LLAMA, MAMBA2_IN_LLAMA, COBRA, ML_MAMBA, LLAVA, MOBILEVLM,
 )  # fmt: skip
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

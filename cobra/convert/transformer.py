@@ -1,6 +1,6 @@
 """Llama and Qwen2 as transformers publishes them: blocks of attention and a gated feed-forward layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -194,9 +194,18 @@ def _prefixes(config: LMConfig) -> dict[str, str]:
 
 TABLES = {"embedding.": "model.embed_tokens.", "norm_f.": "model.norm.", "lm_head.": "lm_head."}
 
+def is_llama(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Whether a checkpoint is Llama's, or one in which layers of Llama were exchanged."""
+    return config.get("model_type") == "llama" and "model.embed_tokens.weight" in names
+
+
+def _is_llama_alone(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    return is_llama(config, names) and not any(".mamba." in name for name in names)
+
+
 LLAMA = Layout(
     name="transformers Llama",
-    detects=is_published_as("llama", "model.embed_tokens.weight"),
+    detects=_is_llama_alone,
     read_config=_read_llama,
     prefixes=_prefixes,
     left_out=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",

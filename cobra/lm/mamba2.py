@@ -19,6 +19,7 @@ from vision_scan.precision import Float32Parameters
 from vision_scan.step_bias import initial_dt_bias
 
 from .decode import UnservableError, stored
+from .heads import by_head
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
 from .precision import Projection, RMSNorm
 from .sequence_parallel import ssd_map
@@ -35,6 +36,8 @@ class Mamba2Config:
         d_inner: channels in front of the projection out; None: expand * d_model.
         d_ssm: how many of them are the recurrence's; the others are a gated feed-forward layer's. None: all.
         ngroups: groups of heads that share B and C, and of channels that are normed together.
+        d_xb: channels of x and, as many, of B; a head of them stands for several heads of C in a row, as keys and
+            values stand for several queries (MambaInLlama). None: every head has its own x, every group its own B.
         rmsnorm: whether y is normed around its gate; otherwise it is gated alone.
         norm_before_gate: whether the norm comes first.
         bias: of both projections.
@@ -53,6 +56,7 @@ class Mamba2Config:
     d_inner: int | None = None
     d_ssm: int | None = None
     ngroups: int = 1
+    d_xb: int | None = None
     d_conv: int = 4
     chunk_size: int = 256
     rmsnorm: bool = True
@@ -71,7 +75,7 @@ class Mamba2Config:
 
     def __post_init__(self) -> None:
         require_positive(self, "d_state", "headdim", "expand", "ngroups", "d_conv", "chunk_size")
-        require_positive(self, *(name for name in ("d_inner", "d_ssm") if getattr(self, name) is not None))
+        require_positive(self, *(name for name in ("d_inner", "d_ssm", "d_xb") if getattr(self, name) is not None))
         if self.conv_activation not in ("silu", None):
             raise UserError(f"mamba2: conv_activation {self.conv_activation!r} must be 'silu' or none")
         for name in ("dt_limit", "A_init_range"):
@@ -99,8 +103,21 @@ class Mamba2Config:
             )
         return d_ssm // self.headdim
 
+    def convolved(self, d_model: int) -> list[int]:
+        """Channels of x, B and C."""
+        _, d_ssm = self.widths(d_model)
+        groups = self.ngroups * self.d_state
+        if self.d_xb is None:
+            return [d_ssm, groups, groups]
+        if d_ssm % self.d_xb or self.d_xb % self.headdim or self.headdim != self.d_state or groups != d_ssm:
+            raise UserError(
+                f"mamba2: d_xb {self.d_xb} must be a multiple of headdim {self.headdim} and divide {d_ssm} channels, "
+                f"d_state {self.d_state} must be headdim, and ngroups {self.ngroups} the number of heads"
+            )
+        return [self.d_xb, self.d_xb, groups]
+
     def conv_channels(self, d_model: int) -> int:
-        return self.widths(d_model)[1] + 2 * self.ngroups * self.d_state
+        return sum(self.convolved(d_model))
 
     def projected(self, d_model: int) -> list[int]:
         """What the projection in makes, in order: both inputs of the feed-forward part, z, x | B | C, dt."""
@@ -144,7 +161,7 @@ class Mamba2(Float32Parameters):
         self.config = config
         self.d_mlp, self.d_ssm = config.widths(d_model)
         self.nheads = config.nheads(d_model)
-        self.projected = config.projected(d_model)
+        self.projected, self.convolved = config.projected(d_model), config.convolved(d_model)
         self.in_proj = Projection(d_model, sum(self.projected), config.bias)
         self.conv1d = ShortConvolution(
             config.conv_channels(d_model), config.d_conv, config.conv_bias, config.conv_activation
@@ -172,9 +189,8 @@ class Mamba2(Float32Parameters):
         (arXiv:2410.11135).
         """
         nn.init.normal_(self.in_proj.weight, std=self.in_proj.in_features**-0.5)
-        groups = self.config.ngroups * self.config.d_state
-        *_, B, C, _ = self.in_proj.weight.split([*self.projected[:-2], self.d_ssm, groups, groups, self.nheads])
-        C.copy_(B)
+        *_, B, C, _ = self.in_proj.weight.split([*self.projected[:-2], *self.convolved, self.nheads])
+        C.copy_(by_head(B.T, self.config.d_state, len(C)).flatten(-2).T)
         self.conv1d.start_near_identity()
 
     def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
@@ -210,7 +226,7 @@ class Mamba2(Float32Parameters):
     def add_to(self, decoder, norm: RMSNorm) -> None:
         config = self.config
         is_plain = self.norm is not None and not self.d_mlp and not config.D_has_hdim and not config.discrete
-        if not is_plain or config.z_bias or config.conv_activation is None:
+        if not is_plain or config.d_xb or config.z_bias or config.conv_activation is None:
             raise UnservableError
         decoder.add_mamba2(
             norm.weight, norm.eps, stored(self.in_proj), stored(self.out_proj),
@@ -257,10 +273,12 @@ class Mamba2(Float32Parameters):
 
     def _heads(self, xBC: Tensor) -> list[Tensor]:
         """(batch, channels, seqlen) -> x (batch, seqlen, nheads, headdim), B, C (batch, seqlen, ngroups, d_state)."""
+        x, B, C = xBC.transpose(1, 2).split(self.convolved, dim=-1)
         groups = self.config.ngroups * self.config.d_state
-        parts = xBC.transpose(1, 2).split([self.d_ssm, groups, groups], dim=-1)
-        sizes = (self.config.headdim, self.config.d_state, self.config.d_state)
-        return [part.unflatten(-1, (-1, size)) for part, size in zip(parts, sizes, strict=True)]
+        return [
+            by_head(x, self.config.headdim, self.d_ssm),
+            *(by_head(t, self.config.d_state, groups) for t in (B, C)),
+        ]
 
     @property
     def _skip(self) -> Tensor:

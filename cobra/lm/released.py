@@ -4,7 +4,7 @@ Multipliers that some have beside their weights are multiplied into these (conve
 make the norms' epsilon smaller.
 """
 
-from .attention import AttentionConfig
+from .attention import AttentionConfig, Llama3RopeScaling
 from .mamba1 import Mamba1Config
 from .mamba2 import Mamba2Config
 from .mlp import MLPConfig
@@ -65,6 +65,16 @@ def _llamba_3b() -> LMConfig:
     return LMConfig(d_model=3072, vocab_size=128256, layers=(mamba, MLPConfig(d_ff=8192)) * 28)
 
 
+def _llama31_mamba_8b() -> LMConfig:
+    slowed = Llama3RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
+    attention = AttentionConfig(num_heads=32, num_kv_heads=8, headdim=128, rope_theta=500000.0, rope_scaling=slowed)
+    mamba = Mamba1Config(d_inner=4096, d_xb=1024)
+    layers = (mamba, MLPConfig(d_ff=14336), attention, MLPConfig(d_ff=14336)) * 16
+    return LMConfig(d_model=4096, vocab_size=128256, layers=layers, tie_word_embeddings=False)
+
+
 RELEASED: dict[str, LMConfig] = {
     "falcon-mamba-7b": _falcon_mamba(1e-6),
     "falcon3-mamba-7b": _falcon_mamba(1e-5),
@@ -74,4 +84,5 @@ RELEASED: dict[str, LMConfig] = {
     "nemotron-h-8b": _nemotron_h_8b(),
     "falcon-h1-0.5b": _falcon_h1_500m(),
     "llamba-3b": _llamba_3b(),
+    "llama3.1-mamba-8b-distill": _llama31_mamba_8b(),
 }

@@ -108,12 +108,12 @@ class Convolution:
         return self.act(sum(tap * x for tap, x in zip(self.weight.T, self.seen, strict=True)) + self.bias)
 
 
-def blocks(layers: str, count: int, d_inner: int, mixers: list[dict[str, tuple[int, ...]]]) -> dict:
+def blocks(layers: str, mixers: list[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
     """Shapes of blocks of a mixer and a feed-forward layer."""
     shapes = {}
-    for index in range(count):
+    for index, mixer in enumerate(mixers):
         own = {
-            **mixers[index], "input_layernorm.weight": (D_MODEL,), "post_attention_layernorm.weight": (D_MODEL,),
+            **mixer, "input_layernorm.weight": (D_MODEL,), "post_attention_layernorm.weight": (D_MODEL,),
             "mlp.gate_proj.weight": (D_FF, D_MODEL), "mlp.up_proj.weight": (D_FF, D_MODEL),
             "mlp.down_proj.weight": (D_MODEL, D_FF),
         }  # fmt: skip
@@ -167,7 +167,7 @@ def llamba(**options) -> Distilled:
     block = "backbone.layers.{}"
     shapes = {
         "backbone.embedding.weight": (ROWS, D_MODEL), "backbone.final_layernorm.weight": (D_MODEL,),
-        **blocks(block, settings["n_layer"], d_inner, [mixer] * settings["n_layer"]),
+        **blocks(block, [mixer] * settings["n_layer"]),
     }  # fmt: skip
     if not settings["tie_embeddings"]:
         shapes["lm_head.weight"] = (ROWS, D_MODEL)
@@ -178,3 +178,145 @@ def llamba(**options) -> Distilled:
 
     names = "backbone.embedding.weight", "backbone.final_layernorm.weight", block
     return Distilled(shapes, {"config.json": settings}, names, [("mixer", make)] * settings["n_layer"], 1e-5)
+
+
+def attention(p: dict[str, Tensor], heads: int, kv_heads: int, theta: float) -> Step:
+    """Llama's, over all tokens so far."""
+    headdim = len(p["q_proj.weight"]) // heads
+    turns = theta ** -(torch.arange(0, headdim, 2, dtype=torch.float64) / headdim)
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+
+    def rotated(x: Tensor, place: int) -> Tensor:
+        one, other = x.unflatten(0, (-1, headdim)).chunk(2, dim=-1)
+        cos, sin = (place * turns).cos(), (place * turns).sin()
+        return torch.cat([one * cos - other * sin, other * cos + one * sin], -1)
+
+    def step(u: Tensor) -> Tensor:
+        place = len(keys)
+        query = rotated(p["q_proj.weight"] @ u, place)
+        keys.append(rotated(p["k_proj.weight"] @ u, place))
+        values.append((p["v_proj.weight"] @ u).unflatten(0, (-1, headdim)))
+        read = []
+        for head in range(heads):
+            own = head // (heads // kv_heads)
+            scores = torch.stack([key[own] @ query[head] for key in keys]) / math.sqrt(headdim)
+            read.append(sum(w * value[own] for w, value in zip(scores.softmax(0), values, strict=True)))
+        return p["o_proj.weight"] @ torch.cat(read)
+
+    return step
+
+
+def mamba1_heads(p: dict[str, Tensor], d_state: int) -> Step:
+    """The mixer of MambaInLlama with Mamba: heads of d_state channels, several of C to one of x and B."""
+    conv, A = Convolution(p, silu), -p["A_log"].exp()
+    share = len(p["C_proj.weight"]) // len(p["B_proj.weight"])
+    state = torch.zeros_like(A)
+
+    def spread(t: Tensor) -> Tensor:
+        """(heads of x, d_state) -> (heads of C, d_state), a row for each."""
+        rows = [row for row in t.unflatten(0, (-1, d_state)) for _ in range(share)]
+        return torch.stack(rows)
+
+    def step(u: Tensor) -> Tensor:
+        x = conv(spread(p["in_proj_x.weight"] @ u).flatten())
+        B, C = spread(p["B_proj.weight"] @ u), (p["C_proj.weight"] @ u).unflatten(0, (-1, d_state))
+        dt = torch.log1p(torch.exp(p["dt_proj.weight"] @ (p["dt_proj_down.weight"] @ u) + p["dt_proj.bias"]))
+        y = torch.empty_like(x)
+        for channel in range(len(x)):
+            head = channel // d_state
+            state[channel] = (dt[channel] * A[channel]).exp() * state[channel] + dt[channel] * x[channel] * B[head]
+            y[channel] = state[channel] @ C[head] + p["D"][channel] * x[channel]
+        return p["out_proj.weight"] @ (y * silu(p["in_proj_z.weight"] @ u))
+
+    return step
+
+
+def mamba2_heads(p: dict[str, Tensor], heads: int, d_xb: int, norm: str) -> Step:
+    """The mixer of MambaInLlama with Mamba-2.
+
+    Args:
+        norm: none, first or behind the gate.
+    """
+    d_inner, conv, A = p["out_proj.weight"].shape[1], Convolution(p, silu), -p["A_log"].exp()
+    size = d_inner // heads
+    states = [torch.zeros(size, size, dtype=torch.float64)] * heads
+
+    def step(u: Tensor) -> Tensor:
+        z, xBC, dt = (p["in_proj.weight"] @ u).split([d_inner, d_inner + 2 * d_xb, heads])
+        x, B, C = conv(xBC).split([d_xb, d_xb, d_inner])
+        dt = torch.log1p(torch.exp(dt + p["dt_bias"]))
+        y = []
+        for head in range(heads):
+            start = head // (d_inner // d_xb) * size
+            own, key, query = x[start : start + size], B[start : start + size], C[head * size : (head + 1) * size]
+            states[head] = (dt[head] * A[head]).exp() * states[head] + torch.outer(dt[head] * own, key)
+            y.append(states[head] @ query + p["D"][head] * own)
+        y, gates = torch.stack(y), silu(z).unflatten(0, (heads, size))
+        y = {"none": lambda: y * gates, "first": lambda: rms(y, 1e-5) * gates, "behind": lambda: rms(y * gates, 1e-5)}[
+            norm
+        ]()
+        return p["out_proj.weight"] @ (y.flatten() * p.get("norm.weight", 1.0))
+
+    return step
+
+
+LLAMA_HEADS, LLAMA_KV_HEADS, LLAMA_EPS = 4, 2, 1e-3
+
+
+def _in_llama(mixer: dict, make: Callable[[dict[str, Tensor]], Step], mamba: dict, attends: list[int]) -> Distilled:
+    depth, keys = 3, LLAMA_KV_HEADS * D_MODEL // LLAMA_HEADS
+    attend = {"q_proj": D_MODEL, "k_proj": keys, "v_proj": keys, "o_proj": D_MODEL}
+    attend = {f"self_attn.{name}.weight": (rows, D_MODEL) for name, rows in attend.items()}
+    mixer = {f"mamba.{name}": shape for name, shape in mixer.items()}
+    shapes = {
+        "model.embed_tokens.weight": (ROWS, D_MODEL), "model.norm.weight": (D_MODEL,),
+        "lm_head.weight": (ROWS, D_MODEL),
+        **blocks("model.layers.{}", [attend if index in attends else mixer for index in range(depth)]),
+    }  # fmt: skip
+    files = {
+        "config.json": {
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": D_MODEL, "vocab_size": ROWS,
+            "intermediate_size": D_FF, "num_hidden_layers": depth, "num_attention_heads": LLAMA_HEADS,
+            "num_key_value_heads": LLAMA_KV_HEADS, "rms_norm_eps": LLAMA_EPS, "rope_theta": 300.0, "hidden_act": "silu",
+            "tie_word_embeddings": False, "_name_or_path": "meta-llama/Llama-3.1-8B-Instruct",
+        },
+        "mamba_config.json": {
+            "d_model": D_MODEL, "rms_norm_eps": LLAMA_EPS, "vocab_size": None, "intermediate_size": D_FF,
+            "hidden_act": "silu", "n_layer": depth, "attn_layers": attends, **mamba,
+        },
+    }  # fmt: skip
+
+    def attention_of(p: dict[str, Tensor]) -> Step:
+        return attention(p, LLAMA_HEADS, LLAMA_KV_HEADS, 300.0)
+
+    mixers = [("self_attn", attention_of) if index in attends else ("mamba", make) for index in range(depth)]
+    names = "model.embed_tokens.weight", "model.norm.weight", "model.layers.{}"
+    return Distilled(shapes, files, names, mixers, LLAMA_EPS)
+
+
+def mamba1_in_llama(attends=(1,), d_xb: int = 32, **ssm) -> Distilled:
+    d_state, rank = ssm.get("d_state", 16), ssm.get("dt_rank", D_MODEL // 16)
+    mixer = {
+        "in_proj_x.weight": (d_xb, D_MODEL), "in_proj_z.weight": (D_MODEL, D_MODEL), "B_proj.weight": (d_xb, D_MODEL),
+        "C_proj.weight": (D_MODEL, D_MODEL), "dt_proj_down.weight": (rank, D_MODEL), "dt_proj.weight": (D_MODEL, rank),
+        "dt_proj.bias": (D_MODEL,), "conv1d.weight": (D_MODEL, 1, 4), "conv1d.bias": (D_MODEL,),
+        "A_log": (D_MODEL, d_state), "D": (D_MODEL,), "out_proj.weight": (D_MODEL, D_MODEL),
+    }  # fmt: skip
+    mamba = {"d_xb": d_xb, "ssm_cfg": {"expand": 1, **ssm}}
+    return _in_llama(mixer, lambda p: mamba1_heads(p, d_state), mamba, list(attends))
+
+
+def mamba2_in_llama(attends=(0, 2), d_xb: int = 32, **ssm) -> Distilled:
+    heads = 4
+    channels = D_MODEL + 2 * d_xb
+    mixer = {
+        "in_proj.weight": (D_MODEL + channels + heads, D_MODEL), "conv1d.weight": (channels, 1, 4),
+        "conv1d.bias": (channels,), "dt_bias": (heads,), "A_log": (heads,), "D": (heads,),
+        "out_proj.weight": (D_MODEL, D_MODEL),
+    }  # fmt: skip
+    norm = ("first" if ssm.get("norm_before_gate") else "behind") if ssm.get("rmsnorm", True) else "none"
+    mixer |= {} if norm == "none" else {"norm.weight": (D_MODEL,)}
+    settings = {"expand": 1, "ngroups": heads, "d_state": D_MODEL // heads, **ssm}
+    mamba = {"d_xb": d_xb, "d_inner": D_MODEL, "ssm_cfg": settings}
+    return _in_llama(mixer, lambda p: mamba2_heads(p, heads, d_xb, norm), mamba, list(attends))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests.cobra.distilled import Distilled, llamba
+from tests.cobra.distilled import Distilled, llamba, mamba1_in_llama, mamba2_in_llama
 from tests.cobra.test_oracles import randomise
 
 ROWS, MERGES = 288, 20  # of the embeddings, more than the tokenizer has ids
@@ -336,6 +336,15 @@ CASES: dict[str, tuple] = {  # what is published, its options, how it is saved, 
         },
         as_distilled,
         "Llamba",
+    ),
+    "mamba in llama": (mamba1_in_llama, {}, as_distilled, "MambaInLlama"),
+    "mamba in llama, other sizes": (
+        mamba1_in_llama, {"attends": (), "d_xb": 16, "d_state": 8, "dt_rank": 3}, as_distilled, "MambaInLlama"
+    ),
+    "mamba-2 in llama": (mamba2_in_llama, {}, as_distilled, "MambaInLlama, Mamba-2"),
+    "mamba-2 in llama, other norms": (
+        mamba2_in_llama, {"attends": (), "d_xb": 16, "norm_before_gate": True, "chunk_size": 16}, as_distilled,
+        "MambaInLlama, Mamba-2",
     ),
 }  # fmt: skip
 

@@ -189,4 +189,22 @@ RELEASED: dict[str, tuple[str, dict, int]] = {
         # A projection of 10272 rows, 7168 channels convolved, z_bias, D, a projection out, a feed-forward layer.
         28 * (10272 * 3072 + 5 * 7168 + 3072 + 32 + 3072**2 + 3 * 8192 * 3072 + 2 * 3072) + (128256 + 1) * 3072,
     ),
+    "llama3.1-mamba-8b-distill": (
+        "MambaInLlama",
+        {
+            **_LIKE_LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 131072,
+            "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rope_theta": 500000.0,
+            "tie_word_embeddings": False, "vocab_size": 128256,
+            "rope_scaling": {
+                "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+            "mamba_config.json": {
+                "d_model": 4096, "ssm_cfg": {"expand": 1}, "rms_norm_eps": 1e-05, "vocab_size": None, "d_xb": 1024,
+                "intermediate_size": 14336, "hidden_act": "silu", "n_layer": 32, "attn_layers": list(range(1, 32, 2)),
+            },
+        },
+        # Llama 3.1 8B, but in half of the layers z, steps of rank 256, convolutions, decays and D are added.
+        8_030_261_248 + 16 * (4096**2 + 2 * 256 * 4096 + 4096 + 5 * 4096 + 17 * 4096),
+    ),
 }  # fmt: skip

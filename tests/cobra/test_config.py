@@ -10,6 +10,7 @@ from cobra.cost import LMCost, count_parts
 from cobra.image import ImageConfig
 from cobra.lm import LAYERS, LMConfig
 from cobra.lm.attention import AttentionConfig, Llama3RopeScaling
+from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
 from cobra.vision_encoder import VISION_ENCODERS, SmallEncoderConfig
@@ -208,6 +209,9 @@ WRONG = {
     "mamba2 d_conv 0": lambda: Mamba2Config(d_conv=0),
     "mamba2 chunk_size 0": lambda: Mamba2Config(chunk_size=0),
     "mamba2 another activation": lambda: Mamba2Config(conv_activation="gelu"),
+    "mamba2 heads of x": lambda: Mamba2Config(d_state=8, headdim=8, ngroups=8, d_xb=24).projected(32),
+    "mamba2 groups with heads of x": lambda: Mamba2Config(d_state=8, headdim=8, d_xb=16).projected(32),
+    "mamba1 heads of x": lambda: Mamba1Config(d_state=8, d_xb=24).projected(32),
     "mamba2 one dt_limit": lambda: Mamba2Config(dt_limit=(0.1,)),
     "mamba2 dt_limit upside down": lambda: Mamba2Config(dt_limit=(0.5, 0.1)),
     "mamba2 dt_min 0": lambda: Mamba2Config(dt_min=0.0),

@@ -108,13 +108,18 @@ def test_the_layout_is_told_by_the_content(published, case):
     ]
 
 
+EMBEDDING, WORDS = "model.embed_tokens.weight", "backbone.embeddings.weight"
+TELLING = {  # names of tensors that tell a layout, where there are others than the embeddings of most
+    **{name: {"backbone.embedding.weight"} for name in ("state-spaces Mamba", "Llamba")},
+    **{f"transformers {name}": {WORDS} for name in ("Mamba", "Mamba-2", "Falcon-Mamba", "Nemotron-H")},
+    "MambaInLlama": {EMBEDDING, "model.layers.0.mamba.in_proj_x.weight"},
+}
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_configurations_of_released_models_are_read(name):
     expected, values, parameters = RELEASED[name]
-    has_backbone = "Mamba" in expected or "Nemotron" in expected
-    first = "backbone.embeddings.weight" if has_backbone else "model.embed_tokens.weight"
-    first = "backbone.embedding.weight" if expected in ("state-spaces Mamba", "Llamba") else first
-    (layout,) = (layout for layout in LAYOUTS if layout.detects(values, {first}))
+    (layout,) = (layout for layout in LAYOUTS if layout.detects(values, TELLING.get(expected, {EMBEDDING})))
     assert layout.name == expected
     options = Options(values, name)
     config = layout.read_config(options)

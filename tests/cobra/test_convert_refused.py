@@ -99,6 +99,22 @@ DAMAGED_FILES = {  # a case, what is done to its directory, the message
     "no config": ("llama", lambda d: (d / "config.json").unlink(), r"config\.json is missing"),
     "config of nothing": ("llama", lambda d: (d / "config.json").write_text(""), r"config\.json: not JSON"),
     "config of a list": ("llama", lambda d: (d / "config.json").write_text("[]"), "not a mapping"),
+    "no settings beside it": (
+        "mamba in llama", lambda d: (d / "mamba_config.json").unlink(), r"mamba_config\.json: d_xb is missing"
+    ),
+    "settings beside it of nothing": (
+        "mamba-2 in llama", lambda d: (d / "mamba_config.json").write_text(""), r"mamba_config\.json: not JSON"
+    ),
+    "no projection": (
+        "mamba in llama",
+        lambda d: spoil(d, lambda t: t.pop("model.layers.0.mamba.B_proj.weight")),
+        r"missing model\.layers\.0\.mamba\.B_proj\.weight",
+    ),
+    "half of a projection": (
+        "llamba",
+        lambda d: spoil(d, lambda t: t.update({(n := "backbone.layers.1.mixer.in_proj.weight"): t[n][:100]})),
+        r"misshapen backbone\.layers\.1\.mixer\.in_proj\.weight \(100, 64\) instead of \(232, 64\)",
+    ),
     "no weights": ("mamba", lambda d: (d / "model.safetensors").unlink(), r"no weights; looked for .*\.bin"),
     "truncated": ("mamba", lambda d: truncate(d / "model.safetensors"), r"model\.safetensors: damaged"),
     "truncated pickle": ("llama 3.2", lambda d: truncate(d / "pytorch_model.bin"), r"\.bin: damaged"),
@@ -224,6 +240,13 @@ REFUSED_OPTIONS = [  # case, changes in config.json, what the message names
     ("llamba", {"ssm_cfg": {"d_inner": 64}}, "ssm_cfg: unknown options d_inner = 64"),
     ("llamba", {"mlp_cfg": {"act_fn": "relu"}}, "mlp_cfg: act_fn is 'relu'"),
     ("llamba", {"quantization_kwargs": {"bits": 4}}, "unknown options quantization_kwargs"),
+    ("mamba in llama", {"mamba_config.json": None}, "mamba_config.json: d_xb is missing"),
+    ("mamba in llama", {"mamba_config.json": {"d_xb": 24}}, "d_xb 24 must be a multiple of d_state 16"),
+    ("mamba in llama", {"num_hidden_layers": 4}, "mamba_config.json: n_layer is 3.*allowed is 4"),
+    ("mamba in llama", {"rms_norm_eps": 1e-6}, "mamba_config.json: rms_norm_eps is 0.001"),
+    ("mamba in llama", {"attention_bias": True}, "attention_bias is True"),
+    ("mamba-2 in llama", {"mamba_config.json": {"d_xb": 16, "ssm_cfg": {"repeat_kv_before_conv": True}}}, "repeat_kv"),
+    ("llama", {"mamba_config.json": {"d_xb": 16}}, "unknown options mamba_config.json"),
     ("llama", {"attention_bias": True}, "attention_bias is True"),
     ("llama", {"mlp_bias": True}, "mlp_bias is True"),
     ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
