@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from tests.cobra.distilled import Distilled, llamba, mamba1_in_llama, mamba2_in_llama
 from tests.cobra.test_oracles import randomise
@@ -223,6 +224,26 @@ def as_state_spaces(**ssm) -> Save:
     return save
 
 
+def first_jamba_names(tensors: dict, is_dense: Callable[[int], bool]) -> dict:
+    """Jamba's tensors by the names of its first code, in which a feed-forward layer was an expert without a router."""
+    named = {}
+    for name, tensor in tensors.items():
+        if ".feed_forward." in name:
+            experts = "experts.0." if is_dense(int(name.split(".")[2])) else ""
+            name = name.replace("feed_forward.", f"moe.{experts}")
+        name = name.replace("pre_ff_layernorm", "pre_moe_layernorm")
+        named[name.replace("b_layernorm", "B_layernorm").replace("c_layernorm", "C_layernorm")] = tensor
+    return named
+
+
+def as_first_jamba(model, path: Path) -> None:
+    model.save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    torch.save(first_jamba_names(tensors, lambda index: index % 2 == 0), path / "pytorch_model.bin")
+    change_config(path, n_ctx=262144, mamba_inner_layernorms=True, auto_map={"AutoConfig": "x.JambaConfig"})
+
+
 def as_distilled(model: Distilled, path: Path) -> None:
     model.save(path)
 
@@ -307,6 +328,7 @@ CASES: dict[str, tuple] = {  # what is published, its options, how it is saved, 
         as_published,
         "transformers Jamba",
     ),
+    "jamba as at first": (jamba, {}, as_first_jamba, "Jamba of its first code"),
     "lfm2": (lfm2, {}, as_published, "transformers LFM2"),
     "lfm2, biases": (
         lfm2,

@@ -9,6 +9,18 @@ _LIKE_LLAMA = {
     "initializer_range": 0.02, "pretraining_tp": 1, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
     "transformers_version": "4.45.0.dev0", "use_cache": True, "rms_norm_eps": 1e-05,
 }  # fmt: skip
+_JAMBA = {
+    "architectures": ["JambaForCausalLM"], "attention_dropout": 0.0, "attn_layer_offset": 4, "attn_layer_period": 8,
+    "auto_map": {"AutoConfig": "configuration_jamba.JambaConfig"}, "bos_token_id": 1, "eos_token_id": 2,
+    "expert_layer_offset": 1, "expert_layer_period": 2, "hidden_act": "silu", "hidden_size": 4096,
+    "initializer_range": 0.02, "intermediate_size": 14336, "mamba_conv_bias": True, "mamba_d_conv": 4,
+    "mamba_d_state": 16, "mamba_dt_rank": 256, "mamba_expand": 2, "mamba_inner_layernorms": True,
+    "mamba_proj_bias": False, "model_type": "jamba", "n_ctx": 262144, "num_attention_heads": 32, "num_experts": 16,
+    "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "output_router_logits": False,
+    "pad_token_id": 0, "rms_norm_eps": 1e-06, "router_aux_loss_coef": 0.001, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.40.0.dev0", "use_cache": True,
+    "use_mamba_kernels": False, "vocab_size": 65536,
+}  # fmt: skip
 # Layout, config.json, and the parameters of the model that it belongs to.
 RELEASED: dict[str, tuple[str, dict, int]] = {
     "mamba-130m": (
@@ -175,6 +187,8 @@ RELEASED: dict[str, tuple[str, dict, int]] = {
         },
         521_411_104,
     ),
+    "jamba-v0.1": ("transformers Jamba", _JAMBA, 51_570_323_328),
+    "jamba-9b": ("transformers Jamba", {**_JAMBA, "num_experts": 1, "num_experts_per_tok": 1}, 9_290_690_432),
     "llamba-3b": (
         "Llamba",
         {

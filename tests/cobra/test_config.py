@@ -30,7 +30,8 @@ def test_every_preset_builds(preset):
     config, parts = PRESETS[preset], parameters(preset)
     assert list(parts) == ["vision_encoder", "connector", "lm"]
     assert min(parts.values()) > 0
-    assert config.tokens_per_tile == config.grid[0] * config.grid[1]
+    cells = config.grid[0] * config.grid[1]
+    assert config.tokens_per_tile == (cells // 4 if config.connector.kind == "pool2d" else cells)
 
 
 def test_the_presets_of_the_house_are_there():
@@ -87,6 +88,8 @@ def mamba_2_8b() -> int:
         ("ml-mamba-3b", DINOV2 + SIGLIP, 5_573_120 + 119_834_560 + 58_997_760, 2_702_599_680),
         ("vl-mamba", SIGLIP, None, mamba_2_8b()),
         ("llava-1.5", CLIP, 20_979_712, 6_738_415_616),  # that of Llama 2 7B
+        ("longllava-9b", CLIP, 20_979_712, 9_290_690_432),
+        ("longllava-a13b", CLIP, 20_979_712, 51_570_323_328),  # that of Jamba v0.1
     ],
 )
 def test_published_systems_have_their_published_sizes(preset, vision_encoder, connector, lm):
