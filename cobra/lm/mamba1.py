@@ -4,6 +4,7 @@ Source: Gu & Dao 2023, "Mamba" (arXiv:2312.00752), section 3.4; parameter names 
 state-spaces checkpoints.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -190,7 +191,7 @@ class Mamba1(Float32Parameters):
         )
         return y, state
 
-    def _scan_inputs(self, u: Tensor, others: list[Tensor]) -> tuple[Tensor, ...]:
+    def _scan_inputs(self, u: Tensor, others: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
         """dt before its bias, A, B and C for u (batch, d_inner, seqlen); with d_xb, B, C and what dt comes through are
         given (batch, seqlen, ...), and B and C have a group for each head."""
         d_state = self.config.d_state

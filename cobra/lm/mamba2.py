@@ -25,6 +25,8 @@ from .precision import Projection, RMSNorm
 from .sequence_parallel import ssd_map
 from .short_conv import ShortConvolution
 
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # x, dt, A, B, C
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba2Config:
@@ -238,34 +240,37 @@ class Mamba2(Float32Parameters):
     def _scan(self, xBC, dt, z, state, segments) -> tuple[Tensor, LayerState]:
         state = state or {"conv": None, "ssm": None}
         xBC, conv = self.conv1d.scan(xBC, state["conv"], segments)
-        inputs, initial_state = self._ssd_inputs(xBC, dt, z), state["ssm"]
+        inputs, options = self._ssd_inputs(xBC, dt, z)
+        initial_state = state["ssm"]
         if segments.shard is not None:
-            own = {name: inputs[name] for name in ("x", "dt", "A", "B", "dt_bias", "dt_limit")}
-            initial_state = segments.shard.entering_state(*ssd_map(**own, seq_idx=segments.seq_idx))
+            own = ssd_map(*inputs[:4], self.dt_bias, self.dt_limit, segments.seq_idx)
+            initial_state = segments.shard.entering_state(*own)
         y, ssm = vision_scan.ssd(
-            **inputs,
+            *inputs,
             initial_state=initial_state,
             return_final_state=True,
             seq_idx=segments.seq_idx,
             chunk_size=self.config.chunk_size,
+            **options,
         )
         return self._complete(y, xBC, z), {"conv": conv, "ssm": ssm}
 
     def _update(self, xBC, dt, z, state, segments) -> tuple[Tensor, LayerState]:
         xBC = self.conv1d.update(xBC, state["conv"], segments)
-        y = vision_scan.ssd_update(state["ssm"], **self._ssd_inputs(xBC, dt, z), seq_idx=segments.seq_idx)
+        inputs, options = self._ssd_inputs(xBC, dt, z)
+        y = vision_scan.ssd_update(state["ssm"], *inputs, seq_idx=segments.seq_idx, **options)
         return self._complete(y, xBC, z), state
 
-    def _ssd_inputs(self, xBC: Tensor, dt: Tensor, z: Tensor | None) -> dict[str, Any]:
+    def _ssd_inputs(self, xBC: Tensor, dt: Tensor, z: Tensor | None) -> tuple[_Inputs, dict[str, Any]]:
         """What `vision_scan.ssd` takes. As it multiplies by dt what comes in, it is handed that divided by dt where a
         token is not to be; the smallest dt, which decays nothing in any dtype, is large enough to divide by."""
         x, B, C = self._heads(xBC)
-        inputs = {"dt": dt, "B": B, "C": C, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
-        if not self.config.discrete:
-            return {**inputs, "x": x, "A": -torch.exp(self.A_log), "D": self._skip, "z": z}
+        options = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
+        if self.A_log is not None:
+            return (x, dt, -torch.exp(self.A_log), B, C), {**options, "D": self._skip, "z": z}
         wide = torch.promote_types(x.dtype, torch.float32)
         steps = discretize(dt, None, True, *self.dt_limit, wide)
-        return {**inputs, "x": x.to(wide) / steps[..., None], "A": -torch.ones_like(steps[0, 0])}
+        return (x.to(wide) / steps[..., None], dt, -torch.ones_like(steps[0, 0]), B, C), options
 
     def _complete(self, y: Tensor, xBC: Tensor, z: Tensor | None) -> Tensor:
         """What the scan has not done, if it knows x divided by dt alone: the skip and the gate."""
