@@ -6,7 +6,7 @@ from typing import Literal
 from vision_scan.errors import UserError, choose
 from vision_scan.orders import sequential_order
 
-from .connector import ConnectorConfig, FusedMLPConfig, KeepsGrid, MSCConfig, VSSL2Config
+from .connector import ConnectorConfig, FusedMLPConfig, KeepsGrid, MSCConfig, Pool2dConfig, VSSL2Config
 from .connector import MLPConfig as MLPConnectorConfig
 from .image import ImageConfig
 from .lm.attention import AttentionConfig
@@ -276,4 +276,7 @@ PRESETS: dict[str, CobraConfig] = {
     # images were prepared is not published; these are Cobra's ways.
     "vl-mamba": replace(_COBRA, vision_encoder=_SIGLIP, connector=VSSL2Config(order="bi2")),
     "llava-1.5": _LLAVA,
+    # LongLLaVA as its last two stages of training had it.
+    "longllava-9b": replace(_LLAVA, connector=Pool2dConfig(), lm=RELEASED["jamba-9b"], template="longllava"),
+    "longllava-a13b": replace(_LLAVA, connector=Pool2dConfig(), lm=RELEASED["jamba-v0.1"], template="longllava"),
 }

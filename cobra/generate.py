@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cobra.processor import Images, Tiles, iter_images, pad
+from cobra.processor import Images, Tiles, list_images, pad
 from cobra.prompt import body, count_marks, mark_images
 from cobra.reading import CHUNK_SIZE, content_of, extend_turn, feed, last, note, opening, own, pieces_of, read
 from cobra.sampling import Sampler
@@ -188,13 +188,15 @@ def answer_batch(
     rows: list[list[int]] = []
     tiles: list[Tiles] = []
     for index, (question, images) in enumerate(requests):
-        new = [model.processor.tiles(image) for image in iter_images(images)]
+        sources = list_images(images)
         try:
-            marked = mark_images(question, len(new))
+            marked = mark_images(question, len(sources))
         except UserError as error:
             raise UserError(f"request {index}: {error}") from error
+        marked, sources = model.processor.unfold(marked, sources)
+        new = [model.processor.tiles(image) for image in sources]
         lengths = (tile.num_tokens for tile in new)
-        rows.append([*begin, *body(marked, tokenizer, lengths), *closing])
+        rows.append([*begin, *body(template.dress(marked), tokenizer, lengths, template), *closing])
         tiles += new
     input_ids, attention_mask = pad(rows, tokenizer.pad_id, "left")
     ids = generate(

@@ -1,6 +1,7 @@
 """Texts and images to the tensors that a model takes: resizing, expansion of `<image>`, padding."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -98,7 +99,8 @@ class Processor:
         rows: list[Rendered] = []
         tiles: list[Tiles] = []
         for index, (prompt, row_sources) in enumerate(zip(text, sources, strict=True)):
-            new = [self.tiles(source) for source in list_images(row_sources)]
+            prompt, given = self._unfold_row(prompt, list_images(row_sources))
+            new = [self.tiles(source) for source in given]
             try:
                 rows.append(self._row(prompt, [tile.num_tokens for tile in new]))
             except UserError as error:
@@ -176,6 +178,35 @@ class Processor:
         `render_caption` for the rest."""
         written = render_caption if captions else render
         return written(turns, self.tokenizer, self.template, self.image_tokens(num_images, sizes, is_video))
+
+    def unfold(self, text: str, sources: Sequence[Source]) -> tuple[str, list[Source]]:
+        """A user's text with a mark for each frame of its videos, which are images then, where the model's template
+        tells frames apart and none of their tokens are dropped."""
+        if self.template.video is None or self.config.video is not None:
+            return text, list(sources)
+        first, *rest = text.split(IMAGE)
+        if len(rest) != len(sources):  # who knows which is which; it is reported where marks are counted
+            return text, list(sources)
+        unfolded: list[Source] = []
+        for source, behind in zip(sources, rest, strict=True):
+            frames = source.frames if isinstance(source, Video) else None
+            first += (IMAGE if frames is None else self.template.video_marks(len(frames))) + behind
+            unfolded += [source] if frames is None else frames
+        return first, unfolded
+
+    def _unfold_row(
+        self, prompt: str | Sequence[Turn], sources: Sequence[Source]
+    ) -> tuple[str | Sequence[Turn], list[Source]]:
+        """A conversation and its sources, unfolded; a raw prompt stays as it is."""
+        if isinstance(prompt, str):
+            return prompt, list(sources)
+        turns, unfolded, left = [], [], iter(sources)
+        for turn in prompt:
+            if turn.role == "user":
+                text, own = self.unfold(turn.text, list(islice(left, count_marks(turn.text))))
+                turn, unfolded = replace(turn, text=text), unfolded + own
+            turns.append(turn)
+        return turns, [*unfolded, *left]
 
     def _row(self, prompt: str | Sequence[Turn], lengths: Sequence[int]) -> Rendered:
         if not isinstance(prompt, str):

@@ -38,6 +38,9 @@ class Template:
         empty_answer: stands for an assistant turn without text.
         system: before the first user turn.
         begin: a token in front of everything.
+        image: what stands before and behind each image, as plain text.
+        video: what stands before the first frame of a video, between two and behind the last, as plain text; None: the
+            frames stand where one image would.
     """
 
     user_open: str
@@ -48,6 +51,8 @@ class Template:
     empty_answer: str = ""
     system: str = ""
     begin: str = ""
+    image: tuple[str, str] = ("", "")
+    video: tuple[str, str, str] | None = None
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (templates are few, and never go)
     def encode(self, text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -56,6 +61,16 @@ class Template:
         for piece in re.split(f"({'|'.join(map(re.escape, self.tokens))})", text):
             ids += [tokenizer.id_of(piece)] if piece in self.tokens else tokenizer.encode(piece)
         return tuple(ids)
+
+    def dress(self, text: str) -> str:
+        """A text with what stands around an image around each of its marks, where it does not stand yet."""
+        opening, closing = self.image
+        return re.sub(f"(?:{re.escape(opening)})?{IMAGE}(?:{re.escape(closing)})?", opening + IMAGE + closing, text)
+
+    def video_marks(self, num_frames: int) -> str:
+        """A text with a mark for each frame of a video."""
+        opening, between, closing = self.video or ("", "", "")
+        return opening + between.join([IMAGE] * num_frames) + closing
 
     def end_id(self, tokenizer: Tokenizer) -> int:
         """The id of the token that ends an answer."""
@@ -107,6 +122,16 @@ TEMPLATES = {
         end="</s>",
         tokens=("<s>", "</s>"),
     ),
+    # Source: `conv_jambaLabel` of LongLLaVA (FreedomIntelligence/LongLLaVA, llava/conversation.py), and the marks of
+    # its cli.py, which loses the > of a video's last </img>: here it is written as it was meant.
+    "longllava": Template(
+        user_open="<|startoftext|><|User|>\n",
+        user_close="\n<|startoftext|><|Assistant|>\n",
+        end="<|endoftext|>",
+        tokens=("<|startoftext|>", "<|endoftext|>"),
+        image=("<img>", "</img>"),
+        video=("<vid>", "<t>", "</vid>"),
+    ),
 }
 
 
@@ -157,7 +182,7 @@ def render(
             raise UserError(f"turn {index + 1} has role {turn.role!r}, expected {expected!r}")
         if turn.role == "user":
             ids += _open(template, tokenizer, first=index == 0)
-            ids += body(turn.text, tokenizer, lengths)
+            ids += body(template.dress(turn.text), tokenizer, lengths, template)
             ids += template.encode(template.user_close, tokenizer)
             labels += [IGNORE] * (len(ids) - len(labels))
         else:
@@ -223,7 +248,8 @@ def open_turn(
         first: whether this is the first turn of the conversation.
     """
     opening = _open(template, tokenizer, first)
-    return [*opening, *body(mark_images(text, len(image_tokens)), tokenizer, iter(image_tokens))]
+    marked = template.dress(mark_images(text, len(image_tokens)))
+    return [*opening, *body(marked, tokenizer, iter(image_tokens), template)]
 
 
 def close_turn(template: Template, tokenizer: Tokenizer, question: str) -> list[int]:
@@ -232,11 +258,16 @@ def close_turn(template: Template, tokenizer: Tokenizer, question: str) -> list[
 
 
 def body(
-    text: str, tokenizer: Tokenizer, image_tokens: Iterator[int], allow_special: bool = False
+    text: str,
+    tokenizer: Tokenizer,
+    image_tokens: Iterator[int],
+    template: Template | None = None,
+    allow_special: bool = False,
 ) -> list[int]:
-    """Ids of a text with `<image>` marks, each as many image tokens as `image_tokens` says next."""
+    """Ids of a text with `<image>` marks, each as many image tokens as `image_tokens` says next; what the template has
+    around images is encoded by itself."""
     ids: list[int] = []
-    for piece in split_marks(text):
+    for piece in split_marks(text, template):
         if piece == IMAGE:
             ids += [tokenizer.image_id] * next(image_tokens)
         else:
@@ -244,10 +275,15 @@ def body(
     return ids
 
 
-def split_marks(text: str) -> list[str]:
-    """Cuts a text into the pieces that are encoded on their own: `<image>`, a newline right after it,
-    and the texts between."""
-    return [piece for piece in re.split(f"({IMAGE})(\n)?", text) if piece]
+def split_marks(text: str, template: Template | None = None) -> list[str]:
+    """Cuts a text into the pieces that are encoded on their own: `<image>`, what a template has around it, a newline
+    right after it, and the texts between."""
+    opening, closing = ("", "") if template is None else template.image
+    dressed = opening + IMAGE + closing
+    pieces: list[str] = []
+    for piece in re.split(f"({re.escape(dressed)}|{IMAGE})(\n)?", text):
+        pieces += [opening, IMAGE, closing] if piece == dressed else [piece]
+    return [piece for piece in pieces if piece]
 
 
 def count_marks(text: str) -> int:

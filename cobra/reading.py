@@ -5,14 +5,14 @@ A conversation is a `State`: its `info` says how many images were read (`num_ima
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cobra.content import Content, fingerprint
-from cobra.processor import Images, Tiles, iter_images, list_images
+from cobra.processor import Images, Source, Tiles, iter_images, list_images
 from cobra.prompt import count_marks, open_turn, split_marks
 from cobra.tokenizer import IMAGE
 from vision_scan.errors import UserError
@@ -60,21 +60,25 @@ def opening(model: "Cobra", state: "State | None") -> list[int]:
 
 def pieces_of(model: "Cobra", text: str, images: Images) -> Iterator[Piece]:
     """A text with images as ids and tiles, in reading order, one image at a time."""
-    encode, tiles = model.tokenizer.encode, model.processor.tiles
-    marks = count_marks(text)
+    encode, tiles, unfold = model.tokenizer.encode, model.processor.tiles, model.processor.unfold
+    marks, template = count_marks(text), model.processor.template
+
+    def write(text: str, sources: Sequence[Source]) -> Iterator[Piece]:
+        text, sources = unfold(text, sources)
+        remaining = iter(sources)
+        for piece in split_marks(template.dress(text), template):
+            yield tiles(next(remaining)) if piece == IMAGE else encode(piece)
+
     if not marks:
         for image in iter_images(images):
-            yield tiles(image)
-            yield encode("\n")
+            yield from write(f"{IMAGE}\n", [image])
         yield encode(text)
         return
     sources = list_images(images, most=marks + 1)
     if len(sources) != marks:
         given = f"more than {marks}" if len(sources) > marks else len(sources)
         raise UserError(f"{marks} {IMAGE} marks for {given} images: the two must be equal")
-    remaining = iter(sources)
-    for piece in split_marks(text):
-        yield tiles(next(remaining)) if piece == IMAGE else encode(piece)
+    yield from write(text, sources)
 
 
 def extend_turn(

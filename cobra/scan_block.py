@@ -24,7 +24,8 @@ COMBINATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 PLAIN_MIXER = {
-    "d_ssm": None, "rmsnorm": True, "bias": False, "conv_bias": True, "conv_activation": "silu", "D_has_hdim": False,
+    "d_ssm": None, "d_xb": None, "rmsnorm": True, "bias": False, "conv_bias": True, "conv_activation": "silu",
+    "z_bias": False, "D_has_hdim": False, "discrete": False,
 }  # fmt: skip
 
 

@@ -23,11 +23,14 @@ from vision_scan.errors import UserError, choose
 from .falcon_h1 import FALCON_H1
 from .granite import GRANITE
 from .hybrid import BAMBA
-from .jamba import JAMBA
+from .jamba import JAMBA, JAMBA_FIRST
 from .layout import Layout, Options, Piece, Pieces
 from .lfm2 import LFM2
+from .llamba import LLAMBA
 from .llava import LLAVA, MOBILEVLM
+from .longllava import LONGLLAVA, LONGLLAVA_FIRST
 from .mamba import FALCON_MAMBA, MAMBA1, MAMBA2, STATE_SPACES
+from .mamba_in_llama import MAMBA1_IN_LLAMA, MAMBA2_IN_LLAMA
 from .nemotron_h import NEMOTRON_H
 from .prismatic import COBRA, ML_MAMBA
 from .qwen3 import QWEN3_5, QWEN3_5_VL, QWEN3_NEXT
@@ -36,8 +39,9 @@ from .transformer import LLAMA, QWEN2
 from .writer import Entry, write_tensors
 
 LAYOUTS = (
-    STATE_SPACES, MAMBA1, MAMBA2, FALCON_MAMBA, LLAMA, QWEN2, GRANITE, BAMBA, NEMOTRON_H, FALCON_H1, JAMBA, LFM2,
-    QWEN3_NEXT, QWEN3_5, QWEN3_5_VL, COBRA, ML_MAMBA, LLAVA, MOBILEVLM,
+    STATE_SPACES, MAMBA1, MAMBA2, FALCON_MAMBA, LLAMA, QWEN2, GRANITE, BAMBA, NEMOTRON_H, FALCON_H1, JAMBA,
+    JAMBA_FIRST, LFM2, QWEN3_NEXT, QWEN3_5, QWEN3_5_VL, LLAMBA, MAMBA1_IN_LLAMA, MAMBA2_IN_LLAMA, COBRA, ML_MAMBA,
+    LLAVA, MOBILEVLM, LONGLLAVA, LONGLLAVA_FIRST,
 )  # fmt: skip
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -1,6 +1,9 @@
 """Jamba as transformers publishes it: Mamba with norms inside or attention, and behind each a feed-forward layer or
 experts."""
 
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
 from cobra.lm import LMConfig
 from cobra.lm.attention import AttentionConfig
 from cobra.lm.mamba1 import Mamba1Config
@@ -45,7 +48,8 @@ def _read(options: Options) -> LMConfig:
     ]
     options.demand("attention_dropout", 0.0)
     options.demand("sliding_window")
-    options.ignore("use_mambapy", "use_associative_scan", "mamba_inner_layernorms", "calc_logits_for_entire_prompt")
+    options.demand("mamba_inner_layernorms", True)
+    options.ignore("use_mambapy", "use_associative_scan", "calc_logits_for_entire_prompt", "n_ctx", "auto_map")
     return finish(options, d_model, layers, eps)
 
 
@@ -63,11 +67,43 @@ def _prefixes(config: LMConfig) -> dict[str, str]:
     return blocks(config, mixers)
 
 
+def _first_prefixes(config: LMConfig) -> dict[str, str]:
+    """As the model's first code named things, in which a feed-forward layer was an expert without a router."""
+    names = _prefixes(config)
+    for own, theirs in names.items():
+        for later, first in FIRST.items():
+            theirs = theirs.replace(later, first)
+        number = int(own.split(".")[1]) if own.startswith("layers.") else 0
+        is_dense = own.endswith("mixer.") and config.layers[number].kind == "mlp"
+        names[own] = theirs + "experts.0." * is_dense
+    return names
+
+
 NORMS = {"dt": "dt", "B": "b", "C": "c"}
+FIRST = {
+    ".b_layernorm.": ".B_layernorm.", ".c_layernorm.": ".C_layernorm.", ".pre_ff_layernorm.": ".pre_moe_layernorm.",
+    ".feed_forward.": ".moe.",
+}  # fmt: skip
+
+
+def has_first_names(names: Collection[str]) -> bool:
+    return any(".pre_moe_layernorm." in name for name in names)
+
+
+def _detects(is_first: bool) -> Callable[[Mapping[str, Any], Collection[str]], bool]:
+    is_jamba = is_published_as("jamba", "model.embed_tokens.weight")
+    return lambda config, names: is_jamba(config, names) and has_first_names(names) == is_first
+
 
 JAMBA = Layout(
     name="transformers Jamba",
-    detects=is_published_as("jamba", "model.embed_tokens.weight"),
+    detects=_detects(False),
     read_config=_read,
     prefixes=_prefixes,
+)
+JAMBA_FIRST = Layout(
+    name="Jamba of its first code",
+    detects=_detects(True),
+    read_config=_read,
+    prefixes=_first_prefixes,
 )

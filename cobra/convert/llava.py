@@ -32,7 +32,7 @@ PROJECTORS: dict[str, tuple[ConnectorConfig, dict[str, str]]] = {
 """By `mm_projector_type`: the connector, and how names of its tensors begin behind `model.mm_projector.`."""
 
 ASPECTS = {"pad": "letterbox", "square": "squash"}
-# How it was trained; the last four are read by _whole.
+# How it was trained; the last four are read by whole_llava.
 OTHER_KEYS = (
     "freeze_mm_mlp_adapter", "freeze_mm_vision_resampler", "tune_mm_mlp_adapter", "tune_mm_vision_resampler",
     "unfreeze_mm_vision_tower", "use_mm_proj", "mm_projector_lr", "tokenizer_model_max_length",
@@ -42,18 +42,27 @@ OTHER_KEYS = (
 
 
 def _read_lm(options: Options) -> LMConfig:
+    read_vision_options(options)
+    return LLAMA.read_config(options)
+
+
+def read_vision_options(options: Options) -> None:
+    """What `whole_llava` reads, and what must be as it is there."""
     for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):  # tokens around a picture
         options.demand(name, False)
     options.demand("mm_vision_select_feature", "patch")
     options.demand("mm_patch_merge_type", "flat")
     options.ignore(*OTHER_KEYS)
-    return LLAMA.read_config(options)
 
 
-def _whole(lm: LMConfig, values: Mapping[str, Any]) -> CobraConfig:
+def whole_llava(lm: LMConfig, values: Mapping[str, Any]) -> CobraConfig:
+    """The model around a language model."""
     options = Options(values, CONFIG)
     name = options.take("mm_vision_tower", str)
-    tower, side = choose(f"mm_vision_tower in {CONFIG}", name, TOWERS)
+    towers = {name: tower for key, tower in TOWERS.items() for name in (key, key.rpartition("/")[2])}
+    # A folder of the authors' own says no less than the name on the hub.
+    name = name if name in towers else name.rstrip("/").rpartition("/")[2].replace("_", "-")
+    tower, side = choose(f"mm_vision_tower in {CONFIG}", name, towers)
     aspect = options.take("image_aspect_ratio", str, "square")
     resize = choose(f"image_aspect_ratio in {CONFIG}", aspect, ASPECTS)
     projector = options.take("mm_projector_type", str, "linear")
@@ -85,7 +94,7 @@ LLAVA = Layout(
     read_config=_read_lm,
     prefixes=LLAMA.prefixes,
     left_out=LLAMA.left_out,
-    whole=_whole,
+    whole=whole_llava,
     connector=_connector,
 )
 MOBILEVLM = Layout(
@@ -94,6 +103,6 @@ MOBILEVLM = Layout(
     read_config=_read_lm,
     prefixes=LLAMA.prefixes,
     left_out=LLAMA.left_out,
-    whole=_whole,
+    whole=whole_llava,
     connector=_connector,
 )

@@ -11,7 +11,7 @@ from vision_scan.errors import UserError, choose
 from .layout import TRANSFORMERS_KEYS, Layout, Options, is_published_as
 
 # How weights begin, and which kernels run.
-_TRAINING_KEYS = (
+TRAINING_KEYS = (
     "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "A_init_range", "conv_init",
     "use_fast_path", "use_mem_eff_path",
 )  # fmt: skip
@@ -29,12 +29,12 @@ _TRANSFORMERS_TRAINING_KEYS = (
 def _ssm_mamba1(ssm: Options) -> Mamba1Config:
     ssm.demand("bias", False)
     ssm.demand("conv_bias", True)
-    ssm.ignore(*_TRAINING_KEYS)
+    ssm.ignore(*TRAINING_KEYS)
     return Mamba1Config(
         d_state=ssm.take("d_state", int, 16),
         d_conv=ssm.take("d_conv", int, 4),
         expand=ssm.take("expand", int, 2),
-        dt_rank=_dt_rank(ssm, "dt_rank"),
+        dt_rank=read_dt_rank(ssm, "dt_rank"),
     )
 
 
@@ -45,7 +45,7 @@ def _ssm_mamba2(ssm: Options) -> Mamba2Config:
     ssm.demand("D_has_hdim", False)
     ssm.demand("rmsnorm", True)
     ssm.demand("activation", "silu", "swish")
-    ssm.ignore(*_TRAINING_KEYS)
+    ssm.ignore(*TRAINING_KEYS)
     return Mamba2Config(
         d_state=ssm.take("d_state", int, 128),
         headdim=ssm.take("headdim", int, 64),
@@ -69,10 +69,9 @@ def _read_state_spaces(options: Options) -> LMConfig:
     options.demand("attn_layer_idx", [])
     options.demand("d_intermediate", 0)
     options.ignore("attn_cfg", "fused_add_norm", "residual_in_fp32")
-    vocab, multiple = options.take("vocab_size", int), options.take("pad_vocab_size_multiple", int, 8)
     return LMConfig(
         d_model=options.take("d_model", int),
-        vocab_size=vocab + -vocab % max(multiple, 1),
+        vocab_size=padded_vocab(options),
         layers=(layer,) * options.take("n_layer", int),
         tie_word_embeddings=options.take("tie_embeddings", bool, True),
     )
@@ -84,7 +83,7 @@ def _read_mamba1(options: Options) -> LMConfig:
         d_state=options.take("state_size", int, 16),
         d_conv=options.take("conv_kernel", int, 4),
         expand=expand,
-        dt_rank=_dt_rank(options, "time_step_rank"),
+        dt_rank=read_dt_rank(options, "time_step_rank"),
     )
     options.demand("intermediate_size", expand * d_model)
     return _transformers_stack(options, d_model, layer, 1e-5, is_tied=True)
@@ -97,7 +96,7 @@ def _read_falcon_mamba(options: Options) -> LMConfig:
         d_conv=options.take("conv_kernel", int, 4),
         # Released files say expand 16 and mean this.
         d_inner=options.take("intermediate_size", int, options.take("expand", int, 2) * d_model),
-        dt_rank=_dt_rank(options, "time_step_rank"),
+        dt_rank=read_dt_rank(options, "time_step_rank"),
         inner_norms="plain",
         norm_eps=options.take("mixer_rms_eps", float, 1e-6),
     )
@@ -204,10 +203,16 @@ def _write_transformers_stack(config: LMConfig) -> dict[str, Any]:
     }
 
 
-def _dt_rank(options: Options, name: str) -> int | None:
+def read_dt_rank(options: Options, name: str) -> int | None:
     if options.is_set(name, "auto"):
         options.ignore(name)
     return options.take(name, int, None)
+
+
+def padded_vocab(options: Options) -> int:
+    """Rows of embeddings that are padded to a multiple."""
+    vocab, multiple = options.take("vocab_size", int), options.take("pad_vocab_size_multiple", int, 8)
+    return vocab + -vocab % max(multiple, 1)
 
 
 def read_dt_limit(options: Options, name: str) -> tuple[float, ...]:
@@ -226,7 +231,7 @@ def _prefixes(embedding: str):
 
 
 def _is_state_spaces(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    return "ssm_cfg" in config and "backbone.embedding.weight" in names
+    return "ssm_cfg" in config and config.get("model_type") != "llamba" and "backbone.embedding.weight" in names
 
 
 STATE_SPACES = Layout(

@@ -13,6 +13,7 @@ from torch import Tensor
 from vision_scan.errors import UserError
 
 CONFIG = "config.json"
+BESIDE = "mamba_config.json"  # what MambaInLlama publishes beside it, read as one of its keys
 INDEX_SUFFIX = ".index.json"  # a file with this name lists the parts of another
 
 
@@ -22,7 +23,7 @@ class Source:
 
     Attributes:
         path: its directory.
-        config: config.json.
+        config: config.json, and `mamba_config.json` as one of its keys if there is one.
         tensors: by published name, read from the disk when they are used.
         weights: the file that they stand in, or the index of several.
     """
@@ -44,6 +45,8 @@ def read_source(path: str | Path) -> Source:
         kind = "is a file; give the directory that it stands in" if path.exists() else "no such directory"
         raise UserError(f"{path}: {kind}")
     config = _read_json(path / CONFIG)
+    if (path / BESIDE).is_file():
+        config[BESIDE] = _read_json(path / BESIDE)
     for name, open_file in _OPENERS.items():
         if (index := path / (name + INDEX_SUFFIX)).is_file():
             return Source(path, config, _open_parts(index, open_file), index)

@@ -1,6 +1,6 @@
 """Llama and Qwen2 as transformers publishes them: blocks of attention and a gated feed-forward layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -169,23 +169,43 @@ def _write_rope_scaling(scaling: Llama3RopeScaling | None) -> dict[str, Any]:
     return {"rope_scaling": {"rope_type": settings.pop("kind"), **settings}, "max_position_embeddings": length}
 
 
-def _prefixes(config: LMConfig) -> dict[str, str]:
-    names = {"embedding.": "model.embed_tokens.", "norm_f.": "model.norm.", "lm_head.": "lm_head."}
+def block_prefixes(config: LMConfig, outer: str, mixer: Callable[[Any], str]) -> dict[str, str]:
+    """Names of blocks of a mixer and a feed-forward layer, as Llama has them.
+
+    Args:
+        outer: what the blocks are part of.
+        mixer: a mixer's configuration -> what it is called in its block.
+    """
+    names = {}
     for index in range(len(config.layers) // 2):
-        attention, feed_forward = f"layers.{2 * index}.", f"layers.{2 * index + 1}."
-        block = f"model.layers.{index}."
+        first, feed_forward, block = f"layers.{2 * index}.", f"layers.{2 * index + 1}.", f"{outer}.layers.{index}."
         names |= {
-            f"{attention}norm.": f"{block}input_layernorm.",
-            f"{attention}mixer.": f"{block}self_attn.",
+            f"{first}norm.": f"{block}input_layernorm.",
+            f"{first}mixer.": f"{block}{mixer(config.layers[2 * index])}.",
             f"{feed_forward}norm.": f"{block}post_attention_layernorm.",
             f"{feed_forward}mixer.": f"{block}mlp.",
         }
     return names
 
 
+def _prefixes(config: LMConfig) -> dict[str, str]:
+    return {**TABLES, **block_prefixes(config, "model", lambda layer: "self_attn")}
+
+
+TABLES = {"embedding.": "model.embed_tokens.", "norm_f.": "model.norm.", "lm_head.": "lm_head."}
+
+def is_llama(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Whether a checkpoint is Llama's, or one in which layers of Llama were exchanged."""
+    return config.get("model_type") == "llama" and "model.embed_tokens.weight" in names
+
+
+def _is_llama_alone(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    return is_llama(config, names) and not any(".mamba." in name for name in names)
+
+
 LLAMA = Layout(
     name="transformers Llama",
-    detects=is_published_as("llama", "model.embed_tokens.weight"),
+    detects=_is_llama_alone,
     read_config=_read_llama,
     prefixes=_prefixes,
     left_out=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",

@@ -71,8 +71,8 @@ def write_template(template: Template) -> str:
         "CLOSING": template.user_close,
         "EMPTY": template.empty_answer,
         "END": template.end,
-        "IMAGE": IMAGE,
-        "LINE": f"{IMAGE}\n",
+        "IMAGE": template.dress(IMAGE),
+        "LINE": template.dress(f"{IMAGE}\n"),
     }
     return re.sub(rf"\b({'|'.join(strings)})\b", lambda found: json.dumps(strings[found[0]]), _JINJA)
 

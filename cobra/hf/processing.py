@@ -94,7 +94,8 @@ class TextProcessor(Processor):
         strings = sorted(openings | {template.user_close, template.end}, key=len, reverse=True)
         ids: list[int] = []
         for piece in re.split(f"({'|'.join(map(re.escape, strings))})", text):
-            ids += template.encode(piece, self.tokenizer) if piece in strings else body(piece, self.tokenizer, lengths)
+            is_own = piece in strings
+            ids += template.encode(piece, self.tokenizer) if is_own else body(piece, self.tokenizer, lengths, template)
         return ids
 
 

@@ -4,6 +4,7 @@ Source: Gu & Dao 2023, "Mamba" (arXiv:2312.00752), section 3.4; parameter names 
 state-spaces checkpoints.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from vision_scan.precision import Float32Parameters
 from vision_scan.step_bias import initial_dt_bias
 
 from .decode import UnservableError, stored
+from .heads import by_head
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
 from .precision import Projection, RMSNorm
 from .sequence_parallel import selective_scan_map
@@ -31,6 +33,10 @@ class Mamba1Config:
         d_inner: None: expand * d_model.
         dt_rank: channels that dt comes through; None: a sixteenth of d_model, rounded up.
         dt_min, dt_max: at the start dt is log-uniform between them.
+        d_xb: of MambaInLlama: x and B have so many channels each, in heads of d_state, of which one stands for several
+            heads in a row of C, which has d_inner channels, as keys and values stand for several queries; B, C and what
+            dt comes through are projected from the layer's input, as x and z are. None: from x behind the convolution,
+            one B and one C for all channels.
         inner_norms: RMS norms of B, C and of what dt comes through, without weights (plain: Falcon-Mamba) or with
             (learned: Jamba).
         norm_eps: of these norms.
@@ -44,6 +50,7 @@ class Mamba1Config:
     d_inner: int | None = None
     d_conv: int = 4
     dt_rank: int | None = None
+    d_xb: int | None = None
     inner_norms: Literal["none", "plain", "learned"] = "none"
     norm_eps: float = 1e-6
     bias: bool = False
@@ -53,7 +60,7 @@ class Mamba1Config:
 
     def __post_init__(self) -> None:
         require_positive(self, "d_state", "expand", "d_conv")
-        require_positive(self, *(name for name in ("d_inner", "dt_rank") if getattr(self, name) is not None))
+        require_positive(self, *(name for name in ("d_inner", "dt_rank", "d_xb") if getattr(self, name) is not None))
         choose("mamba1: inner_norms", self.inner_norms, dict.fromkeys(("none", "plain", "learned")))
         if not 0 < self.dt_min <= self.dt_max:
             raise UserError("mamba1: dt_min and dt_max must be above 0, dt_min at most dt_max")
@@ -64,11 +71,23 @@ class Mamba1Config:
     def rank(self, d_model: int) -> int:
         return self.dt_rank or -(-d_model // 16)
 
+    def projected(self, d_model: int) -> list[int]:
+        """What the projection in makes, in order: x, z and, with d_xb, B, C and what dt comes through."""
+        d_inner = self.inner(d_model)
+        if self.d_xb is None:
+            return [d_inner, d_inner]
+        if d_inner % self.d_xb or self.d_xb % self.d_state:
+            raise UserError(
+                f"mamba1: d_xb {self.d_xb} must be a multiple of d_state {self.d_state} and divide d_inner {d_inner}"
+            )
+        return [self.d_xb, d_inner, self.d_xb, d_inner, self.rank(d_model)]
+
     def cost(self, d_model: int) -> LayerCost:
-        d_inner, rank = self.inner(d_model), self.rank(d_model)
-        projections = d_inner * (3 * d_model + 2 * rank + 2 * self.d_state)
+        d_inner, rank, inner = self.inner(d_model), self.rank(d_model), sum(self.projected(d_model))
+        projections = d_model * (inner + d_inner) + d_inner * rank
+        projections += 0 if self.d_xb else d_inner * (rank + 2 * self.d_state)
         state = d_inner * self.d_state
-        others = self.bias * (2 * d_inner + d_model) + self.conv_bias * d_inner
+        others = self.bias * (inner + d_model) + self.conv_bias * d_inner
         others += (self.inner_norms == "learned") * (rank + 2 * self.d_state)
         return LayerCost(
             parameters=projections + others + d_inner * (self.d_conv + self.d_state + 2),
@@ -105,9 +124,10 @@ class Mamba1(Float32Parameters):
         self.config = config
         self.d_inner = d_inner = config.inner(d_model)
         self.dt_rank = rank = config.rank(d_model)
-        self.in_proj = Projection(d_model, 2 * d_inner, config.bias)
+        self.projected = config.projected(d_model)
+        self.in_proj = Projection(d_model, sum(self.projected), config.bias)
         self.conv1d = ShortConvolution(d_inner, config.d_conv, config.conv_bias)
-        self.x_proj = Projection(d_inner, rank + 2 * config.d_state)
+        self.x_proj = None if config.d_xb else Projection(d_inner, rank + 2 * config.d_state)
         self.dt_proj = StepProjection(rank, d_inner)
         self.A_log = nn.Parameter(torch.arange(1.0, config.d_state + 1).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
@@ -134,7 +154,7 @@ class Mamba1(Float32Parameters):
         return nn.functional.softplus(projected.float() + self.dt_proj.bias)
 
     def add_to(self, decoder, norm: RMSNorm) -> None:
-        if self.config.inner_norms != "none":
+        if self.config.inner_norms != "none" or self.x_proj is None:
             raise UnservableError
         in_proj, x_proj, out_proj = map(stored, (self.in_proj, self.x_proj, self.out_proj))
         projections = in_proj, x_proj, stored(self.dt_proj, StepProjection), out_proj
@@ -143,16 +163,18 @@ class Mamba1(Float32Parameters):
         decoder.add_mamba1(norm.weight, norm.eps, *projections, parameters, sizes)
 
     def forward(self, x: Tensor, state: LayerState | None, segments: Segments) -> tuple[Tensor, LayerState]:
-        u, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)
+        u, z, *others = self.in_proj(x).split(self.projected, dim=-1)
+        u = by_head(u, self.config.d_state, self.d_inner).flatten(-2) if others else u
+        u, z = u.transpose(1, 2), z.transpose(1, 2)
         update = state is not None and segments.overwrite and x.shape[1] <= UPDATE_TOKENS
         mix = self._update if update else self._scan
-        y, state = mix(u, z, state, segments)
+        y, state = mix(u, z, others, state, segments)
         return self.out_proj(y.transpose(1, 2)), state
 
-    def _scan(self, u, z, state, segments) -> tuple[Tensor, LayerState]:
+    def _scan(self, u, z, others, state, segments) -> tuple[Tensor, LayerState]:
         state = state or {"conv": None, "ssm": None}
         u, conv = self.conv1d.scan(u, state["conv"], segments)
-        inputs, initial_state = self._scan_inputs(u), state["ssm"]
+        inputs, initial_state = self._scan_inputs(u, others), state["ssm"]
         if segments.shard is not None:
             own = selective_scan_map(u, *inputs, self.dt_proj.bias, segments.seq_idx)
             initial_state = segments.shard.entering_state(*own)
@@ -162,21 +184,25 @@ class Mamba1(Float32Parameters):
         )  # fmt: skip
         return y, {"conv": conv, "ssm": ssm}
 
-    def _update(self, u, z, state, segments) -> tuple[Tensor, LayerState]:
+    def _update(self, u, z, others, state, segments) -> tuple[Tensor, LayerState]:
         u = self.conv1d.update(u, state["conv"], segments)
         y = vision_scan.selective_scan_update(
-            state["ssm"], u, *self._scan_inputs(u), z=z, seq_idx=segments.seq_idx, **self._scan_parameters()
+            state["ssm"], u, *self._scan_inputs(u, others), z=z, seq_idx=segments.seq_idx, **self._scan_parameters()
         )
         return y, state
 
-    def _scan_inputs(self, u: Tensor) -> tuple[Tensor, ...]:
-        """dt before its bias, A, B and C for u (batch, d_inner, seqlen)."""
-        low, B, C = self.x_proj(u.transpose(1, 2)).split(
-            [self.dt_rank, self.config.d_state, self.config.d_state], dim=-1
-        )
-        dt, B, C = self.dt_proj(self.dt_norm(low)), self.B_norm(B), self.C_norm(C)
-        dt, B, C = (t.transpose(1, 2) for t in (dt, B, C))
-        return dt, -torch.exp(self.A_log), B, C
+    def _scan_inputs(self, u: Tensor, others: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+        """dt before its bias, A, B and C for u (batch, d_inner, seqlen); with d_xb, B, C and what dt comes through are
+        given (batch, seqlen, ...), and B and C have a group for each head."""
+        d_state = self.config.d_state
+        if self.x_proj is None:
+            B, C, low = others
+            B, C = (norm(by_head(t, d_state, self.d_inner)) for norm, t in ((self.B_norm, B), (self.C_norm, C)))
+        else:
+            low, B, C = self.x_proj(u.transpose(1, 2)).split([self.dt_rank, d_state, d_state], dim=-1)
+            B, C = self.B_norm(B), self.C_norm(C)
+        dt = self.dt_proj(self.dt_norm(low)).transpose(1, 2)
+        return dt, -torch.exp(self.A_log), B.movedim(1, -1), C.movedim(1, -1)
 
     def _scan_parameters(self) -> dict:
         return {"D": self.D, "dt_bias": self.dt_proj.bias, "dt_softplus": True}

@@ -6,7 +6,7 @@ the projections as in the released state-spaces checkpoints.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,18 @@ from torch import Tensor, nn
 import vision_scan
 from cobra.typed_config import require_positive
 from vision_scan.errors import UserError
+from vision_scan.ops import NO_DECAY, discretize, skip_and_gate
 from vision_scan.precision import Float32Parameters
 from vision_scan.step_bias import initial_dt_bias
 
 from .decode import UnservableError, stored
+from .heads import by_head
 from .mixer import UPDATE_TOKENS, LayerCost, LayerState, Segments
 from .precision import Projection, RMSNorm
 from .sequence_parallel import ssd_map
 from .short_conv import ShortConvolution
+
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # x, dt, A, B, C
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +38,17 @@ class Mamba2Config:
         d_inner: channels in front of the projection out; None: expand * d_model.
         d_ssm: how many of them are the recurrence's; the others are a gated feed-forward layer's. None: all.
         ngroups: groups of heads that share B and C, and of channels that are normed together.
+        d_xb: channels of x and, as many, of B; a head of them stands for several heads of C in a row, as keys and
+            values stand for several queries (MambaInLlama). None: every head has its own x, every group its own B.
         rmsnorm: whether y is normed around its gate; otherwise it is gated alone.
         norm_before_gate: whether the norm comes first.
         bias: of both projections.
         conv_bias: of the convolution.
         conv_activation: behind the convolution; None: nothing.
+        z_bias: of z alone, beside `bias`.
         D_has_hdim: whether each channel has a skip of its own, or those of a head share one.
+        discrete: whether a token's decay is exp(-softplus(dt)), without A_log and dt_bias, and what it adds is not
+            multiplied by dt (Llamba).
     """
 
     kind: Literal["mamba2"] = "mamba2"
@@ -49,6 +58,7 @@ class Mamba2Config:
     d_inner: int | None = None
     d_ssm: int | None = None
     ngroups: int = 1
+    d_xb: int | None = None
     d_conv: int = 4
     chunk_size: int = 256
     rmsnorm: bool = True
@@ -56,7 +66,9 @@ class Mamba2Config:
     bias: bool = False
     conv_bias: bool = True
     conv_activation: Literal["silu"] | None = "silu"
+    z_bias: bool = False
     D_has_hdim: bool = False
+    discrete: bool = False
     norm_eps: float = 1e-5
     dt_min: float = 0.001
     dt_max: float = 0.1
@@ -65,7 +77,7 @@ class Mamba2Config:
 
     def __post_init__(self) -> None:
         require_positive(self, "d_state", "headdim", "expand", "ngroups", "d_conv", "chunk_size")
-        require_positive(self, *(name for name in ("d_inner", "d_ssm") if getattr(self, name) is not None))
+        require_positive(self, *(name for name in ("d_inner", "d_ssm", "d_xb") if getattr(self, name) is not None))
         if self.conv_activation not in ("silu", None):
             raise UserError(f"mamba2: conv_activation {self.conv_activation!r} must be 'silu' or none")
         for name in ("dt_limit", "A_init_range"):
@@ -93,8 +105,21 @@ class Mamba2Config:
             )
         return d_ssm // self.headdim
 
+    def convolved(self, d_model: int) -> list[int]:
+        """Channels of x, B and C."""
+        _, d_ssm = self.widths(d_model)
+        groups = self.ngroups * self.d_state
+        if self.d_xb is None:
+            return [d_ssm, groups, groups]
+        if d_ssm % self.d_xb or self.d_xb % self.headdim or self.headdim != self.d_state or groups != d_ssm:
+            raise UserError(
+                f"mamba2: d_xb {self.d_xb} must be a multiple of headdim {self.headdim} and divide {d_ssm} channels, "
+                f"d_state {self.d_state} must be headdim, and ngroups {self.ngroups} the number of heads"
+            )
+        return [self.d_xb, self.d_xb, groups]
+
     def conv_channels(self, d_model: int) -> int:
-        return self.widths(d_model)[1] + 2 * self.ngroups * self.d_state
+        return sum(self.convolved(d_model))
 
     def projected(self, d_model: int) -> list[int]:
         """What the projection in makes, in order: both inputs of the feed-forward part, z, x | B | C, dt."""
@@ -106,13 +131,13 @@ class Mamba2Config:
         d_mlp, d_ssm = self.widths(d_model)
         inner, outer = sum(self.projected(d_model)), d_mlp + d_ssm
         projections = d_model * (inner + outer)
-        biases = self.bias * (inner + d_model) + self.conv_bias * channels
+        biases = self.bias * (inner + d_model) + self.conv_bias * channels + self.z_bias * d_ssm
         state = d_ssm * self.d_state
         return LayerCost(
             parameters=projections
             + biases
             + channels * self.d_conv
-            + 2 * nheads
+            + 2 * nheads * (not self.discrete)
             + (d_ssm if self.D_has_hdim else nheads)
             + self.rmsnorm * d_ssm,
             # Decay, inflow and readout of the state are 5 operations per element.
@@ -138,13 +163,19 @@ class Mamba2(Float32Parameters):
         self.config = config
         self.d_mlp, self.d_ssm = config.widths(d_model)
         self.nheads = config.nheads(d_model)
-        self.projected = config.projected(d_model)
+        self.projected, self.convolved = config.projected(d_model), config.convolved(d_model)
         self.in_proj = Projection(d_model, sum(self.projected), config.bias)
         self.conv1d = ShortConvolution(
             config.conv_channels(d_model), config.d_conv, config.conv_bias, config.conv_activation
         )
-        self.dt_bias = nn.Parameter(initial_dt_bias(self.nheads, dt_min=config.dt_min, dt_max=config.dt_max))
-        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*config.A_init_range).log())
+        self.z_bias = nn.Parameter(torch.zeros(self.d_ssm)) if config.z_bias else None
+        self.dt_bias, self.A_log, self.dt_limit = None, None, config.dt_limit
+        if config.discrete:
+            self.float32_parameters = ("D",)
+            self.dt_limit = (max(config.dt_limit[0], NO_DECAY), config.dt_limit[1])
+        else:
+            self.dt_bias = nn.Parameter(initial_dt_bias(self.nheads, dt_min=config.dt_min, dt_max=config.dt_max))
+            self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*config.A_init_range).log())
         self.D = nn.Parameter(torch.ones(self.d_ssm if config.D_has_hdim else self.nheads))
         self.norm = RMSNorm(self.d_ssm, config.norm_eps) if config.rmsnorm else None
         self.out_proj = Projection(self.d_mlp + self.d_ssm, d_model, config.bias)
@@ -160,9 +191,8 @@ class Mamba2(Float32Parameters):
         (arXiv:2410.11135).
         """
         nn.init.normal_(self.in_proj.weight, std=self.in_proj.in_features**-0.5)
-        groups = self.config.ngroups * self.config.d_state
-        *_, B, C, _ = self.in_proj.weight.split([*self.projected[:-2], self.d_ssm, groups, groups, self.nheads])
-        C.copy_(B)
+        *_, B, C, _ = self.in_proj.weight.split([*self.projected[:-2], *self.convolved, self.nheads])
+        C.copy_(by_head(B.T, self.config.d_state, len(C)).flatten(-2).T)
         self.conv1d.start_near_identity()
 
     def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
@@ -176,6 +206,7 @@ class Mamba2(Float32Parameters):
 
     def forward(self, x: Tensor, state: LayerState | None, segments: Segments) -> tuple[Tensor, LayerState]:
         gate, up, z, xBC, dt = self.in_proj(x).split(self.projected, dim=-1)
+        z = z if self.z_bias is None else z + self.z_bias
         update = state is not None and segments.overwrite and x.shape[1] <= UPDATE_TOKENS
         mix = self._update if update else self._scan
         own_gate = None if self.norm is not None else z.unflatten(-1, (self.nheads, -1))
@@ -193,21 +224,23 @@ class Mamba2(Float32Parameters):
     def mix(self, x: Tensor, values: Tensor, segments: Segments) -> Tensor:
         *_, xBC, dt = self.in_proj(x).split(self.projected, dim=-1)
         xBC, _ = self.conv1d.scan(xBC.transpose(1, 2), None, segments)
-        _, *inputs = self._ssd_inputs(xBC, dt)
+        _, B, C = self._heads(xBC)
         values = values[:, :, None].expand(-1, -1, self.nheads, -1)
-        parameters = {**self._ssd_parameters(), "D": self.D.view(self.nheads, -1).mean(1)}
-        return vision_scan.ssd(
-            values, *inputs, seq_idx=segments.seq_idx, chunk_size=self.config.chunk_size, **parameters
+        inputs, options = self._ssd_inputs(values, B, C, dt, None)
+        y = vision_scan.ssd(
+            *inputs, seq_idx=segments.seq_idx, chunk_size=self.config.chunk_size, **{**options, "D": None}
         )
+        real = 1 if segments.seq_idx is None else (segments.seq_idx >= 0)[..., None, None]
+        return y + self.D.view(self.nheads, -1).mean(1)[:, None] * values * real
 
     def step_sizes(self, projected: Tensor) -> Tensor:
         """dt as the scan takes it, (batch, seqlen, nheads) float32, from what `in_proj` gives."""
-        dt = projected[..., -self.nheads :].float() + self.dt_bias
-        return nn.functional.softplus(dt).clamp(*self.config.dt_limit)
+        return discretize(projected[..., -self.nheads :], self.dt_bias, True, *self.dt_limit, torch.float32)
 
     def add_to(self, decoder, norm: RMSNorm) -> None:
         config = self.config
-        if self.norm is None or self.d_mlp or config.D_has_hdim or config.conv_activation is None:
+        is_plain = self.norm is not None and not self.d_mlp and not config.D_has_hdim and not config.discrete
+        if not is_plain or config.d_xb or config.z_bias or config.conv_activation is None:
             raise UnservableError
         decoder.add_mamba2(
             norm.weight, norm.eps, stored(self.in_proj), stored(self.out_proj),
@@ -219,39 +252,52 @@ class Mamba2(Float32Parameters):
     def _scan(self, xBC, dt, z, state, segments) -> tuple[Tensor, LayerState]:
         state = state or {"conv": None, "ssm": None}
         xBC, conv = self.conv1d.scan(xBC, state["conv"], segments)
-        inputs, initial_state = self._ssd_inputs(xBC, dt), state["ssm"]
+        inputs, options = self._ssd_inputs(*self._heads(xBC), dt, z)
+        initial_state = state["ssm"]
         if segments.shard is not None:
-            own = ssd_map(*inputs[:4], self.dt_bias, self.config.dt_limit, segments.seq_idx)
+            own = ssd_map(*inputs[:4], self.dt_bias, self.dt_limit, segments.seq_idx)
             initial_state = segments.shard.entering_state(*own)
         y, ssm = vision_scan.ssd(
             *inputs,
-            z=z,
             initial_state=initial_state,
             return_final_state=True,
             seq_idx=segments.seq_idx,
             chunk_size=self.config.chunk_size,
-            **self._ssd_parameters(),
+            **options,
         )
-        return y, {"conv": conv, "ssm": ssm}
+        return self._complete(y, xBC, z), {"conv": conv, "ssm": ssm}
 
     def _update(self, xBC, dt, z, state, segments) -> tuple[Tensor, LayerState]:
         xBC = self.conv1d.update(xBC, state["conv"], segments)
-        y = vision_scan.ssd_update(
-            state["ssm"], *self._ssd_inputs(xBC, dt), z=z, seq_idx=segments.seq_idx, **self._ssd_parameters()
-        )
-        return y, state
+        inputs, options = self._ssd_inputs(*self._heads(xBC), dt, z)
+        y = vision_scan.ssd_update(state["ssm"], *inputs, seq_idx=segments.seq_idx, **options)
+        return self._complete(y, xBC, z), state
 
-    def _ssd_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
+    def _ssd_inputs(
+        self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, z: Tensor | None
+    ) -> tuple[_Inputs, dict[str, Any]]:
+        """What `vision_scan.ssd` takes. As it multiplies by dt what comes in, it is handed that divided by dt where a
+        token is not to be; the smallest dt, which decays nothing in any dtype, is large enough to divide by."""
+        options = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
+        if self.A_log is not None:
+            return (x, dt, -torch.exp(self.A_log), B, C), {**options, "D": self._skip, "z": z}
+        wide = torch.promote_types(x.dtype, torch.float32)
+        steps = discretize(dt, None, True, *self.dt_limit, wide)
+        return (x.to(wide) / steps[..., None], dt, -torch.ones_like(steps[0, 0]), B, C), options
+
+    def _complete(self, y: Tensor, xBC: Tensor, z: Tensor | None) -> Tensor:
+        """What the scan has not done, if it knows x divided by dt alone: the skip and the gate."""
+        return skip_and_gate(y, self._heads(xBC)[0], self._skip, z).to(xBC.dtype) if self.config.discrete else y
+
+    def _heads(self, xBC: Tensor) -> list[Tensor]:
+        """(batch, channels, seqlen) -> x (batch, seqlen, nheads, headdim), B, C (batch, seqlen, ngroups, d_state)."""
+        x, B, C = xBC.transpose(1, 2).split(self.convolved, dim=-1)
         groups = self.config.ngroups * self.config.d_state
-        x, B, C = xBC.transpose(1, 2).split([self.d_ssm, groups, groups], dim=-1)
-        x = x.unflatten(-1, (self.nheads, self.config.headdim))
-        B, C = (t.unflatten(-1, (self.config.ngroups, self.config.d_state)) for t in (B, C))
-        return x, dt, -torch.exp(self.A_log), B, C
+        return [
+            by_head(x, self.config.headdim, self.d_ssm),
+            *(by_head(t, self.config.d_state, groups) for t in (B, C)),
+        ]
 
-    def _ssd_parameters(self) -> dict:
-        return {
-            "D": self.D.view(self.nheads, -1) if self.config.D_has_hdim else self.D,
-            "dt_bias": self.dt_bias,
-            "dt_softplus": True,
-            "dt_limit": self.config.dt_limit,
-        }
+    @property
+    def _skip(self) -> Tensor:
+        return self.D.view(self.nheads, -1) if self.config.D_has_hdim else self.D

@@ -4,10 +4,11 @@ Multipliers that some have beside their weights are multiplied into these (conve
 make the norms' epsilon smaller.
 """
 
-from .attention import AttentionConfig
+from .attention import AttentionConfig, Llama3RopeScaling
 from .mamba1 import Mamba1Config
 from .mamba2 import Mamba2Config
 from .mlp import MLPConfig
+from .moe import MoEConfig
 from .parallel import ParallelConfig
 from .stack import LMConfig
 
@@ -57,6 +58,34 @@ def _codestral_mamba() -> LMConfig:
     return LMConfig(d_model=4096, vocab_size=32768, layers=(mamba,) * 64, tie_word_embeddings=False)
 
 
+def _llamba_3b() -> LMConfig:
+    mamba = Mamba2Config(
+        d_state=64, headdim=96, d_inner=3072, ngroups=32, chunk_size=128, rmsnorm=False, z_bias=True,
+        conv_activation=None, discrete=True,
+    )  # fmt: skip
+    return LMConfig(d_model=3072, vocab_size=128256, layers=(mamba, MLPConfig(d_ff=8192)) * 28)
+
+
+def _llama31_mamba_8b() -> LMConfig:
+    slowed = Llama3RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
+    attention = AttentionConfig(num_heads=32, num_kv_heads=8, headdim=128, rope_theta=500000.0, rope_scaling=slowed)
+    mamba = Mamba1Config(d_inner=4096, d_xb=1024)
+    layers = (mamba, MLPConfig(d_ff=14336), attention, MLPConfig(d_ff=14336)) * 16
+    return LMConfig(d_model=4096, vocab_size=128256, layers=layers, tie_word_embeddings=False)
+
+
+def _jamba(feed_forward: MLPConfig | MoEConfig) -> LMConfig:
+    """Jamba v0.1, whose experts stand behind every other mixer, or something else in their place."""
+    mamba = Mamba1Config(dt_rank=256, inner_norms="learned")
+    attention = AttentionConfig(num_heads=32, num_kv_heads=8, headdim=128, rope_theta=None)
+    mixers = [attention if index % 8 == 4 else mamba for index in range(32)]
+    behind = MLPConfig(d_ff=14336), feed_forward
+    layers = tuple(layer for index, mixer in enumerate(mixers) for layer in (mixer, behind[index % 2]))
+    return LMConfig(d_model=4096, vocab_size=65536, layers=layers, norm_eps=1e-6, tie_word_embeddings=False)
+
+
 RELEASED: dict[str, LMConfig] = {
     "falcon-mamba-7b": _falcon_mamba(1e-6),
     "falcon3-mamba-7b": _falcon_mamba(1e-5),
@@ -65,4 +94,8 @@ RELEASED: dict[str, LMConfig] = {
     "granite-4.0-h-micro": _granite_h_micro(),
     "nemotron-h-8b": _nemotron_h_8b(),
     "falcon-h1-0.5b": _falcon_h1_500m(),
+    "jamba-v0.1": _jamba(MoEConfig(num_experts=16, top_k=2, d_ff=14336, norm_topk=False)),
+    "jamba-9b": _jamba(MLPConfig(d_ff=14336)),  # LongLLaVA's, its experts merged into one
+    "llamba-3b": _llamba_3b(),
+    "llama3.1-mamba-8b-distill": _llama31_mamba_8b(),
 }

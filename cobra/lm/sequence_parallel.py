@@ -157,7 +157,7 @@ def _gather(tensors: Sequence[Tensor], group: Any) -> list[list[Tensor]]:
 
 
 def ssd_map(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor, dt_limit: Sequence[float],
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, dt_limit: Sequence[float],
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What `vision_scan.ssd` (with a softplus) does to a state, without scanning: one product of matrices.

@@ -120,13 +120,17 @@ class Prompt:
         last = max((place for place, part in enumerate(parts) if isinstance(part, Picture)), default=-1)
         if last >= 0 and parts[last + 1 : last + 2] == ["\n"]:
             last += 1
+        template, encode = model.processor.template, model.tokenizer.encode
         for place, part in enumerate(parts):
             if isinstance(part, Picture):
                 self.num_images += 1
+                opening, closing = map(encode, template.image)
+                self._add(opening)
                 self._add(part)
+                self._add(closing)
             else:
                 for text in split_marks(part):  # a new line behind an image is encoded by itself
-                    self._add(model.tokenizer.encode(text))
+                    self._add(encode(text))
             is_full = self._num_pictures() >= IMAGES_PER_SEGMENT and not isinstance(part, Picture)
             if place == last or is_full:
                 self._end()
@@ -135,6 +139,8 @@ class Prompt:
         return sum(isinstance(piece, Picture) for piece in self._segment.pieces)
 
     def _add(self, piece: list[int] | Picture) -> None:
+        if not piece:
+            return
         if isinstance(piece, Picture):
             self._content.link(b"file", piece.digest)
             self._segment.num_tokens += piece.num_tokens

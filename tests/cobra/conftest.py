@@ -41,7 +41,7 @@ def tokenizer_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory, tokenizer_file):
-    """Case -> (transformers' model, its directory, the converted directory), each made once."""
+    """Case -> (the published model, its directory, the converted directory), each made once."""
     pytest.importorskip("transformers")
     folder, made = tmp_path_factory.mktemp("published"), {}
 

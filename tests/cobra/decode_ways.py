@@ -48,9 +48,9 @@ EMULATED = bool(os.environ.get("VISION_SCAN_EMULATE"))  # the CUDA kernels, on t
 USUAL = {
     "attention": {"qkv_bias": False, "o_bias": False, "rope_scaling": None, "rotary_dim": None, "qk_norm": False,
                   "gated": False},
-    "mamba1": {"inner_norms": "none", "bias": False, "conv_bias": True},
-    "mamba2": {"d_ssm": None, "rmsnorm": True, "bias": False, "conv_bias": True, "conv_activation": "silu",
-               "D_has_hdim": False},
+    "mamba1": {"inner_norms": "none", "d_xb": None, "bias": False, "conv_bias": True},
+    "mamba2": {"d_ssm": None, "d_xb": None, "rmsnorm": True, "bias": False, "conv_bias": True,
+               "conv_activation": "silu", "z_bias": False, "D_has_hdim": False, "discrete": False},
     "mlp": {"gated": True, "activation": "silu", "bias": False},
 }  # fmt: skip
 

@@ -69,7 +69,13 @@ def stacks() -> dict[str, tuple]:
     )  # fmt: skip
     normed = Mamba2Config(d_state=5, headdim=8, d_inner=24, d_ssm=16, ngroups=2, chunk_size=4, norm_before_gate=True)
     linear = replace(grouped, conv_activation=None)
+    discrete = Mamba2Config(
+        d_state=5, headdim=4, ngroups=8, expand=2, chunk_size=4, rmsnorm=False, conv_activation=None, z_bias=True,
+        discrete=True, dt_limit=(0.0, 0.4),
+    )  # fmt: skip
+    heads = Mamba2Config(d_state=6, headdim=6, d_inner=24, ngroups=4, d_xb=12, chunk_size=4)
     plain = Mamba1Config(d_state=5, d_inner=20, inner_norms="plain", bias=True, conv_bias=False)
+    shared = Mamba1Config(d_state=4, d_inner=24, d_xb=8)
     learned = Mamba1Config(d_state=5, dt_rank=3, inner_norms="learned", norm_eps=1e-3)
     relu2 = MLPConfig(d_ff=24, activation="relu2", gated=False, bias=True)
     experts = MoEConfig(
@@ -88,7 +94,10 @@ def stacks() -> dict[str, tuple]:
         "gated attention": (gated, relu2, gated),
         "mamba2 options": (options, normed, options),
         "mamba2 without an activation": (linear,) * 2,
+        "discrete mamba2": (discrete, replace(normed, discrete=True, D_has_hdim=True)),
         "mamba1 norms": (plain, learned),
+        "mamba1 heads": (shared, replace(shared, inner_norms="learned", d_xb=24, bias=True)),
+        "mamba2 heads": (heads, replace(heads, discrete=True, dt_limit=(0.0, 0.4), d_xb=6)),
         "experts": (mamba2, experts, replace(experts, scores="softmax", norm_topk=False)),
         "hybrid": (mamba2, mlp, gqa, grouped, window, mlp, nope, mamba2),
     }

@@ -1,11 +1,13 @@
-"""Tiny checkpoints with random weights in the published layouts, made by transformers' own classes."""
+"""Tiny checkpoints with random weights in the published layouts, made by transformers' classes where it has them."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
+from tests.cobra.distilled import Distilled, llamba, mamba1_in_llama, mamba2_in_llama
 from tests.cobra.test_oracles import randomise
 
 ROWS, MERGES = 288, 20  # of the embeddings, more than the tokenizer has ids
@@ -222,6 +224,30 @@ def as_state_spaces(**ssm) -> Save:
     return save
 
 
+def first_jamba_names(tensors: dict, is_dense: Callable[[int], bool]) -> dict:
+    """Jamba's tensors by the names of its first code, in which a feed-forward layer was an expert without a router."""
+    named = {}
+    for name, tensor in tensors.items():
+        if ".feed_forward." in name:
+            experts = "experts.0." if is_dense(int(name.split(".")[2])) else ""
+            name = name.replace("feed_forward.", f"moe.{experts}")
+        name = name.replace("pre_ff_layernorm", "pre_moe_layernorm")
+        named[name.replace("b_layernorm", "B_layernorm").replace("c_layernorm", "C_layernorm")] = tensor
+    return named
+
+
+def as_first_jamba(model, path: Path) -> None:
+    model.save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    torch.save(first_jamba_names(tensors, lambda index: index % 2 == 0), path / "pytorch_model.bin")
+    change_config(path, n_ctx=262144, mamba_inner_layernorms=True, auto_map={"AutoConfig": "x.JambaConfig"})
+
+
+def as_distilled(model: Distilled, path: Path) -> None:
+    model.save(path)
+
+
 MAMBA2_SSM = {"layer": "Mamba2", "headdim": 16, "chunk_size": 16}
 CASES: dict[str, tuple] = {  # what is published, its options, how it is saved, the layout
     "mamba": (mamba1, {}, as_published, "transformers Mamba"),
@@ -302,6 +328,7 @@ CASES: dict[str, tuple] = {  # what is published, its options, how it is saved, 
         as_published,
         "transformers Jamba",
     ),
+    "jamba as at first": (jamba, {}, as_first_jamba, "Jamba of its first code"),
     "lfm2": (lfm2, {}, as_published, "transformers LFM2"),
     "lfm2, biases": (
         lfm2,
@@ -319,6 +346,27 @@ CASES: dict[str, tuple] = {  # what is published, its options, how it is saved, 
         },
         as_published,
         "transformers Falcon-H1",
+    ),
+    "llamba": (llamba, {}, as_distilled, "Llamba"),
+    "llamba, groups, biases, untied": (
+        llamba,
+        {
+            "ssm_cfg": {
+                "n_qk_heads": 2, "expand": 2, "bias": True, "conv_bias": False, "activation": "silu", "d_conv": 3
+            },
+            "tie_embeddings": False,
+        },
+        as_distilled,
+        "Llamba",
+    ),
+    "mamba in llama": (mamba1_in_llama, {}, as_distilled, "MambaInLlama"),
+    "mamba in llama, other sizes": (
+        mamba1_in_llama, {"attends": (), "d_xb": 16, "d_state": 8, "dt_rank": 3}, as_distilled, "MambaInLlama"
+    ),
+    "mamba-2 in llama": (mamba2_in_llama, {}, as_distilled, "MambaInLlama, Mamba-2"),
+    "mamba-2 in llama, other norms": (
+        mamba2_in_llama, {"attends": (), "d_xb": 16, "norm_before_gate": True, "chunk_size": 16}, as_distilled,
+        "MambaInLlama, Mamba-2",
     ),
 }  # fmt: skip
 

@@ -9,6 +9,18 @@ _LIKE_LLAMA = {
     "initializer_range": 0.02, "pretraining_tp": 1, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
     "transformers_version": "4.45.0.dev0", "use_cache": True, "rms_norm_eps": 1e-05,
 }  # fmt: skip
+_JAMBA = {
+    "architectures": ["JambaForCausalLM"], "attention_dropout": 0.0, "attn_layer_offset": 4, "attn_layer_period": 8,
+    "auto_map": {"AutoConfig": "configuration_jamba.JambaConfig"}, "bos_token_id": 1, "eos_token_id": 2,
+    "expert_layer_offset": 1, "expert_layer_period": 2, "hidden_act": "silu", "hidden_size": 4096,
+    "initializer_range": 0.02, "intermediate_size": 14336, "mamba_conv_bias": True, "mamba_d_conv": 4,
+    "mamba_d_state": 16, "mamba_dt_rank": 256, "mamba_expand": 2, "mamba_inner_layernorms": True,
+    "mamba_proj_bias": False, "model_type": "jamba", "n_ctx": 262144, "num_attention_heads": 32, "num_experts": 16,
+    "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "output_router_logits": False,
+    "pad_token_id": 0, "rms_norm_eps": 1e-06, "router_aux_loss_coef": 0.001, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.40.0.dev0", "use_cache": True,
+    "use_mamba_kernels": False, "vocab_size": 65536,
+}  # fmt: skip
 # Layout, config.json, and the parameters of the model that it belongs to.
 RELEASED: dict[str, tuple[str, dict, int]] = {
     "mamba-130m": (
@@ -174,5 +186,39 @@ RELEASED: dict[str, tuple[str, dict, int]] = {
             "ssm_out_multiplier": 0.23570226039551587, "tie_word_embeddings": False, "vocab_size": 32784,
         },
         521_411_104,
+    ),
+    "jamba-v0.1": ("transformers Jamba", _JAMBA, 51_570_323_328),
+    "jamba-9b": ("transformers Jamba", {**_JAMBA, "num_experts": 1, "num_experts_per_tok": 1}, 9_290_690_432),
+    "llamba-3b": (
+        "Llamba",
+        {
+            "model_type": "llamba", "vocab_size": 128256, "tie_embeddings": True, "pad_vocab_size_multiple": 8,
+            "lm_head_bias": False, "d_model": 3072, "n_layer": 28, "resid_dropout": 0.0, "norm_epsilon": 1e-05,
+            "mlp_cfg": {"intermediate_size": 8192, "bias": False, "act_fn": "silu"},
+            "ssm_cfg": {
+                "d_state": 64, "n_v_heads": 32, "n_qk_heads": 32, "expand": 1, "chunk_size": 128,
+                "activation": "identity", "bias": False,
+            },
+        },
+        # A projection of 10272 rows, 7168 channels convolved, z_bias, D, a projection out, a feed-forward layer.
+        28 * (10272 * 3072 + 5 * 7168 + 3072 + 32 + 3072**2 + 3 * 8192 * 3072 + 2 * 3072) + (128256 + 1) * 3072,
+    ),
+    "llama3.1-mamba-8b-distill": (
+        "MambaInLlama",
+        {
+            **_LIKE_LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 131072,
+            "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rope_theta": 500000.0,
+            "tie_word_embeddings": False, "vocab_size": 128256,
+            "rope_scaling": {
+                "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+            "mamba_config.json": {
+                "d_model": 4096, "ssm_cfg": {"expand": 1}, "rms_norm_eps": 1e-05, "vocab_size": None, "d_xb": 1024,
+                "intermediate_size": 14336, "hidden_act": "silu", "n_layer": 32, "attn_layers": list(range(1, 32, 2)),
+            },
+        },
+        # Llama 3.1 8B, but in half of the layers z, steps of rank 256, convolutions, decays and D are added.
+        8_030_261_248 + 16 * (4096**2 + 2 * 256 * 4096 + 4096 + 5 * 4096 + 17 * 4096),
     ),
 }  # fmt: skip

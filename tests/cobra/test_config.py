@@ -10,6 +10,7 @@ from cobra.cost import LMCost, count_parts
 from cobra.image import ImageConfig
 from cobra.lm import LAYERS, LMConfig
 from cobra.lm.attention import AttentionConfig, Llama3RopeScaling
+from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
 from cobra.vision_encoder import VISION_ENCODERS, SmallEncoderConfig
@@ -29,7 +30,8 @@ def test_every_preset_builds(preset):
     config, parts = PRESETS[preset], parameters(preset)
     assert list(parts) == ["vision_encoder", "connector", "lm"]
     assert min(parts.values()) > 0
-    assert config.tokens_per_tile == config.grid[0] * config.grid[1]
+    cells = config.grid[0] * config.grid[1]
+    assert config.tokens_per_tile == (cells // 4 if config.connector.kind == "pool2d" else cells)
 
 
 def test_the_presets_of_the_house_are_there():
@@ -86,6 +88,8 @@ def mamba_2_8b() -> int:
         ("ml-mamba-3b", DINOV2 + SIGLIP, 5_573_120 + 119_834_560 + 58_997_760, 2_702_599_680),
         ("vl-mamba", SIGLIP, None, mamba_2_8b()),
         ("llava-1.5", CLIP, 20_979_712, 6_738_415_616),  # that of Llama 2 7B
+        ("longllava-9b", CLIP, 20_979_712, 9_290_690_432),
+        ("longllava-a13b", CLIP, 20_979_712, 51_570_323_328),  # that of Jamba v0.1
     ],
 )
 def test_published_systems_have_their_published_sizes(preset, vision_encoder, connector, lm):
@@ -208,6 +212,9 @@ WRONG = {
     "mamba2 d_conv 0": lambda: Mamba2Config(d_conv=0),
     "mamba2 chunk_size 0": lambda: Mamba2Config(chunk_size=0),
     "mamba2 another activation": lambda: Mamba2Config(conv_activation="gelu"),
+    "mamba2 heads of x": lambda: Mamba2Config(d_state=8, headdim=8, ngroups=8, d_xb=24).projected(32),
+    "mamba2 groups with heads of x": lambda: Mamba2Config(d_state=8, headdim=8, d_xb=16).projected(32),
+    "mamba1 heads of x": lambda: Mamba1Config(d_state=8, d_xb=24).projected(32),
     "mamba2 one dt_limit": lambda: Mamba2Config(dt_limit=(0.1,)),
     "mamba2 dt_limit upside down": lambda: Mamba2Config(dt_limit=(0.5, 0.1)),
     "mamba2 dt_min 0": lambda: Mamba2Config(dt_min=0.0),

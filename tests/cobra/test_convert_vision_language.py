@@ -6,20 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear, silu, softplus
 
 import cobra
 from cobra.cli import main
 from cobra.config import PRESETS
-from cobra.convert import llava, plan, prismatic
+from cobra.convert import llava, longllava, plan, prismatic
 from cobra.cost import count_parts
 from cobra.lm import LMConfig
 from cobra.lm.mamba1 import Mamba1Config
 from cobra.lm.mamba2 import Mamba2Config
 from cobra.vision_encoder import FusedEncoderConfig, TimmEncoderConfig
-from tests.cobra.published import ROWS, mamba1, mamba2, train_tokenizer
+from tests.cobra.published import ROWS, first_jamba_names, jamba, mamba1, mamba2, train_tokenizer
 from tests.cobra.published import llama as llama_of_transformers
+from tests.cobra.released import RELEASED
 from tests.cobra.test_oracles import randomise
 from tests.tolerance import assert_close
 from vision_scan.errors import UserError
@@ -277,6 +279,91 @@ def test_llava_and_mobilevlm(tmp_path, monkeypatch, kind):
     assert_close("image tokens", found, projector(patches), 1e-5)
     ours, wanted = logits_of(model, theirs, found[0], torch.arange(5, 20))
     assert_close("logits", ours, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("mode", ["2d", "1d"])
+@pytest.mark.parametrize("is_first", [False, True], ids=["later names", "first names"])
+@torch.no_grad()
+def test_longllava(tmp_path, monkeypatch, capsys, is_first, mode):
+    monkeypatch.setitem(llava.TOWERS, "openai/small-tower", (TimmEncoderConfig(name=TOWERS[0]), 64))
+    theirs = jamba()
+    theirs.save_pretrained(tmp_path / "jamba")
+    state = load_file(tmp_path / "jamba" / "model.safetensors")
+    state = first_jamba_names(state, lambda index: index % 2 == 0) if is_first else state
+    mlp = randomise(nn.Sequential(nn.Linear(192, D_MODEL), nn.GELU(), nn.Linear(D_MODEL, D_MODEL)))
+    state |= {f"model.mm_projector.{name}": tensor for name, tensor in mlp.state_dict().items()}
+    state["model.vision_tower.vision_tower.vision_model.post_layernorm.weight"] = torch.ones(192)  # of a frozen tower
+    config = {
+        **json.loads((tmp_path / "jamba" / "config.json").read_text()), "model_type": "llava_jamba", "n_ctx": 262144,
+        "mm_vision_tower": "./models/small_tower", "mm_projector_type": "mlp2x_gelu", "resamplePooling": mode,
+        "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_patch_merge_type": "flat",
+        "mm_hidden_size": 192, "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
+        "image_aspect_ratio": "pad", "tune_mm_mlp_adapter": False, "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": 40960, "mm_projector_lr": None, "freeze_mm_mlp_adapter": False,
+    }  # fmt: skip
+    source = tmp_path / "longllava"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    torch.save(state, source / "pytorch_model.bin")
+    train_tokenizer(source / "tokenizer.json", specials=("<|startoftext|>", "<|endoftext|>"))
+    made = timm.create_model(TOWERS[0], pretrained=False, num_classes=0, img_size=64).eval()
+    torch.save(made.state_dict(), tmp_path / "tower.pth")
+    out = tmp_path / "out"
+    arguments = ["convert", str(source), str(out), "--tower", str(tmp_path / "tower.pth")]
+    assert main([*arguments, "--dry-run"]) == 0 and not out.exists()
+    assert main(arguments) == 0
+    assert "LongLLaVA" in capsys.readouterr().out
+    model = cobra.load(out, dtype="float32")
+    assert (model.config.template, model.config.image.resize) == ("longllava", "letterbox")
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(made.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    (patches,) = made.get_intermediate_layers((pixels - mean) / std, n={len(made.blocks) - 2})
+    if mode == "2d":  # of a 4 x 4 map the means of 2 x 2 cells
+        pooled = patches.unflatten(1, (2, 2, 2, 2)).mean((2, 4)).flatten(1, 2)
+    else:  # of four cells in a row those in the middle
+        pooled = patches.unflatten(1, (4, 4))[:, :, 1:3].mean(2)
+    found = model.encode_images(pixels)
+    assert_close("image tokens", found, mlp(pooled), 1e-5)
+    ours, wanted = logits_of(model, theirs, found[0], torch.arange(5, 20))
+    assert_close("logits", ours, wanted, 1e-4)
+    picture = cobra.image.Image.fromarray(torch.zeros(64, 80, 3, dtype=torch.uint8).numpy())
+    assert isinstance(model.answer("What?", images=[cobra.Video([picture] * 2)], max_new_tokens=3), str)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resamplePooling": None}, "resamplePooling is missing"),
+        ({"resamplePooling": "3d"}, "unknown resamplePooling"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
+        ({"mm_vision_tower": "google/siglip-so400m-patch14-384"}, "unknown mm_vision_tower"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
+        ({"mm_patch_merge_type": "unpad"}, "mm_patch_merge_type is 'unpad'"),
+    ],
+)
+def test_what_longllava_is_not_is_named(changes, message):
+    lm = {"model_type": "llava_jamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": ROWS}
+    values = {
+        **lm, "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu",
+        "resamplePooling": "2d", **changes,
+    }  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        longllava.LONGLLAVA.whole(longllava.LONGLLAVA.read_config(cobra.convert.Options(values, "config.json")), values)
+
+
+@pytest.mark.parametrize(("preset", "lm"), [("longllava-9b", "jamba-9b"), ("longllava-a13b", "jamba-v0.1")])
+def test_longllavas_own_ids_lead_to_the_presets(preset, lm):
+    _, values, parameters = RELEASED[lm]
+    values = {
+        **values, "model_type": "llava_jamba", "mm_vision_tower": "./models/clip_vit_large_patch14_336",
+        "mm_projector_type": "mlp2x_gelu", "resamplePooling": "2d", "mm_vision_select_layer": -2,
+        "image_aspect_ratio": "pad",
+    }  # fmt: skip
+    options = cobra.convert.Options(values, "config.json")
+    found = longllava.LONGLLAVA.read_config(options)
+    options.close()
+    assert longllava.LONGLLAVA.whole(found, values) == PRESETS[preset]
+    assert count_parts(PRESETS[preset])["lm"] == parameters
 
 
 def test_llavas_own_ids_lead_to_the_preset():

@@ -222,7 +222,7 @@ REFUSED = {
 }  # fmt: skip
 MAMBA2 = {
     "D_has_hdim": True, "norm_before_gate": True, "rmsnorm": False, "bias": True, "conv_bias": False,
-    "conv_activation": None, "d_ssm": 64, "d_inner": 192, "dt_limit": (0.1, 0.5),
+    "conv_activation": None, "z_bias": True, "discrete": True, "d_ssm": 64, "d_inner": 192, "dt_limit": (0.1, 0.5),
 }  # fmt: skip
 for name, value in MAMBA2.items():
     layer = replace(Mamba2Config(d_state=8, headdim=32), **{name: value})

@@ -18,6 +18,10 @@ CONFIGS = {
     "mamba2, forms": Mamba2Config(
         d_state=5, headdim=6, d_inner=36, d_ssm=24, ngroups=4, bias=True, rmsnorm=False, conv_activation=None
     ),
+    "mamba2, discrete": Mamba2Config(
+        d_state=5, headdim=6, d_inner=24, ngroups=4, discrete=True, z_bias=True, D_has_hdim=True, conv_activation=None
+    ),
+    "mamba2, shared": Mamba2Config(d_state=6, headdim=6, d_inner=24, ngroups=4, d_xb=12),
     "gated_deltanet": GatedDeltaNetConfig(
         num_k_heads=2, num_v_heads=4, head_k_dim=5, head_v_dim=6, chunk_size=4, A_init_range=(0.1, 1.0)
     ),
@@ -54,16 +58,19 @@ def matrix_of(mixer, x: Tensor) -> Tensor:
     if config.kind == "mamba2":
         *_, xBC, dt = mixer.in_proj(x).split(mixer.projected, dim=-1)
         xBC, _ = mixer.conv1d.scan(xBC.transpose(1, 2), None, segments_of(None, batch))
-        _, B, C = xBC.transpose(1, 2).split([mixer.d_ssm] + 2 * [config.ngroups * config.d_state], dim=-1)
-        B, C = (
-            t.unflatten(-1, (config.ngroups, -1)).repeat_interleave(mixer.nheads // config.ngroups, dim=2)
-            for t in (B, C)
-        )
-        dt = torch.nn.functional.softplus(dt + mixer.dt_bias)
-        total = (-mixer.A_log.exp() * dt).cumsum(1).transpose(1, 2)  # batch, heads, seqlen
-        decay = (total[..., :, None] - total[..., None, :]).tril().exp().tril()
-        skip = torch.diag_embed(mixer.D.view(1, -1, 1).expand(batch, -1, seqlen))
-        return torch.einsum("blhn,bshn->bhls", C, B) * decay * dt.transpose(1, 2)[:, :, None] + skip
+        shared, states = config.d_xb or mixer.d_ssm, config.ngroups * config.d_state
+        _, B, C = xBC.transpose(1, 2).split([shared, config.d_xb or states, states], dim=-1)
+        B, C = (t.unflatten(-1, (-1, config.d_state)) for t in (B, C))
+        B, C = (t.repeat_interleave(mixer.nheads // t.shape[2], dim=2) for t in (B, C))
+        if config.discrete:
+            decay, weight = -torch.nn.functional.softplus(dt), torch.ones_like(dt)
+        else:
+            weight = torch.nn.functional.softplus(dt + mixer.dt_bias)
+            decay = -mixer.A_log.exp() * weight
+        total = decay.cumsum(1).transpose(1, 2)  # batch, heads, seqlen
+        faded = (total[..., :, None] - total[..., None, :]).tril().exp().tril()
+        skip = torch.diag_embed(mixer.D.view(1, mixer.nheads, -1).mean(-1)[..., None].expand(batch, -1, seqlen))
+        return torch.einsum("blhn,bshn->bhls", C, B) * faded * weight.transpose(1, 2)[:, :, None] + skip
     # The delta rule: S_t = S_{t-1} (a_t (1 - beta_t k_t k_t^T)) + beta_t v_t k_t^T, read by q_t / sqrt(head_k_dim).
     qkv, _, b, a = mixer.in_proj(x).split(config.in_sizes, dim=-1)
     qkv, _ = mixer.conv1d.scan(qkv.transpose(1, 2), None, segments_of(None, batch))

@@ -1,11 +1,16 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 
 import cobra
 from cobra.processor import Processor, iter_images, list_images, pad
-from cobra.prompt import Turn, render
+from cobra.prompt import Turn, mark_images, render
+from cobra.reading import opening, pieces_of
 from cobra.tokenizer import Tokenizer
+from tests.cobra.serve_ways import png, prompt
+from tests.cobra.test_prompt import TOKENIZERS
 from vision_scan.errors import UserError
 
 TOKENIZER = Tokenizer.bytes()
@@ -110,3 +115,55 @@ def test_images_may_be_given_in_any_way():
 def test_pad_of_nothing():
     assert pad([], 0, "left")[0].shape == (0, 0)
     assert pad([[]], 0, "left")[0].shape == (1, 0)
+
+
+@pytest.fixture(scope="module")
+def told_apart():
+    """A model whose template has something around images and frames."""
+    tokenizer = TOKENIZERS["longllava"]
+    lm = replace(CONFIG.lm, layers=CONFIG.lm.layers[:1], vocab_size=tokenizer.vocab_size)
+    return cobra.build(replace(CONFIG, lm=lm, template="longllava"), seed=3, tokenizer=tokenizer)
+
+
+def ids_of(model, pieces):
+    image = model.tokenizer.image_id
+    return [index for piece in pieces for index in (piece if isinstance(piece, list) else [image] * piece.num_tokens)]
+
+
+CLIP = cobra.Video([BLUE, RED, BLUE])
+AROUND = {  # a question, its images, and the whole prompt, one token for an image
+    "in front": (
+        "What?", [RED, CLIP],
+        "<img>I</img>\n<vid><img>I</img><t><img>I</img><t><img>I</img></vid>\nWhat?",
+    ),
+    "between": ("Is <image> in <image>?", [RED, CLIP], "Is <img>I</img> in "
+                "<vid><img>I</img><t><img>I</img><t><img>I</img></vid>?"),
+    "by hand": ("<vid><image><t><img><image></img></vid>What?", [RED, BLUE],
+                "<vid><img>I</img><t><img>I</img></vid>What?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AROUND)
+def test_every_way_of_reading_has_the_same_around_images(told_apart, case):
+    model, (question, images, expected) = told_apart, AROUND[case]
+    tokens = model.config.tokens_per_tile
+    expected = expected.replace("I<", "<image>" * tokens + "<")
+    text = f"<|startoftext|><|User|>\n{expected}\n<|startoftext|><|Assistant|>\n"
+    turns = [Turn("user", mark_images(question, len(images)))]
+    batch = model.processor(text=[turns], images=[images])
+    ids = row(batch, 0)
+    assert model.tokenizer.decode(ids, skip_special=False) == text
+    assert len(batch["image_sizes"]) == len(batch["pixel_values"]) == ids.count(model.tokenizer.image_id) // tokens
+    read = ids_of(model, pieces_of(model, question, images))
+    template = model.processor.template
+    assert [*opening(model, None), *read, *template.encode(template.user_close, model.tokenizer)] == ids
+    answer = model.answer(question, images, max_new_tokens=6)
+    assert model.answer_batch([(question, images), ("x", None)], max_new_tokens=6)[0] == answer
+    assert model.tokenizer.decode(model.generate(**batch, max_new_tokens=6)[0].tolist()) == answer
+
+
+def test_a_server_has_the_same_around_images(told_apart):
+    served = prompt(told_apart, [png(1), "What?"])
+    ids = ids_of(told_apart, (piece for segment in served.segments for piece in segment.open(told_apart)))
+    batch = told_apart.processor(text=[[Turn("user", "<image>\nWhat?")]], images=[[RED]])
+    assert ids == row(batch, 0)

@@ -35,6 +35,7 @@ TOKENIZERS = {
     "in_out": with_specials("<|endoftext|>"),
     "chatml": with_specials("<|im_start|>", "<|im_end|>"),
     "vicuna_v1": with_specials("<s>", "</s>"),
+    "longllava": with_specials("<|startoftext|>", "<|endoftext|>"),
 }
 
 
@@ -72,6 +73,9 @@ GOLDEN = {
     "vicuna_v1": "<s>A chat between a curious user and an artificial intelligence assistant. The assistant "
     "gives helpful, detailed, and polite answers to the user's questions. "
     "USER: <image><image>\nWhat? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes</s>",
+    "longllava": "<|startoftext|><|User|>\n<img><image><image></img>\nWhat?\n"
+    "<|startoftext|><|Assistant|>\nA cat.<|endoftext|><|startoftext|><|User|>\nSure?\n"
+    "<|startoftext|><|Assistant|>\nYes<|endoftext|>",
 }
 
 
@@ -221,6 +225,26 @@ def test_later_turns_continue_a_rendered_conversation(name):
     second = render(CONVERSATION[:3], tokenizer, template, [2]).input_ids
     opened = open_turn(template, tokenizer, [], first=False)
     assert first + opened + close_turn(template, tokenizer, "Sure?") == second
+
+
+def test_what_stands_around_images_is_put_there_once():
+    template = TEMPLATES["longllava"]
+    marked = ["a ", "<img>", "<image>", "</img>", "\n", "b ", "<img>", "<image>", "</img>", "c"]
+    assert split_marks(template.dress("a <image>\nb <image>c"), template) == marked
+    own = "<vid><img><image></img><t><img><image></img></vid>What?"
+    assert template.dress(own) == template.dress("<vid><image><t><image></vid>What?") == own
+    assert split_marks("a <image>\n", template) == split_marks("a <image>\n") == ["a ", "<image>", "\n"]
+    assert TEMPLATES["zephyr"].dress("a <image>\n") == "a <image>\n"
+
+
+def test_frames_of_a_video_are_told_apart():
+    template, tokenizer = TEMPLATES["longllava"], TOKENIZERS["longllava"]
+    text = template.video_marks(3)
+    rendered = render([Turn("user", text + "What?"), Turn("assistant", "b")], tokenizer, template, [1, 2, 1])
+    assert show(rendered.input_ids, tokenizer) == (
+        "<|startoftext|><|User|>\n<vid><img><image></img><t><img><image><image></img><t><img><image></img></vid>What?\n"
+        "<|startoftext|><|Assistant|>\nb<|endoftext|>"
+    )
 
 
 def test_mark_images_puts_missing_marks_first():

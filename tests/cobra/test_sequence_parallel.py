@@ -36,8 +36,10 @@ OTHERS = (
     ParallelConfig(mixers=(Mamba2Config(d_state=5, headdim=8, chunk_size=4, rmsnorm=False), GatedConvConfig(d_conv=4))),
     MoEConfig(num_experts=2, top_k=2, d_ff=7),
     Mamba1Config(d_state=5, inner_norms="learned"),
+    Mamba1Config(d_state=4, d_inner=24, d_xb=8),
     Mamba2Config(d_state=5, headdim=4, d_inner=24, d_ssm=16, chunk_size=4, bias=True, conv_bias=False, D_has_hdim=True),
     Mamba2Config(d_state=5, headdim=8, chunk_size=4, conv_activation=None),
+    Mamba2Config(d_state=5, headdim=8, chunk_size=4, discrete=True, z_bias=True),
 )
 
 
