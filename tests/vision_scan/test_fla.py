@@ -23,6 +23,7 @@ from vision_scan.ops.cuda import rivals
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "gated_delta_rule"
+DEVICE = torch.get_default_device().type
 needs_fla = pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="fla is not installed")
 
 
@@ -85,14 +86,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 @pytest.fixture
 def chains(calls, monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
-    """fla for CPU tensors: as on a GPU."""
+    """fla alone, for tensors of the tests' device."""
     monkeypatch.setattr(register, "GIVEN_UP", {})
     names = (NAME, f"{NAME}_backward")
-    before = {name: list(register.KERNELS.get((name, "cpu"), ())) for name in names}
-    rivals.take_over_all("cpu")
-    yield {name: register.KERNELS[name, "cpu"] for name in names}
+    before = {name: list(register.KERNELS.get((name, DEVICE), ())) for name in names}
     for name in names:
-        register.KERNELS[name, "cpu"][:] = before[name]
+        register.KERNELS.get((name, DEVICE), []).clear()
+    rivals.take_over_all(DEVICE)
+    yield {name: register.KERNELS[name, DEVICE] for name in names}
+    for name in names:
+        register.KERNELS[name, DEVICE][:] = before[name]
 
 
 def through_fla(
@@ -192,7 +195,7 @@ def test_the_operator_computes_and_trains_through_fla(narrow, dtype, calls, chai
     found, grads = with_gradients(through_us, sample, cotangents)
     assert before == register.FALLBACKS
     assert calls == {NAME: 3}  # one for the cotangents, one before the backward, one in it
-    assert vision_scan.backend_report()[NAME]["cpu"] == "fla"
+    assert vision_scan.backend_report()[NAME][DEVICE] == "fla"
     for chain in chains.values():
         chain.clear()
     expected, expected_grads = with_gradients(through_us, sample, cotangents)
@@ -258,7 +261,7 @@ def test_a_backward_that_fails_is_left_to_the_reference(calls, chains, monkeypat
     assert told.startswith("fla cannot be used: RuntimeError: this Triton is known to be wrong here; our form")
     assert calls == {NAME: 3}  # two forwards, one backward
     report = vision_scan.backend_report()[NAME]
-    assert report["cpu"] == "fla" and "this Triton is known to be wrong here" in report["why"]
+    assert report[DEVICE] == "fla" and "this Triton is known to be wrong here" in report["why"]
 
 
 @pytest.mark.parametrize("how", ["import", "version", "name"])
@@ -272,7 +275,7 @@ def test_fla_that_cannot_be_used_is_told_of_once(how, calls, chains, monkeypatch
     (told,) = run_twice(recwarn)
     assert told.startswith("fla cannot be used: ") and not calls
     report = vision_scan.backend_report()[NAME]
-    assert report["cpu"] == "reference" and "fla cannot be used: " in report["why"]
+    assert report[DEVICE] == "reference" and "fla cannot be used: " in report["why"]
     assert how != "version" or "fla 0.5.12 is older than 0.6" in report["why"]
 
 
