@@ -7,7 +7,7 @@
 #   make cuda    compiles and links the CUDA kernels for sm_90a where nvcc is, and tells their registers and spills; no GPU
 #   make cuda-all  the same for sm_80, sm_90 and sm_90a
 #   make gpu     builds, tests and times the CUDA kernels and the models on a GPU: benchmarks/results
-#   make gpu-peers fetches the archives of mamba_ssm and causal_conv1d that make gpu measures beside
+#   make gpu-peers fetches the archives of mamba_ssm, causal_conv1d and fla that make gpu measures beside
 #   make wide    the same tests, on a machine without AVX-512, of the kernels for it in other instructions
 #   make soak    lets 200 clients come and go, kills training thirty times, and says what was lost: runs/soak
 #   make setup   only .venv (the other targets call it; a second call does nothing)
@@ -49,11 +49,11 @@ cuda-all: $(STAMP)
 gpu: $(STAMP)
 	@PYTHON=$(abspath $(PY)) bash benchmarks/gpu.sh
 
-# Sources, built by the part `peers` on the machine with the GPU; einops, which they import, is Python alone.
+# Sources, built by the part `peers` on the machine with the GPU; fla, and einops, which they import, are Python alone.
 gpu-peers: $(STAMP)
 	@$(PY) -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: --dest benchmarks/peers \
 		mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0
-	@$(PY) -m pip download --quiet --no-deps --only-binary :all: --dest benchmarks/peers einops==0.8.2
+	@$(PY) -m pip download --quiet --no-deps --only-binary :all: --dest benchmarks/peers einops==0.8.2 fla-core==0.6.0
 	@du -ch benchmarks/peers/*
 
 # In a copy of the tree, because such kernels slow everything down. $(1): its folder, $(2): flags of compiler and linker.

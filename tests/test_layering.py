@@ -17,8 +17,8 @@ PACKAGES = ("vision_scan", "cobra", "train", "eval")
 
 # Belong to extras or load slowly: imported by the function that needs them, never with the package.
 LAZY = {
-    "av", "datasets", "deepspeed", "fastapi", "gguf", "matplotlib", "peft", "pypdfium2", "sklearn", "skimage", "timm",
-    "tokenizers", "transformers", "trl", "uvicorn", "wandb",
+    "av", "causal_conv1d", "datasets", "deepspeed", "fastapi", "fla", "gguf", "mamba_ssm", "matplotlib", "peft",
+    "pypdfium2", "sklearn", "skimage", "timm", "tokenizers", "transformers", "triton", "trl", "uvicorn", "wandb",
 }  # fmt: skip
 
 
@@ -103,6 +103,7 @@ def test_references_import_torch_only():
     ("module", "home"),
     [
         ("deepspeed", "train/engine.py"),
+        ("fla", "vision_scan/ops/cuda/gated_delta_rule.py"),
         ("peft", "train/lora.py"),
         ("wandb", "train/metrics.py"),
         ("trl", "tests"),  # whoever trains with it imports it

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -78,7 +79,9 @@ def build(results: Results, logs: Path) -> None:
 
 def build_peers(results: Results, logs: Path) -> None:
     """mamba_ssm and causal_conv1d out of their archives, for the card at hand; what is built already stays,
-    and a build that was stopped goes on."""
+    and a build that was stopped goes on. fla is unpacked alone: Triton compiles it as it runs."""
+    for wheel in sorted(rivals.ARCHIVES.glob("fla_core-*.whl")):
+        unpack_wheel(wheel, rivals.BUILT)
     archives = sorted(rivals.ARCHIVES.glob("*.tar.gz"))
     if not archives:
         raise FailedPartError(
@@ -119,6 +122,18 @@ def unpack(archive: Path, into: Path) -> Path:
         setup.write_text(without_targets(setup.read_text()))
         (partial / folder.name).rename(folder)
         shutil.rmtree(partial)
+    return folder
+
+
+def unpack_wheel(wheel: Path, into: Path) -> Path:
+    """The folder of a wheel without compiled parts, unpacked if it is not there yet."""
+    folder = into / wheel.name.removesuffix("-py3-none-any.whl")
+    if not folder.exists():
+        partial = into / f".{folder.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(partial)
+        partial.rename(folder)
     return folder
 
 

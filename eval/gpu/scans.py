@@ -1,5 +1,5 @@
-"""Part bench-scan: the 2-D selective scan beside mamba_ssm's with cross-scan and merge, and Mamba-2's
-scan beside `mamba_chunk_scan_combined`; both beside our own form in torch."""
+"""Part bench-scan: the 2-D selective scan beside mamba_ssm's with cross-scan and merge, Mamba-2's scan beside
+`mamba_chunk_scan_combined`, and the gated delta rule beside fla's; all beside our own form in torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from eval.gpu import rivals
 from eval.gpu.operators import FORWARD, Contest, Entrant, measure
 from eval.gpu.results import attempt
 from eval.gpu.stopwatch import ROUNDS, Stopwatch, nbytes
-from eval.gpu.targets import D_STATES, PASSES, scan_2d_name, ssd_name
+from eval.gpu.targets import D_STATES, PASSES, delta_name, scan_2d_name, ssd_name
 from eval.peers.scans import chunked, compiled, to_sequences
 from vision_scan.ops.register import REFERENCES
 
@@ -24,7 +24,8 @@ class Settings:
 
     Attributes:
         batch, grid, d_inner, d_states: of the 2-D scan.
-        ssd_batch, seqlen, nheads, headdim, d_state: of Mamba-2's scan, one group.
+        ssd_batch, seqlen, nheads, headdim, d_state: of Mamba-2's scan, one group; of the gated delta rule, two
+            value heads of headdim to a key head of d_state.
         dtype: of activations; parameters are float32.
         checked_rows: the last ones of a batch, computed in float32 as well.
         rounds: visits of each contestant.
@@ -54,6 +55,9 @@ def run(stopwatch: Stopwatch, ceilings: dict, settings: Settings, keep: Callable
     for passes in PASSES:
         make = partial(ssd_contest, stopwatch.device, settings)
         keep(_measure(stopwatch, ceilings, ssd_name(passes), passes, make, settings.rounds))
+    for passes in PASSES:
+        make = partial(delta_contest, stopwatch.device, settings)
+        keep(_measure(stopwatch, ceilings, delta_name(passes), passes, make, settings.rounds))
 
 
 def _measure(stopwatch, ceilings, name: str, passes: str, make: Callable[[], Contest], rounds: int) -> dict:
@@ -173,6 +177,46 @@ def ssd_contest(device: torch.device, settings: Settings) -> Contest:
         last_rows=lambda passes: _of_rows(ours, leaves, weight, settings, rows, settings.dtype, passes),
         per_row=(0, 1, 2, 4, 5),
         bytes_moved=lambda passes: _traffic([x, dt, B, C], [x], passes),
+        flops=lambda passes: (1 if passes == FORWARD else 3) * batch * seqlen * per_token,
+    )
+
+
+def delta_contest(device: torch.device, settings: Settings) -> Contest:
+    """Ours is fla's too, through our operator, where fla is installed and not only in benchmarks/peers."""
+    batch, seqlen, heads = settings.ssd_batch, settings.seqlen, settings.nheads
+    head_v_dim, head_k_dim = settings.headdim, settings.d_state
+    normal = _random(device, settings)
+    q, k = (torch.nn.functional.normalize(normal(batch, seqlen, heads // 2, head_k_dim), dim=-1) for _ in range(2))
+    v, weight = (normal(batch, seqlen, heads, head_v_dim) for _ in range(2))
+    g, beta = -normal(batch, seqlen, heads, scale=0.1).abs(), normal(batch, seqlen, heads).sigmoid()
+    leaves = [q, k, v, g, beta]
+
+    def reference(q, k, v, g, beta) -> Tensor:
+        more = (head_k_dim**-0.5, None, None, None, 64)
+        return REFERENCES["gated_delta_rule"](q, k, v, g, beta, *more)[0]
+
+    others: list[Entrant | tuple[str, str, bool]] = []
+    try:
+        chunked = rivals.entry("chunk_gated_delta_rule")
+
+        def theirs(q, k, v, g, beta) -> Tensor:
+            return chunked(q, k, v, g, beta)[0]
+
+        others.append(Entrant(name="fla", leaves=leaves, run=theirs, weight=weight))
+    except rivals.MissingRivalError as error:
+        others.append(("fla", str(error), True))
+    others.append(Entrant(name="our torch form", leaves=leaves, run=reference, weight=weight, is_rival=False))
+    # Three products with the state; within a chunk of 64, half of five with the other tokens.
+    per_token = heads * (6 * head_k_dim * head_v_dim + 64 * (3 * head_k_dim + 2 * head_v_dim))
+    rows, ours = tuple(range(len(leaves))), vision_scan.gated_delta_rule
+    return Contest(
+        ours=Entrant(name="ours", leaves=leaves, run=ours, weight=weight),
+        others=others,
+        names=("q", "k", "v", "g", "beta"),
+        expected=lambda passes: _of_rows(reference, leaves, weight, settings, rows, torch.float32, passes),
+        last_rows=lambda passes: _of_rows(ours, leaves, weight, settings, rows, settings.dtype, passes),
+        per_row=(0, 1, 2, 3, 4, 5),
+        bytes_moved=lambda passes: _traffic(leaves, [v], passes),
         flops=lambda passes: (1 if passes == FORWARD else 3) * batch * seqlen * per_token,
     )
 

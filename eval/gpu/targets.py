@@ -18,6 +18,10 @@ def ssd_name(passes: str) -> str:
     return f"ssd, {passes}"
 
 
+def delta_name(passes: str) -> str:
+    return f"gated_delta_rule, {passes}"
+
+
 def decode_name(preset: str, batch: int = 1, context: int | None = None, state: str = "") -> str:
     more = f", {context:,} tokens of context" if context is not None else ""
     return f"decode {preset}, batch {batch}{more}{state}"

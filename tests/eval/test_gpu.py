@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import eval.__main__
 from eval import gpu, readme
-from eval.gpu import commands, compile_report, decoding, scans, training
+from eval.gpu import commands, compile_report, decoding, rivals, scans, training
 from eval.gpu.results import Results, make_row, open_results, per_step, slug
 from eval.gpu.tables import read_cards, summary, to_markdown
 from eval.gpu.targets import (
@@ -330,6 +331,23 @@ def test_rivals_are_built_for_the_card_at_hand_alone(tmp_path):
     changed = commands.without_targets(setup)
     assert "gencode" not in changed and "arch" not in changed
     compile(changed, "setup.py", "exec")
+
+
+def test_a_rival_of_python_alone_is_unpacked_once(tmp_path, monkeypatch):
+    wheel = tmp_path / "some_rival-1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("some_rival/__init__.py", "def answer(): return 42\n")
+    monkeypatch.setattr(rivals, "BUILT", tmp_path / "built")
+    monkeypatch.setattr(rivals, "ENTRIES", {"answer": "some_rival"})
+    monkeypatch.setattr(rivals, "SOURCES", {"some_rival": "some_rival-*/some_rival"})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(rivals.MissingRivalError, match=r"some_rival is neither built \(part peers\) nor installed"):
+        rivals.entry("answer")
+    for _ in range(2):
+        folder = commands.unpack_wheel(wheel, rivals.BUILT)
+        assert folder.name == "some_rival-1.2" and [path.name for path in rivals.BUILT.iterdir()] == [folder.name]
+    assert rivals.entry("answer")() == 42
+    del sys.modules["some_rival"]
 
 
 def test_counts_of_pytest():

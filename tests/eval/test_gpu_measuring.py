@@ -68,7 +68,15 @@ def chunk_scan(x, dt, A, B, C, chunk_size, D, dt_bias, dt_softplus):
     return vision_scan.ssd(x, dt, A, B, C, D, None, dt_bias, dt_softplus, chunk_size=chunk_size)
 
 
-STAND_INS = {"selective_scan_fn": recurrence_over_sequences, "mamba_chunk_scan_combined": chunk_scan}
+def delta_rule(q, k, v, g, beta):
+    """Stands in for fla's `chunk_gated_delta_rule`."""
+    return vision_scan.gated_delta_rule(q, k, v, g, beta, return_final_state=True)
+
+
+STAND_INS = {
+    "selective_scan_fn": recurrence_over_sequences, "mamba_chunk_scan_combined": chunk_scan,
+    "chunk_gated_delta_rule": delta_rule,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -77,24 +85,26 @@ def test_scans_are_measured_and_checked_beside_rivals(monkeypatch, dtype):
     rows = {}
     settings = scans.Settings(**{**vars(SMALL), "dtype": dtype})
     scans.run(Stopwatch("cpu"), CEILINGS, settings, lambda row: rows.update({row["name"]: row}))
-    assert len(rows) == 4
+    assert len(rows) == 6
     for name, row in rows.items():
         assert row["check"]["passed"], (name, row["check"])
         assert row["seconds"]["n"] == 2 and row["of_copy"] > 0 and row["flops"] > 0
         assert row["times"]["median"] > 0 and not any(one["failed"] for one in row["others"])
         for one in row["others"]:
             assert one["check"]["passed"], (name, one)
-        compared = set(row["check"]["errors"])
-        assert {"y", "y, rows alone"} <= compared and ("dA, rows alone" in compared) == ("backward" in name)
+        compared, last = set(row["check"]["errors"]), "beta" if "delta" in name else "dt_bias"
+        assert {"y", "y, rows alone"} <= compared and (f"d{last}, rows alone" in compared) == ("backward" in name)
     json.dumps(rows)
 
 
 def test_scans_without_a_rival_say_why(monkeypatch, tmp_path):
     monkeypatch.setattr(rivals, "BUILT", tmp_path)
-    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
-    del sys.modules["mamba_ssm"]
+    for package in rivals.SOURCES:
+        monkeypatch.setitem(sys.modules, package, None)
+        del sys.modules[package]
     rows = []
     scans.run(Stopwatch("cpu"), CEILINGS, SMALL, rows.append)
+    assert len(rows) == 6
     for row in rows:
         assert row["times"] is None and row["seconds"] is not None
         missing = [one for one in row["others"] if one["is_rival"]]

@@ -258,7 +258,7 @@ def test_backend_report_covers_every_operator():
     assert set(report) == REGISTERED
     for name, entry in report.items():
         backends = {entry["cpu"], entry["cuda"]}
-        assert backends <= {"compiled", "mamba_ssm", "causal_conv1d", "reference"}, name
+        assert backends <= {"compiled", "mamba_ssm", "causal_conv1d", "fla", "reference"}, name
         assert isinstance(entry["fallbacks"], int)
         assert bool(entry["why"]) == (backends != {"compiled"}), name
 

@@ -209,13 +209,28 @@ def test_a_convolution_is_not_copied_where_it_need_not_be(layout, calls, chains,
     assert y.transpose(1, 2).is_contiguous()
 
 
-def test_a_package_that_does_not_import_is_left_out(chains, monkeypatch):
+def test_a_package_that_does_not_import_is_left_out(chains, monkeypatch, recwarn):
+    monkeypatch.setattr(register, "GIVEN_UP", {})
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)  # makes the import fail
     rivals._function.cache_clear()
     x, weight = torch.randn(1, 8, 5), torch.randn(8, 4)
-    with pytest.warns(UserWarning, match="causal_conv1d_fn is installed, but it cannot be used"):
+    for _ in range(2):
         found = vision_scan.causal_conv1d(x, weight)
-    assert_close("y", found, causal_conv1d_shifted(x, weight, None, "", None, None, None)[0])
+        assert_close("y", found, causal_conv1d_shifted(x, weight, None, "", None, None, None)[0])
+    (told,) = recwarn.list
+    assert "causal_conv1d cannot be used: ModuleNotFoundError" in str(told.message)
+    report = vision_scan.backend_report()["causal_conv1d"]
+    assert report["cpu"] == "reference" and "causal_conv1d cannot be used" in report["why"]
+
+
+def test_a_kernel_of_ours_that_fails_is_an_error(calls, chains):
+    def fails(*args):
+        raise RuntimeError("ours")
+
+    chains["causal_conv1d"].insert(0, register.Kernel("compiled", fails, lambda *args: True))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="ours"):
+        vision_scan.causal_conv1d(torch.randn(1, 8, 5), torch.randn(8, 4))
+    assert chains["causal_conv1d"][0].run is fails and not calls
 
 
 def test_nothing_is_imported_before_it_is_called():
@@ -224,12 +239,13 @@ import importlib.util, sys
 from importlib.machinery import ModuleSpec
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: (
-    ModuleSpec(name, None) if name in ("mamba_ssm", "causal_conv1d") else found(name, *rest)
+    ModuleSpec(name, None) if name in ("mamba_ssm", "causal_conv1d", "fla") else found(name, *rest)
 )
 import vision_scan
 report = vision_scan.backend_report()
 assert report["ssd"]["cuda"] == "mamba_ssm" and report["causal_conv1d"]["cuda"] == "causal_conv1d", report
+assert report["gated_delta_rule"]["cuda"] == "fla", report
 assert report["ssd_2d"]["cuda"] == "reference" and report["ssd"]["why"].startswith("no kernel for"), report
-assert not {"mamba_ssm", "causal_conv1d"} & set(sys.modules)
+assert not {"mamba_ssm", "causal_conv1d", "fla", "triton"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

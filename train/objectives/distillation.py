@@ -119,7 +119,7 @@ class ByLayer(Distillation):
         def compare(index: int):
             def look(block: Block, arguments: tuple, result: tuple) -> None:
                 with torch.set_grad_enabled(learns):
-                    own, given = self.compare(self.model.lm.layers[index], block, *arguments, result[0])
+                    own, given = self.compare(index, block, *arguments[:4], result[0])
                 own, given = (value.float().square().sum(-1) * is_real for value in (own - given, given))
                 errors[index] = (own.sum(1) / given.sum(1) * is_real.sum(1)).sum()
 
@@ -137,12 +137,13 @@ class ByLayer(Distillation):
         return torch.stack(list(errors.values())).mean(), stats
 
     def compare(
-        self, own: Block, teacher: Block, x: Tensor, state: None, segments: Segments, dtype: torch.dtype, y: Tensor
+        self, index: int, teacher: Block, x: Tensor, state: None, segments: Segments, dtype: torch.dtype, y: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What the student's layer has and what the teacher's has, both (batch, seqlen, channels).
 
         Args:
-            own, teacher: the layers.
+            index: of the layer.
+            teacher: its.
             x, state, segments, dtype: what the teacher's layer was given.
             y: what it made of it.
         """
@@ -164,7 +165,8 @@ class Mixers(ByLayer):
                         "of tokens by tokens to compare; begin with distill-hidden"
                     )
 
-    def compare(self, own, teacher, x, state, segments, dtype, y) -> tuple[Tensor, Tensor]:
+    def compare(self, index, teacher, x, state, segments, dtype, y) -> tuple[Tensor, Tensor]:
+        own = self.model.lm.layers[index]
         values = torch.randn(*x.shape[:2], NUM_PROBES, dtype=dtype, device=x.device)
         with torch.no_grad():
             given = teacher.mixer.mix(teacher.norm(x).to(dtype), values, segments)
@@ -180,8 +182,9 @@ class Mixers(ByLayer):
 class HiddenStates(ByLayer):
     """What layers add to the residual stream."""
 
-    def compare(self, own, teacher, x, state, segments, dtype, y) -> tuple[Tensor, Tensor]:
-        return own(x, state, segments, dtype)[0] - x, y - x
+    def compare(self, index, teacher, x, state, segments, dtype, y) -> tuple[Tensor, Tensor]:
+        lm = self.model.lm
+        return lm.layers[index](x, state, segments, dtype, lm.shared_by(index))[0] - x, y - x
 
 
 class Answers(Distillation):

@@ -8,6 +8,7 @@ reference differentiates the reference forward, recomputing it, so that only inp
 called with a gradient of the first output, and with those of others that have one, else None.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ KERNELS: dict[
     tuple[str, str], list["Kernel"]
 ] = {}  # (operator, device) -> what is asked before the reference
 FALLBACKS: dict[str, int] = {}  # calls that went to the reference although there are kernels
+GIVEN_UP: dict[str, str] = {}  # operator or its backward -> why another package's kernel is not asked any more
 KEEP_INTERMEDIATES = 4_000_000  # elements of the first argument of an operator
 
 _CUT_DISPATCH = torch._C._SetExcludeDispatchKeyGuard
@@ -97,7 +99,8 @@ def take_over(
     name: str, device: str, kernel: Callable, serves: Callable[..., bool], backend: str = "compiled"
 ) -> None:
     """Registers a kernel of an operator (or of `<name>_backward`) for a device type, behind those that are
-    registered already: the first that serves a call runs it, and the reference if none does.
+    registered already: the first that serves a call runs it, and the reference if none does. One of another
+    package that fails where the reference does not is not asked again.
 
     Args:
         device: "cpu" or "cuda".
@@ -112,13 +115,29 @@ def take_over(
     reference = REFERENCES[name]
 
     def run(*args):
-        for kernel in chain:
-            if kernel.serves(*args):
+        kernel, reason = next((kernel for kernel in chain if kernel.serves(*args)), None), ""
+        if kernel is not None:
+            try:
                 return kernel.run(*args)
+            except Exception as error:  # whatever a package built for another torch or another GPU raises
+                if kernel.backend == "compiled" or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                reason = f"{kernel.backend} cannot be used: {type(error).__name__}: {error}".splitlines()[0]
         FALLBACKS[name] = FALLBACKS.get(name, 0) + 1
-        return reference(*args)
+        result = reference(*args)  # which raises what is the caller's mistake
+        if kernel is not None:
+            _give_up(name, chain, kernel, reason)
+        return result
 
     LIBRARY.impl(name, run, device.upper())
+
+
+def _give_up(name: str, chain: list[Kernel], kernel: Kernel, reason: str) -> None:
+    if reason not in GIVEN_UP.values():  # a forward and its backward fail to import for one reason
+        warnings.warn(f"{reason}; our form in torch takes its place in {name}", stacklevel=3)
+    GIVEN_UP[name] = reason
+    if kernel in chain:
+        chain.remove(kernel)
 
 
 def take_over_with_gradients(
@@ -235,6 +254,8 @@ def backend_report() -> dict[str, dict[str, str | int]]:
         backends = {device: chain[0].backend if chain else "reference" for device, chain in chains.items()}
         missing = [device for device, backend in backends.items() if backend != "compiled"]
         reasons = [MISSING_KERNELS[device] for device in missing if device in MISSING_KERNELS]
+        failed = [GIVEN_UP[part] for part in (name, f"{name}_backward") if part in GIVEN_UP]
+        reasons += dict.fromkeys(failed)
         report[name] = {
             **backends,
             "why": "; ".join([f"no kernel for {' and '.join(missing)}", *reasons]) if missing else "",

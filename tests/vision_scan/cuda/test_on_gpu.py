@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import vision_scan
-from eval.gpu import decoding, operators, scans, small_shapes
+from eval.gpu import decoding, operators, rivals, scans, small_shapes
 from eval.gpu.targets import PASSES
-from tests.tolerance import assert_close
-from tests.vision_scan.samples import OPERATORS
+from tests.tolerance import RATIO, assert_close
+from tests.vision_scan.samples import OPERATORS, cotangents_of, sample_gated_delta_rule, with_gradients
+from tests.vision_scan.test_fla import through_fla, through_us, with_resets
+from vision_scan.ops.cuda import gated_delta_rule
 from vision_scan.ops.register import KERNELS
 
 pytestmark = pytest.mark.cuda
@@ -42,11 +44,14 @@ def contest_of(operator: str, d_state: int) -> operators.Contest:
     device = torch.device("cuda")
     if operator == "ssd":
         return scans.ssd_contest(device, SETTINGS)
+    if operator == "gated_delta_rule":
+        return scans.delta_contest(device, SETTINGS)
     return scans.scan_2d_contest(device, SETTINGS, d_state)
 
 
 @pytest.mark.parametrize(
-    ("operator", "d_state"), [("selective_scan_2d", 1), ("selective_scan_2d", 16), ("ssd", 0)]
+    ("operator", "d_state"),
+    [("selective_scan_2d", 1), ("selective_scan_2d", 16), ("ssd", 0), ("gated_delta_rule", 0)],
 )
 def test_results_at_the_sizes_that_are_timed(operator, d_state):
     contest = contest_of(operator, d_state)
@@ -64,6 +69,37 @@ def test_the_cpu_does_not_wait_in_a_scan(operator, d_state):
         contest.ours.work(passes)
         with without_waiting():
             contest.ours.work(passes)
+
+
+@pytest.mark.parametrize("dtype", gated_delta_rule.DTYPES, ids=str)
+@pytest.mark.parametrize("segments", [False, True], ids=["rows", "segments"])
+def test_fla_gives_what_the_reference_gives(segments, dtype):
+    try:
+        rivals.entry("chunk_gated_delta_rule")
+    except rivals.MissingRivalError as error:
+        pytest.skip(str(error))
+    rows = ["0" * 150 + "." * 20 + "0112" + "3" * 26, "." * 200, "0.1" + "2" * 190 + "." * 7] if segments else None
+    tensors, options = sample_gated_delta_rule(
+        batch=3, seqlen=200, num_k_heads=2, num_v_heads=4, head_k_dim=128, head_v_dim=64, least_g=-0.5, dtype=dtype,
+        seq_idx=rows,
+    )  # fmt: skip
+    tensors = {key: t.cuda() for key, t in tensors.items()}
+    if segments:
+        options["seq_idx"] = options["seq_idx"].cuda()
+    sample = with_resets((tensors, options))
+    exact = ({key: t.float() for key, t in tensors.items()}, options)  # fla does not serve it
+    cotangents = [c.cuda() for c in cotangents_of(through_us(**exact[0], **options))]
+    expected, expected_grads = with_gradients(through_us, exact, cotangents)
+    try:
+        found, grads = with_gradients(through_fla, sample, cotangents)
+    except RuntimeError as error:  # fla knows versions of Triton that are wrong on this card
+        if "incorrect results" not in str(error):
+            raise
+        pytest.skip(str(error))
+    for actual, true in zip(found, expected, strict=True):
+        assert_close("output", actual, true, RATIO[dtype])
+    for key, grad in grads.items():
+        assert_close(f"gradient of {key}", grad, expected_grads[key], RATIO[dtype])
 
 
 def sampled(name: str, tokens: int):

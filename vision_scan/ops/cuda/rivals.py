@@ -1,16 +1,16 @@
-"""Kernels of other packages, asked where ours are missing or do not serve: the functions that `mamba_ssm` and
-`causal_conv1d` publish, if these are installed. They are imported at the first call that they could serve."""
+"""Kernels of other packages, asked where ours are missing or do not serve: the functions that `mamba_ssm`,
+`causal_conv1d` and `fla` publish, if these are installed. They are imported at the first call that they serve."""
 
 import importlib
 import importlib.util
 import sys
-import warnings
 from collections.abc import Callable
 from functools import cache
 
 from torch import Tensor
 
 from ..register import take_over_with_gradients
+from . import gated_delta_rule
 from .layout import DTYPES
 
 CONVOLUTION = "causal_conv1d.causal_conv1d_fn"
@@ -25,6 +25,10 @@ def take_over_all(device: str = "cuda") -> None:
         ("causal_conv1d", CONVOLUTION, _conv, _serves_conv, _backward_as(_serves_conv)),
         ("selective_scan", SELECTIVE_SCAN, _selective, _serves_selective, _serves_selective_backward),
         ("ssd", SSD, _ssd, _serves_ssd, _backward_as(_serves_ssd)),
+        (
+            "gated_delta_rule", gated_delta_rule.MODULE, gated_delta_rule.scan, gated_delta_rule.serves,
+            _backward_as(gated_delta_rule.serves),
+        ),
     ):
         package = path.split(".")[0]
         if package in sys.modules or importlib.util.find_spec(package):
@@ -32,13 +36,9 @@ def take_over_all(device: str = "cuda") -> None:
 
 
 @cache
-def _function(path: str) -> Callable | None:
+def _function(path: str) -> Callable:
     module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever a package built for another torch or another GPU raises
-        warnings.warn(f"{path} is installed, but it cannot be used: {error}", stacklevel=2)
-        return None
+    return getattr(importlib.import_module(module), name)
 
 
 def _backward_as(serves: Callable[..., bool]) -> Callable[..., bool]:
@@ -53,7 +53,7 @@ def _same_dtype(*tensors: Tensor | None) -> bool:
 def _serves_conv(x, weight, bias, activation, initial_state, seq_idx, cu_seqlens) -> bool:
     """With `seq_idx` it gives no final state."""
     fits = x.shape[1] % 8 == 0 and 2 <= weight.shape[1] <= 4 and x.dtype in DTYPES and x.numel() > 0
-    return fits and seq_idx is None and cu_seqlens is None and _function(CONVOLUTION) is not None
+    return fits and seq_idx is None and cu_seqlens is None
 
 
 def _conv(x, weight, bias, activation, initial_state, seq_idx, cu_seqlens) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ def _conv(x, weight, bias, activation, initial_state, seq_idx, cu_seqlens) -> tu
 def _serves_selective(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx, cu_seqlens) -> bool:
     fits = _same_dtype(u, dt, B, C, z) and A.shape[1] <= 256 and u.numel() > 0
     from_zero = initial_state is None and seq_idx is None and cu_seqlens is None
-    return fits and from_zero and _function(SELECTIVE_SCAN) is not None
+    return fits and from_zero
 
 
 def _serves_selective_backward(grads, *args) -> bool:
@@ -99,7 +99,7 @@ def _serves_ssd(
 ) -> bool:
     """Its `seq_idx` knows no padding, and drops an initial state."""
     fits = _same_dtype(x, B, C, z) and x.numel() > 0
-    return fits and seq_idx is None and cu_seqlens is None and _function(SSD) is not None
+    return fits and seq_idx is None and cu_seqlens is None
 
 
 def _ssd(

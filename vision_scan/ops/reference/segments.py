@@ -32,23 +32,28 @@ def real_and_runs(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
     return real, reset.cumsum(dim=1)
 
 
-def unpack(cu_seqlens: Tensor, seqlen: int) -> tuple[Tensor, Tensor]:
+def unpack(cu_seqlens: Tensor, seq_idx: Tensor | None, batch: int, seqlen: int) -> tuple[Tensor, Tensor]:
     """Index tensors between one packed row and one padded row per segment.
 
     Args:
         cu_seqlens: (num_segments + 1,) boundaries, from 0 to seqlen.
-        seqlen: length of the packed row.
+        seq_idx: (1, seqlen) or None; padding inside the packed row.
+        batch, seqlen: of the packed row.
     Returns:
-        source: (num_segments, longest) int64, which packed token stands there; 0 at padding.
-        real: (num_segments, longest) bool.
+        source: (num_segments, longest) int64, which packed token stands there; 0 behind a segment's end.
+        seq_idx: (num_segments, longest) int64, of the padded rows.
     """
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs segments into one row: batch must be 1, got {batch}")
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     lengths = ends - starts
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != seqlen or bool((lengths < 0).any()):
         raise ValueError(f"cu_seqlens must rise from 0 to seqlen {seqlen}, got {cu_seqlens.tolist()}")
     offset = torch.arange(int(lengths.max()), device=cu_seqlens.device)
-    real = offset < lengths[:, None]
-    return torch.where(real, starts[:, None] + offset, 0), real
+    inside = offset < lengths[:, None]
+    source = torch.where(inside, starts[:, None] + offset, 0)
+    inner = torch.zeros_like(source) if seq_idx is None else seq_idx[0][source].long()
+    return source, torch.where(inside, inner, -1)
 
 
 def run_packed(
@@ -68,10 +73,8 @@ def run_packed(
         y: (1, seqlen, ...); states: (num_segments, ...).
     """
     batch, seqlen = next(value.shape[:2] for value in sequences if value is not None)
-    if batch != 1:
-        raise ValueError(f"cu_seqlens packs segments into one row: batch must be 1, got {batch}")
-    source, real = unpack(cu_seqlens, seqlen)
-    inner = torch.zeros_like(source) if seq_idx is None else seq_idx[0][source].long()
+    source, row_seq_idx = unpack(cu_seqlens, seq_idx, batch, seqlen)
     rows = [None if value is None else value[0][source] for value in sequences]
-    y, states = kernel(rows, torch.where(real, inner, -1))
+    y, states = kernel(rows, row_seq_idx)
+    real = row_seq_idx >= 0
     return y.new_zeros((seqlen, *y.shape[2:])).index_put((source[real],), y[real])[None], states
