@@ -78,11 +78,13 @@ class LMCost:
 
     @property
     def parameters(self) -> int:
-        """Parameters; tied embeddings count once."""
+        """Parameters; tied embeddings count once, and so do blocks that layers share."""
         d_model, vocab = self.config.d_model, self.config.vocab_size
         tables = 1 if self.config.tie_word_embeddings else 2
         norms = d_model * (len(self.config.layers) + 1)
-        return tables * vocab * d_model + norms + sum(layer.parameters for layer in self._layers)
+        own = sum(layer.parameters - layer.shared_parameters for layer in self._layers)
+        shared = sum(block.cost(d_model).parameters for block in self.config.shared)
+        return tables * vocab * d_model + norms + own + shared
 
     @property
     def _head_flops(self) -> int:

@@ -232,7 +232,7 @@ class ZeroEngine(DeepSpeedEngine):
             return
         model = self.objective.model
         towers = getattr(model.vision_encoder, "towers", [model.vision_encoder])
-        for module in [*model.lm.layers, model.connector, *towers]:
+        for module in [*model.lm.layers, *model.lm.shared, model.connector, *towers]:
             for child in module.children():
                 for parameter in child.parameters():
                     self.deepspeed.zero.register_external_parameter(module, parameter)

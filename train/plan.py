@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cobra.lm.stack import Block
+from cobra.lm import LanguageModel
 from cobra.model import Cobra
 from cobra.tokenizer import Tokenizer
 from train import lora
@@ -69,9 +70,11 @@ def static_memory(
     )
 
 
-def kept_bytes(module: nn.Module, *inputs: Tensor) -> int:
-    """Bytes that autograd keeps of a forward pass; module and inputs may be on the meta device."""
-    own = {id(parameter) for parameter in module.parameters()}
+def kept_bytes(module: nn.Module, *inputs: Any) -> int:
+    """Bytes that autograd keeps of a forward pass; module and inputs may be on the meta device, and modules among the
+    inputs."""
+    modules = [each for each in (module, *inputs) if isinstance(each, nn.Module)]
+    own = {id(parameter) for each in modules for parameter in each.parameters()}
     kept: dict[int, int] = {}
     alive = []  # else an address might be used twice
 
@@ -101,8 +104,8 @@ def activation_memory(model: Cobra, config: RunConfig, rows: int, length: int) -
     settings = config.train
     piece = min(length, settings.segment_tokens) if settings.recompute == "segment" else length
     kinds = model.config.lm.layers
-    distinct = dict(zip(kinds, model.lm.layers, strict=True))
-    layers = {kind: _layer_bytes(block, rows, piece) for kind, block in distinct.items()}
+    distinct = {kind: index for index, kind in enumerate(kinds)}
+    layers = {kind: _layer_bytes(model.lm, index, rows, piece) for kind, index in distinct.items()}
     each = [layers[kind] for kind in kinds]
     if settings.recompute == "layer":
         total += residual * len(each) + max(each)
@@ -130,12 +133,12 @@ def _tile_bytes(model: Cobra, rows: int, learns: dict[str, bool]) -> int:
     return total
 
 
-def _layer_bytes(block: Block, rows: int, length: int) -> int:
+def _layer_bytes(lm: LanguageModel, index: int, rows: int, length: int) -> int:
     from cobra.lm.mixer import Segments
 
-    d_model = block.norm.weight.shape[0]
-    x = torch.empty(rows, length, d_model, device="meta", requires_grad=True)
-    return kept_bytes(block, x, None, Segments(torch.zeros(rows, dtype=torch.int64)), torch.float32)
+    x = torch.empty(rows, length, lm.config.d_model, device="meta", requires_grad=True)
+    segments = Segments(torch.zeros(rows, dtype=torch.int64), embeddings=x)
+    return kept_bytes(lm.layers[index], x, None, segments, torch.float32, lm.shared_by(index))
 
 
 def _state_bytes(model: Cobra, rows: int) -> Iterator[int]:

@@ -37,11 +37,12 @@ from .qwen3 import QWEN3_5, QWEN3_5_VL, QWEN3_NEXT
 from .source import CONFIG, Source, read_source
 from .transformer import LLAMA, QWEN2
 from .writer import Entry, write_tensors
+from .zamba2 import ZAMBA2
 
 LAYOUTS = (
     STATE_SPACES, MAMBA1, MAMBA2, FALCON_MAMBA, LLAMA, QWEN2, GRANITE, BAMBA, NEMOTRON_H, FALCON_H1, JAMBA,
     JAMBA_FIRST, LFM2, QWEN3_NEXT, QWEN3_5, QWEN3_5_VL, LLAMBA, MAMBA1_IN_LLAMA, MAMBA2_IN_LLAMA, COBRA, ML_MAMBA,
-    LLAVA, MOBILEVLM, LONGLLAVA, LONGLLAVA_FIRST,
+    LLAVA, MOBILEVLM, LONGLLAVA, LONGLLAVA_FIRST, ZAMBA2,
 )  # fmt: skip
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -102,10 +102,14 @@ class AttentionConfig:
         if self.window is not None and self.window < 1:
             raise UserError(f"attention: window {self.window} must be 1 or more, or none")
 
-    def cost(self, d_model: int) -> LayerCost:
-        queries, keys = self.num_heads * self.headdim, self.num_kv_heads * self.headdim
-        weights = d_model * ((2 + self.gated) * queries + 2 * keys)
-        others = (queries + 2 * keys) * self.qkv_bias + d_model * self.o_bias + 2 * self.headdim * self.qk_norm
+    def slots(self, needed: int) -> int:
+        """Slots of a cache for so many tokens."""
+        return self.window if self.window is not None else needed
+
+    def cost(self, d_model: int, d_out: int | None = None) -> LayerCost:
+        queries, keys, d_out = self.num_heads * self.headdim, self.num_kv_heads * self.headdim, d_out or d_model
+        weights = d_model * ((1 + self.gated) * queries + 2 * keys) + queries * d_out
+        others = (queries + 2 * keys) * self.qkv_bias + d_out * self.o_bias + 2 * self.headdim * self.qk_norm
         return LayerCost(
             parameters=weights + others,
             flops_per_token=2 * weights,
@@ -125,14 +129,15 @@ class Attention(nn.Module):
     step_states = ("k", "v", "position")
     most_step_tokens = 1
 
-    def __init__(self, config: AttentionConfig, d_model: int) -> None:
+    def __init__(self, config: AttentionConfig, d_model: int, d_out: int | None = None) -> None:
+        """d_out: channels that it makes; None: d_model."""
         super().__init__()
         self.config = config
         queries, keys = config.num_heads * config.headdim, config.num_kv_heads * config.headdim
         self.q_proj = Projection(d_model, queries, config.qkv_bias)
         self.k_proj = Projection(d_model, keys, config.qkv_bias)
         self.v_proj = Projection(d_model, keys, config.qkv_bias)
-        self.o_proj = Projection(queries, d_model, config.o_bias)
+        self.o_proj = Projection(queries, d_out or d_model, config.o_bias)
         self.gate_proj = Projection(d_model, queries) if config.gated else None
         self.q_norm, self.k_norm = (
             RMSNorm(config.headdim, config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
@@ -141,16 +146,10 @@ class Attention(nn.Module):
             nn.init.normal_(proj.weight, std=d_model**-0.5)  # queries, keys and values of unit size
 
     def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
-        slots = self._slots(max(capacity, 1))
-        size = (batch, self.config.num_kv_heads, slots, self.config.headdim)
-        return {
-            "k": torch.zeros(size, device=device, dtype=dtype),
-            "v": torch.zeros(size, device=device, dtype=dtype),
-            "position": torch.full((batch, slots), -1, device=device),
-        }
+        return allocate_cache(self.config, batch, capacity, device, dtype)
 
     def _slots(self, needed: int) -> int:
-        return self.config.window if self.config.window is not None else needed
+        return self.config.slots(needed)
 
     def add_to(self, decoder, norm: RMSNorm) -> None:
         config = self.config
@@ -169,29 +168,37 @@ class Attention(nn.Module):
         return self._place(state, k[:, :, :0], v[:, :, :0], position[:, :0], None, 2 * longest)
 
     def forward(self, x: Tensor, state: LayerState | None, segments: Segments) -> tuple[Tensor, LayerState]:
-        seqlen = x.shape[1]
-        positions, runs = segments.positions_and_runs(seqlen, x.device)
-        q, k = self._queries_and_keys(x, positions)
-        v = self._heads(self.v_proj(x))
-        if state is not None and segments.overwrite and seqlen == 1:
-            y, state = self._decode(q, k, v, positions, state, segments)
-        else:
-            y, state = self._attend(q, k, v, positions, runs, state, segments)
-        y = y.transpose(1, 2).flatten(-2)
+        y, state = self.look_up(self.q_proj(x), self.k_proj(x), self.v_proj(x), state, segments)
         if self.gate_proj is not None:
             y = y * self.gate_proj(x).sigmoid()
         return self.o_proj(y), state
 
+    def look_up(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, segments: Segments
+    ) -> tuple[Tensor, LayerState]:
+        """What the heads read, (batch, seqlen, num_heads * headdim), given what was projected: q of as many
+        channels, k and v of num_kv_heads * headdim."""
+        seqlen = q.shape[1]
+        positions, runs = segments.positions_and_runs(seqlen, q.device)
+        q, k = self._queries_and_keys(q, k, positions)
+        v = self._heads(v)
+        if state is not None and segments.overwrite and seqlen == 1:
+            y, state = self._decode(q, k, v, positions, state, segments)
+        else:
+            y, state = self._attend(q, k, v, positions, runs, state, segments)
+        return y.transpose(1, 2).flatten(-2), state
+
     def mix(self, x: Tensor, values: Tensor, segments: Segments) -> Tensor:
         positions, runs = segments.positions_and_runs(x.shape[1], x.device)
-        q, k = self._queries_and_keys(x, positions)
+        q, k = self._queries_and_keys(self.q_proj(x), self.k_proj(x), positions)
         values = values[:, None].expand(-1, self.config.num_kv_heads, -1, -1)
         y, _ = self._attend(q, k, values, positions, runs, None, segments)
         return y.transpose(1, 2)
 
-    def _queries_and_keys(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, num_heads, seqlen, headdim), keys with num_kv_heads; normed and rotated as the layer does."""
-        q, k = self.q_norm(self._heads(self.q_proj(x))), self.k_norm(self._heads(self.k_proj(x)))
+    def _queries_and_keys(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What was projected -> (batch, num_heads, seqlen, headdim), keys with num_kv_heads; normed and rotated as the
+        layer does."""
+        q, k = self.q_norm(self._heads(q)), self.k_norm(self._heads(k))
         if self.config.rope_theta is None:
             return q, k
         turn = self.config.rope_theta, self.config.rope_scaling, self.config.rotary_dim
@@ -282,6 +289,17 @@ class Attention(nn.Module):
             .scatter(1, target, positions)[:, :slots]
             .contiguous(),
         }
+
+
+def allocate_cache(config: AttentionConfig, batch: int, capacity: int, device, dtype) -> LayerState:
+    """The state of rows that have read nothing."""
+    slots = config.slots(max(capacity, 1))
+    size = (batch, config.num_kv_heads, slots, config.headdim)
+    return {
+        "k": torch.zeros(size, device=device, dtype=dtype),
+        "v": torch.zeros(size, device=device, dtype=dtype),
+        "position": torch.full((batch, slots), -1, device=device),
+    }
 
 
 def _bands(seqlen: int, cached: int, window: int) -> list[tuple[slice, slice]]:

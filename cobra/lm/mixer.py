@@ -16,6 +16,9 @@ A mixer is a module `Mixer(config, d_model)` with
     step_projection, step_sizes(projected)        optional, of a recurrence whose state is `ssm`: the name of the
                                                   projection that dt comes from, and dt, given its output
 
+A layer that shares weights with others (shared_attention.py) reads the residual stream itself, and is handed the norm
+that stands in front of others and the module that it shares: forward(x, state, segments, norm, shared).
+
 `state` is a dict of tensors with batch first, or None for rows that have read nothing. It is never
 changed, unless `segments.overwrite` says that it may be. The stack knows nothing else of a layer, so a new
 kind is one file and one line in `KINDS` (kinds.py).
@@ -55,6 +58,7 @@ class LayerCost:
         cache_index_bytes: bytes kept beside them for each token of context.
         window: the context that a token sees and that is kept at most; None: all of it.
         idle_parameters: of the parameters, those that a token has nothing to do with, such as other experts'.
+        shared_parameters: of the parameters, those of the layer's `block`, which layers of the same one share.
     """
 
     parameters: int
@@ -66,6 +70,7 @@ class LayerCost:
     cache_index_bytes: int = 0
     window: int | None = None
     idle_parameters: int = 0
+    shared_parameters: int = 0
 
     def __add__(self, other: "LayerCost") -> "LayerCost":
         """What two cost beside each other; if both keep a context, of one window."""
@@ -94,12 +99,14 @@ class Segments:
         seq_idx: (batch, seqlen) int64 or None: segments, below 0 is padding.
         overwrite: the state may be updated in place.
         shard: the rows go on in other processes: what enters comes from them, not from a state.
+        embeddings: (batch, seqlen, d_model), what the stack got of these tokens, if a layer reads it.
     """
 
     starts: Tensor
     seq_idx: Tensor | None = None
     overwrite: bool = False
     shard: SequenceShard | None = None
+    embeddings: Tensor | None = None
 
     @property
     def uniform_start(self) -> int | None:

@@ -44,22 +44,24 @@ class Parallel(nn.Module):
         self.reads_shards = all(getattr(mixer, "reads_shards", False) for mixer in self.mixers)
 
     def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
-        return _join([mixer.allocate(batch, capacity, device, dtype) for mixer in self.mixers])
+        return join([mixer.allocate(batch, capacity, device, dtype) for mixer in self.mixers])
 
     def forward(self, x: Tensor, state: LayerState | None, segments: Segments) -> tuple[Tensor, LayerState]:
         y, states = 0.0, []
         for number, mixer in enumerate(self.mixers):
-            own = None if state is None else _of(state, number)
+            own = None if state is None else part_of(state, number)
             part, after = mixer(x, own, segments)
             y = y + part
             states.append(after)
-        return y, _join(states)
+        return y, join(states)
 
 
-def _join(states: list[LayerState]) -> LayerState:
+def join(states: list[LayerState]) -> LayerState:
+    """One state of those of several mixers, the number of the mixer and a point in front of each name."""
     return {f"{number}.{name}": tensor for number, state in enumerate(states) for name, tensor in state.items()}
 
 
-def _of(state: LayerState, number: int) -> LayerState:
+def part_of(state: LayerState, number: int) -> LayerState:
+    """That of one of the mixers."""
     prefix = f"{number}."
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

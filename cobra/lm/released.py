@@ -10,6 +10,7 @@ from .mamba2 import Mamba2Config
 from .mlp import MLPConfig
 from .moe import MoEConfig
 from .parallel import ParallelConfig
+from .shared_attention import SharedAttentionConfig, SharedBlockConfig
 from .stack import LMConfig
 
 
@@ -86,6 +87,23 @@ def _jamba(feed_forward: MLPConfig | MoEConfig) -> LMConfig:
     return LMConfig(d_model=4096, vocab_size=65536, layers=layers, norm_eps=1e-6, tie_word_embeddings=False)
 
 
+def _zamba2(
+    layer: Mamba2Config, depth: int, hybrid: tuple[int, ...], num_blocks: int, rope_theta: float | None, rank: int = 0
+) -> LMConfig:
+    """So many of a layer, of which those of `hybrid` use the blocks in turn, with an attention_rank of `rank`."""
+    d_model = (layer.d_inner or 0) // 2
+    shared = SharedBlockConfig(
+        attention=AttentionConfig(num_heads=32, num_kv_heads=32, headdim=2 * d_model // 32, rope_theta=rope_theta),
+        mlp=MLPConfig(d_ff=4 * d_model, activation="gelu"),
+    )
+    layers: list[Mamba2Config | SharedAttentionConfig] = [layer] * depth
+    for use, index in enumerate(hybrid):
+        layers[index] = SharedAttentionConfig(
+            block=use % num_blocks, shared=shared, mamba=layer, attention_rank=rank, mlp_rank=128
+        )
+    return LMConfig(d_model=d_model, vocab_size=32000, layers=tuple(layers))
+
+
 RELEASED: dict[str, LMConfig] = {
     "falcon-mamba-7b": _falcon_mamba(1e-6),
     "falcon3-mamba-7b": _falcon_mamba(1e-5),
@@ -98,4 +116,7 @@ RELEASED: dict[str, LMConfig] = {
     "jamba-9b": _jamba(MLPConfig(d_ff=14336)),  # LongLLaVA's, its experts merged into one
     "llamba-3b": _llamba_3b(),
     "llama3.1-mamba-8b-distill": _llama31_mamba_8b(),
+    "zamba2-1.2b": _zamba2(Mamba2Config(d_inner=4096), 38, tuple(range(5, 38, 6)), 1, 10000.0, rank=128),
+    "zamba2-2.7b": _zamba2(Mamba2Config(d_inner=5120, d_state=64), 54, (*range(6, 43, 6), 47, 51), 2, None),
+    "zamba2-7b": _zamba2(Mamba2Config(d_inner=7168, d_state=64, ngroups=2), 81, (6, *range(11, 78, 6)), 2, 10000.0),
 }

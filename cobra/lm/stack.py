@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Union
 
 import torch
@@ -18,9 +18,10 @@ from .parallel import Parallel
 from .precision import RMSNorm
 from .recompute import read_by_segments, recompute
 from .sequence_parallel import SequenceShard, check_shardable
+from .shared_attention import SharedAttention, SharedAttentionConfig, SharedBlock, SharedBlockConfig
 from .state import State
 
-LAYERS: dict[str, type[nn.Module]] = {**KINDS, "parallel": Parallel}
+LAYERS: dict[str, type[nn.Module]] = {**KINDS, "parallel": Parallel, "shared_attention": SharedAttention}
 
 PIECE_TOKENS = 1024  # of all rows, see `LanguageModel._reads_in_pieces`
 LEAST_PIECE = 64  # of a row
@@ -42,6 +43,23 @@ class LMConfig:
     def __post_init__(self) -> None:
         if min(self.d_model, self.vocab_size, len(self.layers)) < 1:
             raise UserError("lm: d_model, vocab_size and the number of layers must be 1 or more")
+        blocks = {(layer.block, layer.shared) for layer in self._sharing}
+        numbers = sorted(number for number, _ in blocks)
+        if numbers != list(range(len(numbers))):
+            raise UserError(
+                f"lm: shared blocks are numbered {', '.join(map(str, numbers))}; `block` of shared_attention layers "
+                "must count from 0, and layers of one number must have the same `shared`"
+            )
+
+    @property
+    def _sharing(self) -> list[SharedAttentionConfig]:
+        return [layer for layer in self.layers if isinstance(layer, SharedAttentionConfig)]
+
+    @property
+    def shared(self) -> list[SharedBlockConfig]:
+        """The blocks that layers share, by number."""
+        blocks = {layer.block: layer.shared for layer in self._sharing}
+        return [blocks[number] for number in sorted(blocks)]
 
 
 class Block(nn.Module):
@@ -52,8 +70,14 @@ class Block(nn.Module):
         self.norm = RMSNorm(lm.d_model, lm.norm_eps)
         self.mixer = LAYERS[config.kind](config, lm.d_model)
 
-    def forward(self, x: Tensor, state: dict | None, segments: Segments, dtype: torch.dtype):
-        y, state = self.mixer(self.norm(x).to(dtype), state, segments)
+    def forward(
+        self, x: Tensor, state: dict | None, segments: Segments, dtype: torch.dtype, shared: SharedBlock | None = None
+    ):
+        """shared: what the mixer shares with those of other layers."""
+        if shared is None:
+            y, state = self.mixer(self.norm(x).to(dtype), state, segments)
+        else:
+            y, state = self.mixer(x, state, segments, self.norm, shared)
         return x + y, state
 
 
@@ -75,6 +99,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         self.layers = nn.ModuleList(Block(layer, config) for layer in config.layers)
+        self.shared = nn.ModuleList(SharedBlock(block, config.d_model) for block in config.shared)
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = LMHead(config.d_model, config.vocab_size)
         if config.tie_word_embeddings:
@@ -97,6 +122,11 @@ class LanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return getattr(self.embedding, "device", None) or self.embedding.weight.device
+
+    def shared_by(self, index: int) -> SharedBlock | None:
+        """What a layer shares with others."""
+        layer = self.config.layers[index]
+        return self.shared[layer.block] if isinstance(layer, SharedAttentionConfig) else None
 
     def allocate_state(self, batch: int, capacity: int = 0) -> State:
         """The state of rows that have read nothing.
@@ -286,10 +316,12 @@ class LanguageModel(nn.Module):
 
     def _read_segments(self, x: Tensor, state: State | None, segments: Segments) -> tuple[Tensor, State]:
         dtype = x.dtype
+        if self.shared:
+            segments = replace(segments, embeddings=x)
         x = x.to(torch.promote_types(dtype, torch.float32))
         layers = []
         for index, block in enumerate(self.layers):
-            inputs = x, state.layers[index] if state else None, segments, dtype
+            inputs = x, state.layers[index] if state else None, segments, dtype, self.shared_by(index)
             again = self.recompute_layers and self.training and torch.is_grad_enabled()
             x, layer = recompute(block, *inputs) if again else block(*inputs)
             layers.append(layer)

@@ -19,6 +19,7 @@ from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mamba3 import Mamba3Config
 from cobra.lm.mlp import MLPConfig
 from cobra.lm.moe import MoEConfig
+from cobra.lm.shared_attention import SharedBlockConfig
 from tests.tolerance import assert_close
 
 D_MODEL, VOCAB = 16, 29
@@ -34,6 +35,10 @@ SIZES = {
         AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8),
         MLPConfig(d_ff=10),
     ),
+    "shared": SharedBlockConfig(
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, headdim=8), mlp=MLPConfig(d_ff=24, activation="gelu")
+    ),
+    "mamba": Mamba2Config(d_state=5, headdim=8, chunk_size=4), "attention_rank": 3, "mlp_rank": 2,
 }  # fmt: skip
 
 
@@ -83,6 +88,9 @@ def stacks() -> dict[str, tuple]:
         num_groups=3, top_groups=2, shared_d_ff=7, shared_gate=True, d_latent=12,
     )  # fmt: skip
     mlp = MLPConfig(d_ff=24)
+    use = small("shared_attention")
+    wide = SharedBlockConfig(attention=window, mlp=replace(mlp, bias=True), norm_eps=1e-3)
+    other = replace(use, block=1, shared=wide, attention_rank=0)
     return {
         **{kind: (small(kind),) * 2 for kind in LAYERS},
         "mamba2 ngroups 2": (grouped,) * 2,
@@ -99,6 +107,7 @@ def stacks() -> dict[str, tuple]:
         "mamba1 heads": (shared, replace(shared, inner_norms="learned", d_xb=24, bias=True)),
         "mamba2 heads": (heads, replace(heads, discrete=True, dt_limit=(0.0, 0.4), d_xb=6)),
         "experts": (mamba2, experts, replace(experts, scores="softmax", norm_topk=False)),
+        "two shared blocks": (use, other, replace(use, attention_rank=0, mlp_rank=0), other),
         "hybrid": (mamba2, mlp, gqa, grouped, window, mlp, nope, mamba2),
     }
 

@@ -106,6 +106,22 @@ def falcon_h1(**options):
     return randomise(FalconH1ForCausalLM(FalconH1Config(**settings)))
 
 
+def zamba2(**options):
+    from transformers import Zamba2Config, Zamba2ForCausalLM
+
+    settings = {
+        "hidden_size": 64, "num_attention_heads": 4, "vocab_size": ROWS, "num_hidden_layers": 4, "n_mamba_heads": 8,
+        "layers_block_type": ["mamba", "hybrid", "hybrid", "hybrid"], "num_mem_blocks": 2,
+        "mamba_d_state": 6, "chunk_size": 16, "intermediate_size": 20, "adapter_rank": 5, "rms_norm_eps": 1e-3,
+        "time_step_min": 1e-30, **options,  # as Nemotron-H's
+    }  # fmt: skip
+    model = randomise(Zamba2ForCausalLM(Zamba2Config(**settings)))
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name or "linear_q_adapter" in name:
+            parameter.mul_(0.3)  # attention to one token alone leaps to another one by rounding
+    return model
+
+
 def falcon_mamba(**options):
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
@@ -346,6 +362,23 @@ CASES: dict[str, tuple] = {  # what is published, its options, how it is saved, 
         },
         as_published,
         "transformers Falcon-H1",
+    ),
+    "zamba2": (zamba2, {}, as_published, "transformers Zamba2"),
+    "zamba2, positions, adapters of attention": (
+        zamba2,
+        {
+            "use_mem_rope": True, "use_shared_attention_adapter": True, "num_mem_blocks": 1, "mamba_ngroups": 2,
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
+        },
+        as_published,
+        "transformers Zamba2",
+    ),
+    "zamba2, biases, untied, grouped keys": (
+        zamba2,
+        {"add_bias_linear": True, "tie_word_embeddings": False, "num_key_value_heads": 2, "num_mem_blocks": 3},
+        in_shards,
+        "transformers Zamba2",
     ),
     "llamba": (llamba, {}, as_distilled, "Llamba"),
     "llamba, groups, biases, untied": (

@@ -21,6 +21,16 @@ _JAMBA = {
     "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.40.0.dev0", "use_cache": True,
     "use_mamba_kernels": False, "vocab_size": 65536,
 }  # fmt: skip
+_ZAMBA2 = {
+    "model_type": "zamba2", "adapter_rank": 128, "add_bias_linear": False, "attention_dropout": 0.0, "bos_token_id": 1,
+    "chunk_size": 256, "eos_token_id": 2, "hidden_act": "gelu", "initializer_range": 0.02, "mamba_d_conv": 4,
+    "mamba_expand": 2, "max_position_embeddings": 4096, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "num_logits_to_keep": 1, "pad_token_id": 0, "rms_norm_eps": 1e-05, "rope_theta": 10000, "time_step_floor": 0.0001,
+    "time_step_max": 0.1, "time_step_min": 0.001, "use_cache": True, "use_conv_bias": True, "use_long_context": False,
+    "use_mamba_kernels": True, "use_mem_eff_path": False, "vocab_size": 32000,
+}  # fmt: skip
+
+
 # Layout, config.json, and the parameters of the model that it belongs to.
 RELEASED: dict[str, tuple[str, dict, int]] = {
     "mamba-130m": (
@@ -186,6 +196,40 @@ RELEASED: dict[str, tuple[str, dict, int]] = {
             "ssm_out_multiplier": 0.23570226039551587, "tie_word_embeddings": False, "vocab_size": 32784,
         },
         521_411_104,
+    ),
+    "zamba2-1.2b": (
+        "transformers Zamba2",
+        {
+            **_ZAMBA2, "hidden_size": 2048, "intermediate_size": 8192, "mamba_d_state": 128, "mamba_ngroups": 1,
+            "n_mamba_heads": 64, "num_hidden_layers": 38, "num_mem_blocks": 1, "use_mem_rope": True,
+            "use_shared_attention_adapter": True,
+            "layers_block_type": ["hybrid" if index % 6 == 5 else "mamba" for index in range(38)],
+        },
+        1_215_064_704,
+    ),
+    "zamba2-2.7b": (
+        "transformers Zamba2",
+        {
+            **_ZAMBA2, "hidden_size": 2560, "intermediate_size": 10240, "mamba_d_state": 64, "mamba_ngroups": 1,
+            "n_mamba_heads": 80, "num_hidden_layers": 54, "num_mem_blocks": 2, "use_mem_rope": False,
+            "use_shared_attention_adapter": False,
+            "layers_block_type": [
+                "hybrid" if index in (6, 12, 18, 24, 30, 36, 42, 47, 51) else "mamba" for index in range(54)
+            ],
+        },
+        2_662_214_560,
+    ),
+    "zamba2-7b": (
+        "transformers Zamba2",
+        {
+            **_ZAMBA2, "hidden_size": 3584, "intermediate_size": 14336, "mamba_d_state": 64, "mamba_ngroups": 2,
+            "n_mamba_heads": 112, "num_hidden_layers": 81, "num_mem_blocks": 2, "use_mem_rope": True,
+            "use_shared_attention_adapter": False,
+            "layers_block_type": [
+                "hybrid" if index == 6 or (index % 6 == 5 and 5 < index < 80) else "mamba" for index in range(81)
+            ],
+        },
+        7_356_749_648,
     ),
     "jamba-v0.1": ("transformers Jamba", _JAMBA, 51_570_323_328),
     "jamba-9b": ("transformers Jamba", {**_JAMBA, "num_experts": 1, "num_experts_per_tok": 1}, 9_290_690_432),

@@ -260,6 +260,15 @@ REFUSED_OPTIONS = [  # case, changes in config.json, what the message names
     ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
     ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "unknown rope_type .*'linear'"),
     ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling: unknown options type"),
+    ("zamba2", {"use_long_context": True}, "use_long_context is True"),
+    ("zamba2", {"layers_block_type": ["mamba", "hybrid"]}, "layers_block_type has 2 entries for 4 layers"),
+    ("zamba2", {"layers_block_type": ["mamba", "moe"] * 2}, "kind of layer 'moe'"),
+    ("zamba2", {"hybrid_layer_ids": [1, 2]}, r"hybrid_layer_ids is \[1, 2\].*allowed is \[1, 2, 3\]"),
+    ("zamba2", {"num_mem_blocks": 0}, "num_mem_blocks 0 must be 1 or more"),
+    ("zamba2", {"n_mamba_heads": 7}, "n_mamba_heads 7 must divide mamba_expand . hidden_size, which is 128"),
+    ("zamba2", {"num_attention_heads": 3}, "num_attention_heads 3 must divide 2 . hidden_size, which is 128"),
+    ("zamba2", {"use_shared_attention_lora": True}, "unknown options use_shared_attention_lora = True"),
+    ("zamba2", {"hidden_act": "tanh"}, "activation"),
     ("qwen2", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types .*'sliding_attention'"),
 ]  # fmt: skip
@@ -278,6 +287,18 @@ def test_multipliers_that_are_none_are_named(capsys, damaged, tmp_path, case, ch
     path = damaged(case)
     change_config(path, **changes)
     assert re.search(message, refused(capsys, path, tmp_path / "model"))
+
+
+def test_a_shared_block_that_is_not_whole_is_named(capsys, damaged, tmp_path):
+    path = damaged("zamba2")
+    tensors = load_file(path / "model.safetensors")
+    block = "model.layers.1.shared_transformer.feed_forward."
+    del tensors[f"{block}gate_up_proj.weight"]
+    tensors[f"{block}gate_up_proj_adapter_list.1.0.weight"] = torch.zeros(5, 64)  # of the other block's use
+    save_file(tensors, path / "model.safetensors")
+    error = refused(capsys, path, tmp_path / "model")
+    assert "missing model.layers.1.shared_transformer.feed_forward.gate_up_proj.weight" in error
+    assert "unexpected model.layers.1.shared_transformer.feed_forward.gate_up_proj_adapter_list.1.0.weight" in error
 
 
 @pytest.mark.parametrize(("case", "changes", "message"), REFUSED_OPTIONS)

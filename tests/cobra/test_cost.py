@@ -48,7 +48,7 @@ STACKS = {
     "biases": (BIASED, MLP),
     "hybrid": (MAMBA2, GQA, MLP, WINDOW, MAMBA2),
     **{name: WAYS[name] for name in ("gated attention", "mamba2 options", "mamba1 norms")},
-    **{name: WAYS[name] for name in ("experts", "parallel", "gated_conv")},
+    **{name: WAYS[name] for name in ("experts", "parallel", "gated_conv", "two shared blocks")},
 }
 
 

@@ -12,6 +12,7 @@ from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mamba3 import Mamba3Config
 from cobra.lm.mlp import MLPConfig
 from cobra.lm.recompute import begins_anew, last_segment
+from cobra.lm.shared_attention import SharedAttentionConfig, SharedBlockConfig
 from cobra.lm.stack import LanguageModel, LMConfig
 
 LAYERS = {
@@ -21,6 +22,14 @@ LAYERS = {
     "mamba3": Mamba3Config(d_state=8, headdim=8, rank=2, chunk_size=16),
     "attention": AttentionConfig(num_heads=2, num_kv_heads=1, headdim=8),
     "window": AttentionConfig(num_heads=2, num_kv_heads=2, headdim=8, window=5),
+    "shared_attention": SharedAttentionConfig(
+        shared=SharedBlockConfig(
+            attention=AttentionConfig(num_heads=2, num_kv_heads=1, headdim=8), mlp=MLPConfig(d_ff=24)
+        ),
+        mamba=Mamba2Config(d_state=8, headdim=8, chunk_size=16),
+        attention_rank=3,
+        mlp_rank=2,
+    ),
 }
 SEQ_IDX = torch.tensor(
     [

@@ -41,6 +41,7 @@ PROJECTIONS = {
 PROJECTIONS["gated_conv"] = PROJECTIONS["mamba2"]
 PROJECTIONS["moe"] = PROJECTIONS["mlp"]
 PROJECTIONS["parallel"] = PROJECTIONS["mamba2"] | PROJECTIONS["attention"] | PROJECTIONS["mlp"]
+PROJECTIONS["shared_attention"] = PROJECTIONS["parallel"] | {"proj", "q", "k", "v", "gate_up"}
 INITS = ("default", "pissa")
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from cobra.typed_config import to_dict
+from tests.cobra.lm_ways import STACKS
 from tests.train.many_runs import run_many
 from tests.train.small_run import small_config, write_data
 from train.__main__ import main
@@ -128,3 +130,16 @@ def test_adapters_alone_learn(data: Path) -> None:
     learns = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert {name.split(".")[0] for name in learns} == {"lm", "connector"}
     assert all("lora" in name for name in learns if name.startswith("lm"))
+
+
+def test_layers_that_share_a_block_keep_what_each_of_them_computes() -> None:
+    use = STACKS["two shared blocks"][0]
+
+    def kept(*layers: Any, rows: int = 2) -> int:
+        config = small_config(Path("data"), f"model.lm.layers={json.dumps([to_dict(layer) for layer in layers])}")
+        return activation_memory(build_meta(config), config, rows=rows, length=64)
+
+    one, two, three = kept(use), kept(use, use), kept(use, use, use)
+    assert three - two == two - one > kept(use.mamba, use.mamba) - kept(use.mamba)
+    # In proportion to the rows: weights are not kept beside themselves.
+    assert kept(use, use, rows=4) - kept(use, rows=4) == pytest.approx(2 * (two - one), rel=1e-3)
