@@ -9,7 +9,7 @@ tf32, so they are left to our form in torch, as is float64. Queries and keys are
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -40,20 +40,24 @@ def serves(q, k, v, g, beta, scale, initial_state, seq_idx, cu_seqlens, chunk_si
 
 def scan(q, k, v, g, beta, scale, initial_state, seq_idx, cu_seqlens, chunk_size) -> tuple[Tensor, Tensor]:
     """Arguments as `vision_scan.gated_delta_rule`; autograd can record it."""
+    tokens = (q, k, v, g, beta)
     if seq_idx is None and cu_seqlens is None:
-        return _scan_rows(q, k, v, g, beta, scale, initial_state, None)
-    packed = Packed.of(seq_idx, cu_seqlens, *v.shape[:2])
+        return _scan_rows(tokens, scale, initial_state, None)
+    packed = Packed.of(seq_idx, cu_seqlens, v.shape[0], v.shape[1])
     if packed.places.numel() == 0:  # a kernel cannot be started for no token
         return gated_delta_rule_chunked(q, k, v, g, beta, scale, initial_state, seq_idx, cu_seqlens, chunk_size)
-    tokens = [t.flatten(0, 1).index_select(0, packed.places)[None] for t in (q, k, v, g, beta)]
+    tokens = [t.flatten(0, 1).index_select(0, packed.places)[None] for t in tokens]
     start = None if initial_state is None else packed.to_segments(initial_state)
-    y, states = _scan_rows(*tokens, scale, start, packed.bounds)
+    y, states = _scan_rows(tokens, scale, start, packed.bounds)
     y = v.new_zeros(v.shape).flatten(0, 1).index_copy(0, packed.places, y[0])
     return y.view(v.shape), packed.to_rows(states, initial_state)
 
 
-def _scan_rows(q, k, v, g, beta, scale, initial_state, bounds) -> tuple[Tensor, Tensor]:
-    """fla's function. Its states are (head_k_dim, head_v_dim); heads are grouped as ours."""
+def _scan_rows(
+    tokens: Sequence[Tensor], scale: float, initial_state: Tensor | None, bounds: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """fla's function on q, k, v, g and beta. Its states are (head_k_dim, head_v_dim); heads are grouped as ours."""
+    q, k, v, g, beta = tokens
     wide = torch.promote_types(v.dtype, torch.float32)
     y, state = _function()(
         q.to(v.dtype), k.to(v.dtype), v, g.to(wide).clamp(min=LEAST_G), beta.to(wide), scale=scale,
