@@ -48,7 +48,7 @@ class Student:
 
     Attributes:
         title: for people.
-        settings: of its first run.
+        settings: of its runs.
         recipes: of its runs, one after the other.
     """
 
@@ -62,9 +62,10 @@ STUDENTS = {
     "hybrid": Student("Mamba-2, one of three layers attention", ("distill.keep=1",)),
     "gated_deltanet": Student("Gated DeltaNet", ("distill.student=gated_deltanet",)),
     "logits": Student("Mamba-2, the last stage alone", (), ("distill-logits",)),
+    "both": Student("Mamba-2, half of what it is taught the rows' answers", ("distill.label_share=0.5",)),
     "labels": Student("Mamba-2, without its teacher's answers", ("train.freeze=vision_encoder,connector",), ("tiny",)),
 }
-"""Those beside the first two tell what the stages are for."""
+"""The last three tell what the stages, and the teacher's answers, are for."""
 
 
 def stages(root: Path, demo: Path, steps: int) -> list[Stage]:
@@ -93,8 +94,7 @@ def _lane(root: Path, demo: Path, key: str, steps: int) -> Lane:
             "optim.lr": LR[recipe],
             **SETTINGS,
         }
-        assignments = [f"{setting}={value}" for setting, value in changes.items()]
-        assignments += [] if previous else student.settings
+        assignments = [*(f"{setting}={value}" for setting, value in changes.items()), *student.settings]
         words = ["train", "--recipe", recipe, "--output", str(root / name)]
         words += ["--init-from", str(previous)] if previous else []
         words += [word for assignment in assignments for word in ("--set", assignment)]
@@ -230,7 +230,7 @@ def draw(result: dict, path: Path) -> None:
 
     skills, students = list(result["teacher"]), list(result["students"].values())
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.6 + 1.35 * len(skills), 0.9 + 0.34 * len(students)), layout="constrained")
+        figure = Figure(figsize=(2.6 + 1.35 * len(skills), 1.2 + 0.34 * len(students)), layout="constrained")
         figure.set_facecolor("white")
         panels = figure.subplots(1, len(skills), sharey=True, sharex=True)
         for axes, skill in zip(panels, skills, strict=True):
@@ -242,7 +242,7 @@ def draw(result: dict, path: Path) -> None:
                 colour = COLOURS[row % len(COLOURS)]
                 axes.plot([low, high], [row, row], color=colour, linewidth=2)
                 axes.plot([middle], [row], "o", color=colour, markersize=5)
-            axes.set_title(f"{skill}, teacher {100 * result['teacher'][skill]['accuracy']:.0f} %")
+            axes.set_title(f"{skill}\nteacher {100 * result['teacher'][skill]['accuracy']:.0f} %", fontsize="medium")
         panels[0].set_yticks(range(len(students)), [student["title"] for student in students])
         panels[0].invert_yaxis()
         figure.supxlabel(
