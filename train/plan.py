@@ -74,13 +74,13 @@ def kept_bytes(module: nn.Module, *inputs: Any) -> int:
     """Bytes that autograd keeps of a forward pass; module and inputs may be on the meta device, and modules among the
     inputs."""
     modules = [each for each in (module, *inputs) if isinstance(each, nn.Module)]
-    own = {id(parameter) for each in modules for parameter in each.parameters()}
+    own = {parameter.untyped_storage()._cdata for each in modules for parameter in each.parameters()}
     kept: dict[int, int] = {}
     alive = []  # else an address might be used twice
 
     def pack(tensor: Tensor) -> Tensor:
-        if id(tensor) not in own:
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()  # a weight is kept as a view of itself
+        if storage._cdata not in own:
             kept[storage._cdata] = storage.nbytes()
             alive.append(storage)
         return tensor
