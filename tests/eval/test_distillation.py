@@ -10,7 +10,7 @@ from eval.__main__ import build_parser, main
 from eval.demo import FORMAT as DEMO_FORMAT
 from eval.demo import Settings
 from eval.distillation import LR, STAGES, STUDENTS, collect, describe, draw, split_steps, stages
-from eval.files import write_json, write_lines
+from eval.files import read_json, write_json, write_lines
 from eval.pipeline import Pipeline
 from vision_scan.errors import UserError
 
@@ -93,6 +93,15 @@ def test_differences_are_paired_by_question(demo: Path, tmp_path: Path) -> None:
     assert lines[3].startswith("| Mamba-2 | +0.0 ±") and lines[3].count("*") == 1 and "-25.0" in lines[3]
     draw(result, tmp_path / "students.png")
     assert (tmp_path / "students.png").stat().st_size > 5000
+
+
+def test_docs_show_the_measured_results() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    text = (docs / "train.md").read_text(encoding="utf-8")
+    result = read_json(docs / "students.json")
+    assert set(result["students"]) == set(STUDENTS)
+    for line in describe(result):
+        assert line in text
 
 
 def test_what_is_no_finished_demo_is_said(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
