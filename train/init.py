@@ -52,6 +52,11 @@ def load_model(config: RunConfig, rows: Dataset, checkpoint: Path) -> Cobra:
 def _build_base(config: RunConfig, rows: Dataset) -> Cobra:
     """What a run begins with, without adapters."""
     if config.makes_student:
+        if config.init.towers or config.init.fresh:
+            raise UserError(
+                "init.towers and init.fresh change a model from init.path, and this run begins with a student of "
+                f"distill.teacher={config.distill.teacher}: leave them out"
+            )
         return build_student(config.distill, config.model.build_config(given_sections(config)), config.train.seed)
     source = config.init.path
     if source is not None and "lm" in config.init.parts:

@@ -92,10 +92,10 @@ def build_student(settings: DistillSettings, config: CobraConfig, seed: int) -> 
     cobra.checkpoint.assign_tensors(student, tensors, settings.teacher)
     for index in replaced:
         mixer, attention = student.lm.layers[index].mixer, teacher.lm.layers[index].mixer
-        seed = SEEDS.get(mixer.config.kind)
+        sown = SEEDS.get(mixer.config.kind)
         # Layers that `model.lm.layers` asks for instead begin at random.
-        if seed is not None and isinstance(attention, Attention) and mixer.config == seed.config(attention.config):
-            seed.sow(mixer, attention)
+        if sown is not None and isinstance(attention, Attention) and mixer.config == sown.config(attention.config):
+            sown.sow(mixer, attention)
     return student
 
 

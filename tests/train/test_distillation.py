@@ -255,6 +255,7 @@ def test_what_cannot_be_learned_is_said(data: Path, teacher: Path, tmp_path: Pat
             build(config_of(data, teacher, objective, *changes))
 
     refused("needs a teacher: set distill.teacher", "distill.teacher=none")
+    refused("init.towers and init.fresh .* leave them out", "init.fresh=lm.embedding")
     refused("distill.teacher=.*: no such model directory", f"distill.teacher={tmp_path / 'nowhere'}")
     assert run(small_config(data, *PLAIN, "tokenizer.kind=train", "tokenizer.vocab_size=300"), tmp_path / "other")
     refused("another tokenizer", f"init.path={tmp_path / 'other'}")
