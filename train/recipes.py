@@ -9,7 +9,7 @@ from train.settings import (
     InitSettings,
     LrScale,
     ModelSettings,
-    Objective,
+    ObjectiveName,
     OptimSettings,
     Part,
     PreferenceSettings,
@@ -157,7 +157,7 @@ def llava() -> RunConfig:
     return dataclasses.replace(config, init=InitSettings())
 
 
-def _distilled(recipe: str, objective: Objective, steps: int, lr: float, clip: float) -> RunConfig:
+def _distilled(recipe: str, objective: ObjectiveName, steps: int, lr: float, clip: float) -> RunConfig:
     """A stage of making a student: what mmMamba trains 2.6b with, few steps in the first stage."""
     return RunConfig(
         recipe=recipe,

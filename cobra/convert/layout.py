@@ -179,6 +179,11 @@ class Layout:
         return self.left_out is not None and re.fullmatch(self.left_out, name) is not None
 
 
+def rows(start: int | None, stop: int | None = None) -> Callable[[Tensor], Tensor]:
+    """A `Piece.part`: these rows of a published tensor."""
+    return lambda tensor: tensor[start:stop]
+
+
 def renamed(prefixes: Mapping[str, str], names: Collection[str]) -> Pieces:
     """Tensors that stand under names that begin otherwise: the first prefix that fits is exchanged."""
 

@@ -12,7 +12,7 @@ from cobra.lm.mamba2 import Mamba2Config
 from cobra.lm.mlp import MLPConfig
 from vision_scan.errors import UserError, choose
 
-from .layout import TRANSFORMERS_KEYS, Layout, Options, Piece, Pieces, Shapes, is_published_as
+from .layout import TRANSFORMERS_KEYS, Layout, Options, Piece, Pieces, Shapes, is_published_as, rows
 from .mamba import padded_vocab
 from .transformer import block_prefixes
 
@@ -79,13 +79,9 @@ def _adapt(config: LMConfig, options: Mapping[str, Any], pieces: Pieces, shapes:
     for name, (piece,) in pieces.items():
         if name.endswith((".in_proj.weight", ".in_proj.bias")):
             *_, z, xBC, _ = config.layers[0].projected(config.d_model)
-            parts = slice(xBC, xBC + z), slice(0, xBC), slice(xBC + z, None)
-            adapted[name] = tuple(Piece(piece.name, shapes[name], _rows(part)) for part in parts)
+            parts = (xBC, xBC + z), (0, xBC), (xBC + z, None)
+            adapted[name] = tuple(Piece(piece.name, shapes[name], rows(*part)) for part in parts)
     return adapted
-
-
-def _rows(part: slice):
-    return lambda tensor: tensor[part]
 
 
 LLAMBA = Layout(

@@ -2,11 +2,9 @@
 are used in turn."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-
-from torch import Tensor
 
 from cobra.lm import LMConfig
 from cobra.lm.attention import AttentionConfig
@@ -15,7 +13,7 @@ from cobra.lm.mlp import MLPConfig
 from cobra.lm.shared_attention import SharedAttentionConfig, SharedBlockConfig
 from vision_scan.errors import UserError, choose
 
-from .layout import TRANSFORMERS_KEYS, Layout, Options, Piece, Pieces, Shapes, is_published_as
+from .layout import TRANSFORMERS_KEYS, Layout, Options, Piece, Pieces, Shapes, is_published_as, rows
 from .transformer import read_rope
 
 KINDS = {"linear_attention": "mamba", "mamba": "mamba", "hybrid": "hybrid"}
@@ -149,13 +147,9 @@ def _adapt(config: LMConfig, options: Mapping[str, Any], pieces: Pieces, shapes:
             if f".mlp.{leaf}." in name:
                 d_ff, *others = shapes[name]
                 both = piece.name.replace(leaf, "gate_up_proj")
-                rows = slice(part * d_ff, (part + 1) * d_ff)
-                adapted[name] = (Piece(both, (2 * d_ff, *others), _rows(rows)),)
+                own = rows(part * d_ff, (part + 1) * d_ff)
+                adapted[name] = (Piece(both, (2 * d_ff, *others), own),)
     return adapted
-
-
-def _rows(part: slice) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor[part]
 
 
 ZAMBA2 = Layout(

@@ -148,9 +148,6 @@ class Attention(nn.Module):
     def allocate(self, batch: int, capacity: int, device, dtype) -> LayerState:
         return allocate_cache(self.config, batch, capacity, device, dtype)
 
-    def _slots(self, needed: int) -> int:
-        return self.config.slots(needed)
-
     def add_to(self, decoder, norm: RMSNorm) -> None:
         config = self.config
         if config.rope_scaling or config.rotary_dim or config.qk_norm or config.gated:
@@ -163,7 +160,7 @@ class Attention(nn.Module):
         """The state with a slot for the next token of each row; a cache that is full is doubled."""
         longest = int(lengths.max()) + 1
         k, v, position = state["k"], state["v"], state["position"]
-        if self._slots(longest) <= k.shape[2]:
+        if self.config.slots(longest) <= k.shape[2]:
             return state
         return self._place(state, k[:, :, :0], v[:, :, :0], position[:, :0], None, 2 * longest)
 
@@ -272,7 +269,7 @@ class Attention(nn.Module):
             k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
             positions = torch.cat([state["position"], positions], 1)
             longest = max(longest, state["position"].shape[1])
-        slots = self._slots(max(longest, 1))
+        slots = self.config.slots(max(longest, 1))
         keep = positions >= 0
         if runs is not None:
             keep = keep & (runs == runs[:, -1:])

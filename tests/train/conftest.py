@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.small_preference import save_start
 from tests.train.small_run import write_data, write_region_data
 
 
@@ -17,3 +18,9 @@ def data(tmp_path: Path) -> Path:
 def region_data(tmp_path: Path) -> Path:
     """A small data file of images with regions."""
     return write_region_data(tmp_path / "regions")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Preference data beside a model."""
+    return save_start(tmp_path_factory.mktemp("pairs"))

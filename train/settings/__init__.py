@@ -7,7 +7,7 @@ own configuration follow `model.`: `--set model.connector.order=hilbert`.
 from .course import LogSettings, LrScale, OptimSettings, TrainSettings, ZeroSettings
 from .data import DataSettings, ValSettings
 from .model import PARTS, InitSettings, LoraSettings, ModelSettings, Part, TokenizerSettings
-from .objective import DistillSettings, Objective, PreferenceSettings
+from .objective import DistillSettings, ObjectiveName, PreferenceSettings
 from .run import RunConfig, change
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "LoraSettings",
     "LrScale",
     "ModelSettings",
-    "Objective",
+    "ObjectiveName",
     "OptimSettings",
     "Part",
     "PreferenceSettings",

@@ -7,7 +7,7 @@ from typing import Literal
 from vision_scan.errors import UserError
 
 from .model import PARTS, Part
-from .objective import Objective
+from .objective import ObjectiveName
 from .require import require
 
 
@@ -15,7 +15,7 @@ from .require import require
 class TrainSettings:
     """The course of the run."""
 
-    objective: Objective = "conversation"
+    objective: ObjectiveName = "conversation"
     """conversation: the next token of the answers; naming: the words for what stands in each patch
     (connector and embeddings); regions: what stands in each patch (the tower alone); distill_mixer, distill_hidden,
     distill_logits: what a teacher's layers weigh, what they say, and what it answers (`distill`);

@@ -5,7 +5,7 @@ from typing import Literal
 
 from .require import require
 
-Objective = Literal[
+ObjectiveName = Literal[
     "conversation", "naming", "regions", "distill_mixer", "distill_hidden", "distill_logits", "preference"
 ]
 
