@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from eval import scene_commands, serving_commands
+from eval import demo_commands, scene_commands, serving_commands
 from eval.ablations import commands as ablations
 from vision_scan.errors import CommandParser, UserError
 
@@ -87,28 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("build/cuda"), metavar="DIR", help="made anew (build/cuda)"
     )
 
-    report = _command(commands, "report", _report, "write the report of a demo")
-    report.add_argument(
-        "path", type=Path, metavar="PATH", help="a demo's directory, or a report.json to draw again"
-    )
-
-    readme = _command(commands, "readme", _readme, "print results as markdown")
-    readme.add_argument(
-        "path",
-        type=Path,
-        metavar="REPORT",
-        help="a demo's report.json, a peers.json, or the folder of gpu's results",
-    )
-    readme.add_argument("--write", type=Path, metavar="FILE", help="replace them between FILE's markers")
-
-    demo = _command(commands, "demo", _demo, "data, training, evaluation, comparison and report")
-    demo.add_argument("--output", type=Path, metavar="DIR", help="default runs/demo, with --quick runs/quick")
-    demo.add_argument("--quick", action="store_true", help="the whole path with few steps, in minutes")
-
+    demo_commands.add_report(_command(commands, "report", demo_commands.write_report, "write the report of a demo"))
+    demo_commands.add_readme(_command(commands, "readme", demo_commands.print_results, "print results as markdown"))
+    about = "data, training, evaluation, comparison and report"
+    demo_commands.add_demo(_command(commands, "demo", demo_commands.make_demo, about))
     about = "make state-space students of a demo's transformer, and compare them with it"
-    distill = _command(commands, "distill", _distill, about)
-    distill.add_argument("--demo", type=Path, default=Path("runs/demo"), metavar="DIR", help="finished (runs/demo)")
-    distill.add_argument("--output", type=Path, default=Path("runs/distill"), metavar="DIR", help="(runs/distill)")
+    demo_commands.add_distill(_command(commands, "distill", demo_commands.make_students, about))
     return parser
 
 
@@ -363,38 +347,6 @@ def _cuda(options: argparse.Namespace) -> int:
     from eval.gpu import compile_report
 
     return compile_report.run(options.output, options.archs)
-
-
-def _report(options: argparse.Namespace) -> int:
-    from eval.report import write
-
-    for path in write(options.path):
-        print(path)
-    return DONE
-
-
-def _readme(options: argparse.Namespace) -> int:
-    from eval import readme
-
-    results, section = readme.read(options.path)
-    if options.write is None:
-        print(results, end="")
-    else:
-        readme.write(options.write, results, section)
-    return DONE
-
-
-def _demo(options: argparse.Namespace) -> int:
-    from eval.demo import Settings, run
-
-    output = options.output or Path("runs/quick" if options.quick else "runs/demo")
-    return run(output, Settings.quick() if options.quick else Settings.full(), options.quick)
-
-
-def _distill(options: argparse.Namespace) -> int:
-    from eval.distillation import run
-
-    return run(options.demo, options.output)
 
 
 if __name__ == "__main__":
