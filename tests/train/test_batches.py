@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from train.data.batches import BatchSource, SampleOrder
-from train.data.rows import BadRowError, PathImage, Row
+from train.data.images import PathImage
+from train.data.rows import BadRowError, Row
 from vision_scan.errors import UserError
 
 LENGTHS = [(7 * index) % 23 for index in range(30)]

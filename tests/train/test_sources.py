@@ -13,7 +13,7 @@ from PIL import Image
 
 from train.data import sources
 from train.data.dataset import Dataset, choose_rows, open_dataset
-from train.data.rows import ImageFinder, spread
+from train.data.images import ImageFinder, spread
 from train.data.sources import JsonSource
 from train.settings import DataSettings
 from vision_scan.errors import UserError

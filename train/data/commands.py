@@ -19,8 +19,9 @@ from cobra.progress import track
 from cobra.prompt import IGNORE, Rendered
 from cobra.tokenizer import Tokenizer
 from train.data.dataset import image_check, name_row, open_parts
+from train.data.images import ImageFile, ImageFinder
 from train.data.pairs import render_pair
-from train.data.rows import ImageFile, ImageFinder, Row, parse_row
+from train.data.rows import Row, parse_row
 from train.settings import DataSettings
 from vision_scan.errors import CommandParser, UserError, choose
 

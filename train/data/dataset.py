@@ -13,7 +13,8 @@ import torch
 from cobra.progress import track
 from cobra.prompt import check_caption
 from cobra.tokenizer import IMAGE
-from train.data.rows import BadRowError, ImageFile, Row, parse_row, short
+from train.data.images import ImageFile, short
+from train.data.rows import BadRowError, Row, parse_row
 from train.data.sources import Source, open_source
 from train.settings import DataSettings
 from vision_scan.errors import UserError

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from cobra.image import IMAGE_SUFFIXES, check_image, open_image, upright_size
-from train.data.rows import ImageFile, ImageFinder, name_image, short
+from train.data.images import ImageFile, ImageFinder, name_image, short
 from vision_scan.errors import UserError
 
 CHUNK = 1 << 24  # characters of a JSON list that are looked at at once

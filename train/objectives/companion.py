@@ -7,7 +7,7 @@ import torch
 import cobra
 import cobra.checkpoint
 from cobra.model import Cobra
-from train.data.rows import short
+from train.data.images import short
 from vision_scan.errors import UserError
 
 SAME = ("template", "image", "token_reduction", "reading_order", "video", "tokens_per_tile")  # in both models
